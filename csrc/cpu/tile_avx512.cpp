@@ -1,0 +1,24 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "tile.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#define __F16C__ 1
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define GRADPROJ_ISA avx512
+#define GRADPROJ_VECTOR_BYTES 64
+#include "tile_impl.h"
+GRADPROJ_DEFINE_KERNELS(avx512_kernels)
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

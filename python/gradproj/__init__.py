@@ -1,0 +1,17 @@
+"""Gradient projection at the speed of memory, on any sharding, without ever building a flat gradient."""
+
+from gradproj import reference
+from gradproj.backends import backends, use_backend
+from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
+
+__all__ = [
+    "Projection",
+    "backends",
+    "combine_",
+    "gram",
+    "orthogonal_gradient_projection",
+    "project_",
+    "reference",
+    "use_backend",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,139 @@
+"""Which implementation runs, why, and what is missing."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gradproj import ops as _ops  # noqa: F401  declares the ops that a library implements
+
+BUILD_HINT = "pip install --no-build-isolation ."
+
+
+class Backend(NamedTuple):
+    """One implementation of the ops.
+
+    ``reason`` says why it is not available; it is empty if it is.
+    """
+
+    name: str
+    namespace: str
+    device_types: tuple[str, ...]
+    reason: str
+
+    @property
+    def available(self) -> bool:
+        return not self.reason
+
+    def op(self, name: str):
+        """The op's overload packet, for example ``op("gram")``."""
+        return getattr(getattr(torch.ops, self.namespace), name).default
+
+
+@functools.cache
+def _load_native(name: str, build_flag: str) -> str:
+    """Load the library of native kernels ``name``; the reason why not, or an empty string."""
+    found = sorted(Path(__file__).parent.glob(f"_{name}*.so"))
+    if not found:
+        return f"not built; build it with: {build_flag}{BUILD_HINT}"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{found[0].name} does not load ({error}); rebuild it with: {build_flag}{BUILD_HINT}"
+    return ""
+
+
+@functools.cache
+def _cpu() -> Backend:
+    return Backend("cpu", "gradproj", ("cpu",), _load_native("cpu", ""))
+
+
+@functools.cache
+def _cuda() -> Backend:
+    if not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    else:
+        reason = _load_native("cuda", "GRADPROJ_CUDA=1 ")
+    return Backend("cuda", "gradproj", ("cuda",), reason)
+
+
+@functools.cache
+def _triton() -> Backend:
+    device_types, reason = ("cuda",), ""
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed; install it with: pip install triton"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    elif not torch.cuda.is_available():
+        reason = "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
+    if not reason:
+        importlib.import_module("gradproj.triton_kernels.ops")
+    return Backend("triton", "gradproj_triton", device_types, reason)
+
+
+@functools.cache
+def _torch() -> Backend:
+    importlib.import_module("gradproj.torch_backend")
+    return Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "mps", "meta"), "")
+
+
+_FACTORIES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "torch": _torch}
+# The best first. Triton on CPU tensors is an interpreter: only on request.
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_requested: ContextVar[str | None] = ContextVar("gradproj_backend", default=None)
+
+
+def backends() -> dict[str, Backend]:
+    """Name -> :class:`Backend`, whose ``available`` and ``reason`` say what can run here."""
+    return {name: factory() for name, factory in _FACTORIES.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run everything inside on one backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that cannot run here, with the reason.
+    """
+    if name not in _FACTORIES:
+        raise ValueError(f"use_backend: unknown backend {name!r}; known: {', '.join(_FACTORIES)}")
+    backend = _FACTORIES[name]()
+    if not backend.available:
+        raise RuntimeError(f"use_backend: {name!r} is not available: {backend.reason}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.cache
+def _best(device_type: str) -> Backend:
+    candidates = (_FACTORIES[name]() for name in _PREFERENCE.get(device_type, ("torch",)))
+    return next(backend for backend in candidates if backend.available)
+
+
+def select(device_type: str) -> Backend:
+    """The backend for tensors of one device type: the requested one, else the best that works.
+
+    Raises:
+        ValueError: the requested backend does not take tensors of this device type.
+    """
+    name = _requested.get()
+    if name is None:
+        return _best(device_type)
+    backend = _FACTORIES[name]()
+    if device_type not in backend.device_types:
+        raise ValueError(
+            f"backend {name!r} takes tensors on {' or '.join(backend.device_types)}, not on {device_type}; move them or "
+            f"leave use_backend({name!r})"
+        )
+    return backend

@@ -1,0 +1,55 @@
+"""Every op's schema and fake, in one place.
+
+The same four ops exist in three namespaces: ``gradproj`` (native: C++ on CPU tensors, CUDA C++ on CUDA tensors),
+``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was built.
+
+``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the gradient.
+``known``, if given, is the [num_rows - 1, num_rows - 1] Gram of rows 1.., which is then copied instead of computed.
+A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
+"""
+
+import torch
+
+SCHEMAS = (
+    "gram(Tensor?[] rows, int num_rows, Tensor? known=None) -> Tensor",
+    "weights(Tensor gram, str method, float gamma, float eps) -> Tensor",
+    "combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights) -> ()",
+    "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? known=None)"
+    " -> (Tensor, Tensor)",
+)
+NAMESPACES = ("gradproj", "gradproj_triton", "gradproj_torch")
+
+
+def _fake_gram(rows, num_rows, known=None):
+    like = next(t for t in rows if t is not None)
+    return like.new_empty((num_rows, num_rows), dtype=torch.float64)
+
+
+def _fake_weights(gram, method, gamma, eps):
+    return gram.new_empty(gram.shape[0])
+
+
+def _fake_combine_(grads, directions, weights):
+    return None
+
+
+def _fake_project_(grads, directions, method, gamma, eps, known=None):
+    num_rows = 1 + len(directions) // len(grads)
+    gram = grads[0].new_empty((num_rows, num_rows), dtype=torch.float64)
+    return gram, gram.new_empty(num_rows)
+
+
+_FAKES = {"gram": _fake_gram, "weights": _fake_weights, "combine_": _fake_combine_, "project_": _fake_project_}
+
+# The Library objects own the registrations: they live as long as the module.
+_LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+for _namespace, _library in _LIBRARIES.items():
+    for _schema in SCHEMAS:
+        _library.define(_schema)
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+
+
+def implement(namespace: str, name: str, function, dispatch_key: str) -> None:
+    """Register a Python ``function`` as the implementation of ``namespace::name`` for one dispatch key."""
+    _LIBRARIES[namespace].impl(name, function, dispatch_key)

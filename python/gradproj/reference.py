@@ -1,0 +1,142 @@
+"""The naive algorithm and the float64 oracle. Read this file first: everything else computes the same numbers, faster.
+
+The naive functions are what training scripts do today, kept as they are found so that a benchmark against them is fair.
+The oracles do the same arithmetic in float64 on one flat matrix, and are what every kernel is tested against.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Buffers = Sequence[Tensor | None]
+
+
+def flatten(buffers: Sequence[Tensor]) -> Tensor:
+    """One new 1-d tensor that holds all of ``buffers`` one after the other. Moves 2 N bytes, holds N."""
+    return torch.cat([b.reshape(-1) for b in buffers])
+
+
+def unflatten_(buffers: Sequence[Tensor], flat: Tensor) -> None:
+    """Copy the slices of ``flat`` back into ``buffers``."""
+    offset = 0
+    for b in buffers:
+        b.copy_(flat[offset : offset + b.numel()].view_as(b))
+        offset += b.numel()
+
+
+def project_(grads: Sequence[Tensor], direction: Sequence[Tensor], eps: float = 1e-8) -> None:
+    """Naive orthogonal gradient projection for one direction, in place: cat, cat, dot, dot, mul, sub, copy back.
+
+    Moves about 15 N bytes and holds about 4 N more, N being the bytes of one list. No None, no shards, one dtype.
+    """
+    d = flatten(direction)
+    g = flatten(grads)
+    coefficient = torch.dot(g, d) / (torch.dot(d, d) + eps)
+    projected = g - coefficient * d
+    unflatten_(grads, projected)
+
+
+def orthogonal_gradient_projection(
+    model: torch.nn.Module,
+    safety_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
+    capability_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
+) -> None:
+    """The naive training-loop form: two backward passes, then :func:`project_` on ``p.grad`` of every parameter.
+
+    Losses are scalars or functions of the model. Afterwards ``p.grad`` holds the projected safety gradient.
+    A parameter without a gradient in either pass shifts every slice behind it: the naive version refuses.
+    """
+    losses = [loss(model) if callable(loss) else loss for loss in (capability_loss, safety_loss)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for loss in losses:
+        model.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=True)
+        if any(p.grad is None for p in parameters):
+            raise ValueError("reference.orthogonal_gradient_projection: every parameter needs a gradient in both passes")
+        rows.append([p.grad for p in parameters])
+    capability, safety = rows
+    project_(safety, capability)
+
+
+# --- float64 oracles ------------------------------------------------------------------------------------------------
+
+
+def matrix(rows: Sequence[Buffers]) -> np.ndarray:
+    """[R, numel] float64 matrix of the rows; None counts as zeros. A column that is None in every row is left out."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        like = next((t for t in column if t is not None), None)
+        if like is None:
+            continue
+        columns.append(np.stack([_float64(like * 0 if t is None else t, zeros=t is None) for t in column]))
+    return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0))
+
+
+def _float64(t: Tensor, zeros: bool = False) -> np.ndarray:
+    real = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
+    flat = real.double().cpu().reshape(-1).numpy()
+    return np.zeros_like(flat) if zeros else flat
+
+
+def oracle_gram(*rows: Buffers) -> np.ndarray:
+    """[R, R] float64 inner products."""
+    m = matrix(rows)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return m @ m.T
+
+
+def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Sequence[float]) -> list[np.ndarray | None]:
+    """float64 ``w_0 g + sum_k w_k d_k`` per buffer, flat; rows of weight 0 are not read."""
+    out: list[np.ndarray | None] = []
+    for i, g in enumerate(grads):
+        if g is None:
+            out.append(None)
+            continue
+        total = np.zeros_like(_float64(g))
+        for w, t in zip(weights, (g, *(d[i] for d in directions)), strict=True):
+            if w != 0 and t is not None:
+                total = total + w * _float64(t)
+        out.append(total)
+    return out
+
+
+def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogonal", eps: float = 0.0) -> np.ndarray:
+    """Weights of a method by numpy's pseudo-inverse (``orthogonal``) and enumeration of active sets (``conflict``)."""
+    k = len(gram) - 1
+    weights = np.eye(1, k + 1)[0]
+    if not np.isfinite(gram).all():
+        return weights
+    if isinstance(method, tuple):
+        weights[1:] = method[1]
+        return weights
+    length = np.sqrt(np.maximum(np.diag(gram)[1:] + eps, 0))
+    scale = np.divide(1.0, length, out=np.zeros(k), where=length > 0)
+    cosines = (gram[1:, 1:] + eps * np.eye(k)) * np.outer(scale, scale)
+    target = -gram[1:, 0] * scale
+    if method == "orthogonal":
+        weights[1:] = np.linalg.pinv(cosines, rcond=1e-8, hermitian=True) @ target * scale
+        return weights
+    best = np.inf
+    for active in range(2**k):
+        chosen = [i for i in range(k) if active >> i & 1]
+        x = np.zeros(k)
+        if chosen:
+            x[chosen] = np.linalg.pinv(cosines[np.ix_(chosen, chosen)], rcond=1e-8, hermitian=True) @ target[chosen]
+        if (x < 0).any():
+            continue
+        value = x @ cosines @ x / 2 - target @ x
+        if value < best - 1e-12 * max(1.0, gram[0, 0]):
+            best, weights[1:] = value, x * scale
+    return weights
+
+
+def oracle_project(
+    grads: Buffers, directions: Sequence[Buffers], method: str | tuple[str, float] = "orthogonal", eps: float = 0.0
+) -> list[np.ndarray | None]:
+    """float64 projection of ``grads``, flat per buffer. Inner products run over the buffers where g is not None."""
+    kept = [i for i, g in enumerate(grads) if g is not None]
+    rows = [[row[i] for i in kept] for row in (grads, *directions)]
+    return oracle_combine(grads, directions, list(oracle_weights(oracle_gram(*rows), method, eps)))

@@ -1,0 +1,147 @@
+"""What a projection refuses, exactly and in words.
+
+The native ops check the same things fast; when one refuses, this finds the precise error. The other backends call it first.
+Nothing here reads or writes a buffer's contents.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _name(where: Sequence[str], row: int, index: int) -> str:
+    return f"{where[row]}[{index}]"
+
+
+def check_buffer(op: str, name: str, t: Tensor) -> None:
+    """Refuse what no kernel takes: not a tensor, not strided, not of a floating dtype."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(t).__name__}; pass a tensor or None")
+    if hasattr(t, "device_mesh"):
+        raise NotImplementedError(f"{op}: {name} is a DTensor; pass its local shard (t.to_local()) and group=")
+    if t.layout != torch.strided:
+        raise NotImplementedError(f"{op}: {name} has layout {t.layout}; make it dense first (t.to_dense())")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; supported: {', '.join(str(d) for d in FLOATS)} and complex")
+
+
+def check(op: str, rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], indices: Sequence[int], written: bool):
+    """Raise the first error of ``rows``, or return.
+
+    Args:
+        op: the public function's name, for the message.
+        rows: lists of the same length; None allowed, in row 0 too if not ``written``.
+        names: how the user knows each row.
+        indices: the user's index of each column.
+        written: row 0 is modified, so it may overlap neither itself nor, in part, another row.
+    Raises:
+        ValueError, TypeError, NotImplementedError: naming row, index, shape, dtype or device.
+    """
+    for i, column in zip(indices, zip(*rows, strict=True), strict=True):
+        first = None
+        for row, t in enumerate(column):
+            if t is None:
+                continue
+            check_buffer(op, _name(names, row, i), t)
+            if first is None:
+                first = row, t
+                continue
+            other, like = first
+            if t.shape != like.shape:
+                raise ValueError(
+                    f"{op}: {_name(names, row, i)} has shape {tuple(t.shape)} but {_name(names, other, i)} has shape "
+                    f"{tuple(like.shape)}; pass gradients of the same parameters in the same order"
+                )
+            if t.device != like.device:
+                raise ValueError(
+                    f"{op}: {_name(names, row, i)} is on {t.device} but {_name(names, other, i)} is on {like.device}; "
+                    f"move it there first"
+                )
+    _check_one_device(op, rows, names, indices)
+    if written:
+        _check_overlap(op, rows, names, indices)
+
+
+def _check_one_device(op, rows, names, indices) -> None:
+    first: tuple[str, torch.device] | None = None
+    for row, buffers in enumerate(rows):
+        for i, t in zip(indices, buffers, strict=True):
+            if t is None:
+                continue
+            name = _name(names, row, i)
+            if first is None:
+                first = name, t.device
+            elif t.device != first[1]:
+                raise ValueError(f"{op}: {name} is on {t.device} but {first[0]} is on {first[1]}; call it once per device")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """First and past-the-last byte."""
+    start = t.data_ptr()
+    return start, start + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+
+class _Addresses:
+    """A tensor's addresses in numpy's array interface, so that numpy can reason about them; nothing is dereferenced."""
+
+    def __init__(self, t: Tensor):
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (t.data_ptr(), True),
+            "shape": tuple(t.shape),
+            "strides": tuple(s * size for s in t.stride()),
+            "typestr": f"|V{size}",
+        }
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Exactly, for any strides. Addresses of different devices are different."""
+    if a.device != b.device or not a.numel() or not b.numel():
+        return False
+    return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)))
+
+
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements may share memory. Strides that do not nest count as overlapping."""
+    extent = 1
+    for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
+        if stride < extent:
+            return prod(t.shape) > 0
+        extent += stride * (size - 1)
+    return False
+
+
+def _check_overlap(op, rows, names, indices) -> None:
+    spans = []
+    for i, t in zip(indices, rows[0], strict=True):
+        if t is None or not t.numel():
+            continue
+        if overlaps_itself(t):
+            raise ValueError(
+                f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
+                f"cannot be written; pass a contiguous tensor"
+            )
+        spans.append((*_span(t), 0, i, t))
+    for row in range(1, len(rows)):
+        for i, t in zip(indices, rows[row], strict=True):
+            if t is not None and t.numel():
+                spans.append((*_span(t), row, i, t))
+    spans.sort(key=lambda s: s[:4])
+    for at, (_, stop, row, i, t) in enumerate(spans):
+        for k in range(at + 1, len(spans)):
+            start, _, other_row, j, other = spans[k]
+            if start >= stop:
+                break
+            if row and other_row:
+                continue
+            same = i == j and t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+            if (same and row != other_row) or not shares_memory(t, other):
+                continue
+            a, b = _name(names, row, i), _name(names, other_row, j)
+            raise ValueError(f"{op}: {a} and {b} share memory, and one of them is written; clone one of them")
