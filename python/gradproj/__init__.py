@@ -3,9 +3,14 @@
 from gradproj import reference
 from gradproj.backends import backends, use_backend
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
+from gradproj.optim import ProjectedOptimizer, attach
+from gradproj.projector import Projector
 
 __all__ = [
+    "ProjectedOptimizer",
     "Projection",
+    "Projector",
+    "attach",
     "backends",
     "combine_",
     "gram",

@@ -66,7 +66,8 @@ def _cuda() -> Backend:
 
 @functools.cache
 def _triton() -> Backend:
-    device_types, reason = ("cuda",), ""
+    device_types: tuple[str, ...] = ("cuda",)
+    reason = ""
     if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed; install it with: pip install triton"
     elif os.environ.get("TRITON_INTERPRET") == "1":

@@ -8,14 +8,18 @@ The same four ops exist in three namespaces: ``gradproj`` (native: C++ on CPU te
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """
 
+from collections.abc import Callable
+
 import torch
 
 SCHEMAS = (
     "gram(Tensor?[] rows, int num_rows, Tensor? known=None) -> Tensor",
     "weights(Tensor gram, str method, float gamma, float eps) -> Tensor",
     "combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights) -> ()",
-    "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? known=None)"
-    " -> (Tensor, Tensor)",
+    (
+        "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? known=None)"
+        " -> (Tensor, Tensor)"
+    ),
 )
 NAMESPACES = ("gradproj", "gradproj_triton", "gradproj_torch")
 
@@ -39,7 +43,7 @@ def _fake_project_(grads, directions, method, gamma, eps, known=None):
     return gram, gram.new_empty(num_rows)
 
 
-_FAKES = {"gram": _fake_gram, "weights": _fake_weights, "combine_": _fake_combine_, "project_": _fake_project_}
+_FAKES: dict[str, Callable] = {"gram": _fake_gram, "weights": _fake_weights, "combine_": _fake_combine_, "project_": _fake_project_}
 
 # The Library objects own the registrations: they live as long as the module.
 _LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}

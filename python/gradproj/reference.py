@@ -54,9 +54,10 @@ def orthogonal_gradient_projection(
     for loss in losses:
         model.zero_grad(set_to_none=True)
         loss.backward(retain_graph=True)
-        if any(p.grad is None for p in parameters):
+        row = [p.grad for p in parameters if p.grad is not None]
+        if len(row) < len(parameters):
             raise ValueError("reference.orthogonal_gradient_projection: every parameter needs a gradient in both passes")
-        rows.append([p.grad for p in parameters])
+        rows.append(row)
     capability, safety = rows
     project_(safety, capability)
 

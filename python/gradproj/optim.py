@@ -1,0 +1,187 @@
+"""The drop-in wrapper, and the same machinery on the user's own optimizer object."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from gradproj import methods
+from gradproj.functional import Projection
+from gradproj.projector import Projector
+
+
+class ProjectedOptimizer(Optimizer):
+    """A torch optimizer whose step leaves protected directions alone.
+
+    It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers, scalers,
+    checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the wrapped optimizer's.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer.
+        method: ``"orthogonal"``, ``"conflict"``, ``("mix", gamma)``, or a callable Gram -> weights; see
+            :func:`gradproj.project_`.
+        directions: how many protected directions to keep; each further ``protect()`` replaces the oldest.
+        space: ``"gradient"`` or ``"update"``; see :class:`gradproj.projector.Projector`.
+        group: process group over which the parameters are sharded, if they are.
+        eps: added to every <d, d>; 0 is scale-free.
+
+    Example::
+
+        opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5))
+        with opt.protect():
+            capability_loss(model, anchor).backward()
+        safety_loss(model, batch).backward()
+        opt.step()
+        opt.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        method: methods.Method = "orthogonal",
+        directions: int = 1,
+        space: Literal["gradient", "update"] = "gradient",
+        group=None,
+        eps: float = 0.0,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"ProjectedOptimizer wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
+        # optimizer's as soon as load_state_dict replaces those.
+        self.optimizer = optimizer
+        self.projector = Projector(self._live_groups, method, directions, space, group, eps)
+
+    def _live_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    # --- protection ---------------------------------------------------------------------------------------------------
+
+    def protect(self):
+        """Context manager: the gradients made inside become one protected direction. See :meth:`Projector.protect`."""
+        return self.projector.protect()
+
+    def unprotect(self) -> None:
+        """Forget all protected directions; the next ``step()`` is the plain step."""
+        self.projector.unprotect()
+
+    def project(self) -> Projection | None:
+        """Project the gradients now, for clipping or logging; the step that follows does not do it again."""
+        return self.projector.project()
+
+    @property
+    def last(self) -> Projection | None:
+        """What the last projection did, as device tensors; None before the first."""
+        return self.projector.last
+
+    # --- Optimizer ----------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None):
+        """Project, then the wrapped optimizer's step. A closure's gradients are projected each time it is called."""
+        closure = self.projector.before_step(closure)
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self.projector.after_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.projector.forget_gradients()
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        p = self.projector
+        return f"ProjectedOptimizer(method={p.method!r}, protected={len(p)}, space={p.space!r}, {self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.projector.param_groups = self._live_groups
+
+
+def _forwarded(name: str, doc: str) -> property:
+    """An attribute that lives on the wrapped optimizer, for reading, writing and deleting."""
+
+    def get(self):
+        return getattr(self.optimizer, name)
+
+    def set_(self, value):
+        setattr(self.optimizer, name, value)
+
+    def delete(self):
+        delattr(self.optimizer, name)
+
+    return property(get, set_, delete, doc)
+
+
+# By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach the
+# optimizer that reads them.
+for _name, _doc in {
+    "param_groups": "The wrapped optimizer's parameter groups, the very list.",
+    "state": "The wrapped optimizer's state, the very dict.",
+    "defaults": "The wrapped optimizer's defaults.",
+    "grad_scale": "For GradScaler with fused optimizers.",
+    "found_inf": "For GradScaler with fused optimizers.",
+    "_step_supports_amp_scaling": "Whether GradScaler may leave unscaling to the step.",
+}.items():
+    setattr(ProjectedOptimizer, _name, _forwarded(_name, _doc))
+
+for _name in (
+    "register_step_pre_hook",
+    "register_step_post_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+):
+
+    def _register(self, *args, _name=_name, **kwargs):
+        return getattr(self.optimizer, _name)(*args, **kwargs)
+
+    _register.__name__ = _name
+    _register.__doc__ = getattr(Optimizer, _name).__doc__
+    setattr(ProjectedOptimizer, _name, _register)
+
+
+def attach(
+    optimizer: Optimizer,
+    method: methods.Method = "orthogonal",
+    directions: int = 1,
+    space: Literal["gradient", "update"] = "gradient",
+    group=None,
+    eps: float = 0.0,
+) -> Projector:
+    """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's step hooks.
+
+    Args: as for :class:`ProjectedOptimizer`.
+    Returns:
+        Projector: ``protect()``, ``project()``, ``unprotect()``, ``last``. Hooks do not survive copying or pickling the
+        optimizer: attach again afterwards.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, ProjectedOptimizer):
+        raise TypeError("attach: this optimizer is a ProjectedOptimizer, which projects already")
+    projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps)
+
+    def before(_, args, kwargs):
+        # args[0] is the optimizer itself
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        wrapped = projector.before_step(closure)
+        if wrapped is closure:
+            return None
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(lambda *_: projector.after_step())
+    return projector
