@@ -47,7 +47,9 @@ def nvcc_path():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
     if not nvcc or not os.path.exists(nvcc):
-        raise SystemExit("gradproj: GRADPROJ_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME; or unset GRADPROJ_CUDA")
+        raise SystemExit(
+            "gradproj: GRADPROJ_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME; or unset GRADPROJ_CUDA"
+        )
     return nvcc
 
 

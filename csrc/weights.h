@@ -30,7 +30,7 @@ struct Rule {
 constexpr double kRankTolerance = 1e-8;
 
 // Doubles of scratch that solve_weights needs for R rows.
-GRADPROJ_HD constexpr int64_t weights_scratch(int R) { return 2LL * (R - 1) * (R - 1) + 6LL * (R - 1) + 1; }
+GRADPROJ_HD constexpr int64_t weights_scratch(int R) { return 2LL * (R - 1) * (R - 1) + 7LL * (R - 1) + 1; }
 
 // K = 1 in closed form; no scratch.
 GRADPROJ_HD inline void solve_weights_k1(Rule rule, double gg, double gd, double dd, double* w) {
@@ -109,6 +109,7 @@ GRADPROJ_HD inline void pivoted_solve(const double* C, int K, const double* b, c
 // by the active-set method of Lawson & Hanson 1974, chapter 23.
 GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double* w, double* scratch) {
   const int K = R - 1;
+  if (K == 1) return solve_weights_k1(rule, G[0], G[1], G[3], w);
   w[0] = 1.0;
   for (int k = 0; k < K; ++k) w[1 + k] = 0.0;
   for (int i = 0; i < R * R; ++i)
@@ -125,6 +126,7 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
   double* left = order + K;
   double* x = left + K;
   double* s = x + K;
+  double* refused = s + K;  // dependent on the chosen rows: no use asking again until those change
   for (int k = 0; k < K; ++k) {
     const double length2 = G[(k + 1) * R + k + 1] + rule.eps;
     s[k] = length2 > 0.0 ? 1.0 / sqrt(length2) : 0.0;
@@ -133,6 +135,7 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
     b[k] = -G[(k + 1) * R] * s[k];
     for (int l = 0; l < K; ++l) C[k * K + l] = (G[(k + 1) * R + l + 1] + (k == l ? rule.eps : 0.0)) * s[k] * s[l];
     chosen[k] = rule.method == Method::orthogonal && s[k] > 0.0 ? 1.0 : 0.0;
+    refused[k] = 0.0;
   }
   if (rule.method == Method::orthogonal) {
     detail::pivoted_solve(C, K, b, chosen, L, order, left, x);
@@ -147,7 +150,7 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
     int worst = -1;
     double most = slack;
     for (int k = 0; k < K; ++k) {
-      if (chosen[k] != 0.0 || s[k] == 0.0) continue;
+      if (chosen[k] != 0.0 || refused[k] != 0.0 || s[k] == 0.0) continue;
       double value = b[k];
       for (int l = 0; l < K; ++l) value -= C[k * K + l] * lambda[l];
       if (value > most) {
@@ -157,6 +160,7 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
     }
     if (worst < 0) break;
     chosen[worst] = 1.0;
+    bool entered = true;
     for (;;) {
       detail::pivoted_solve(C, K, b, chosen, L, order, left, x);
       double step = 1.0;
@@ -177,6 +181,7 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
         if (chosen[k] != 0.0) lambda[k] += step * (x[k] - lambda[k]);
       for (int k = 0; k < K; ++k)
         if (chosen[k] != 0.0 && (k == blocking || lambda[k] <= 0.0)) {
+          entered = entered && k != worst;
           chosen[k] = 0.0;
           lambda[k] = 0.0;
         }
@@ -184,6 +189,9 @@ GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double*
       for (int k = 0; k < K; ++k) any = any || chosen[k] != 0.0;
       if (!any) break;
     }
+    for (int k = 0; k < K; ++k)
+      if (entered) refused[k] = 0.0;
+    if (!entered) refused[worst] = 1.0;
   }
   for (int k = 0; k < K; ++k) lambda[k] *= s[k];
 }

@@ -68,7 +68,8 @@ def gram(*rows: Buffers) -> Tensor:
     if not rows:
         raise ValueError("gram: pass at least one list of tensors")
     names = [f"rows[{r}]" for r in range(len(rows))]
-    lists = _real(_same_length("gram", rows, names))
+    lists = _same_length("gram", rows, names)
+    lists = _real("gram", lists, names, range(len(lists[0])), False)
     first = next((t for row in lists for t in row if t is not None), None)
     if first is None:
         return torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -143,9 +144,7 @@ def project_(
 def _project_in_steps(rule, rows, flat, names, kept, group, known) -> Projection:
     num_rows = len(rows)
     if rows[0]:
-        gram_ = _call(
-            "project_", "gram", rows, names, kept, True, lambda op: op([*rows[0], *flat], num_rows, known)
-        )
+        gram_ = _call("project_", "gram", rows, names, kept, True, lambda op: op([*rows[0], *flat], num_rows, known))
         name = select(rows[0][0].device.type).name
     else:
         gram_, name = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=distributed.device(group)), "none"
@@ -210,19 +209,30 @@ def _prepare(op: str, grads: Buffers, directions: Sequence[Buffers]):
     if any(g is None for g in lists[0]):
         kept = [i for i, g in enumerate(lists[0]) if g is not None]
         lists = [[row[i] for i in kept] for row in lists]
-    return _real(lists), names, kept
+    if lists[0] and not isinstance(lists[0][0], Tensor):
+        validate.check(op, lists, names, kept, True)
+    return _real(op, lists, names, kept, True), names, kept
 
 
-def _real(lists: list[list[Tensor | None]]) -> list[list[Tensor | None]]:
+def _real(op: str, lists: list[list[Tensor | None]], names: Sequence[str], kept: Sequence[int], written: bool):
     """Complex tensors as real views of their memory; a direction's lazy conjugation is carried out first."""
-    if not any(isinstance(t, Tensor) and t.is_complex() for t in lists[0]):
+    if not any(isinstance(t, Tensor) and t.is_complex() for row in lists[: 1 if written else None] for t in row):
         return lists
-    return [[torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in r] for r in lists]
+    for i, g in zip(kept, lists[0], strict=True):
+        if written and isinstance(g, Tensor) and g.is_conj():
+            raise NotImplementedError(
+                f"{op}: {names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass {names[0]}[{i}].conj()"
+                f" with conjugated directions, or a tensor of its own ({names[0]}[{i}].resolve_conj())"
+            )
+    return [
+        [torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row]
+        for row in lists
+    ]
 
 
 def _call(public: str, op: str, rows, names, kept, written: bool, run):
     """Run one op on the backend that fits, under the rules of the package: precise errors, no autograd, versions bumped."""
-    backend = select(_device_type(public, rows, names, kept))
+    backend = select(_device_type(public, rows, names, kept, written))
     function = backend.op(op)
     if backend.namespace != "gradproj":
         validate.check(public, rows, names, kept, written)
@@ -237,8 +247,8 @@ def _call(public: str, op: str, rows, names, kept, written: bool, run):
     return result
 
 
-def _device_type(public, rows, names, kept) -> str:
+def _device_type(public, rows, names, kept, written) -> str:
     first = next(t for row in rows for t in row if t is not None)
     if not isinstance(first, Tensor):
-        validate.check(public, rows, names, kept, False)
+        validate.check(public, rows, names, kept, written)
     return first.device.type

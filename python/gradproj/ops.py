@@ -24,9 +24,15 @@ SCHEMAS = (
 NAMESPACES = ("gradproj", "gradproj_triton", "gradproj_torch")
 
 
+def _device_of(buffers) -> torch.device:
+    devices = {t.device for t in buffers if t is not None}
+    if len(devices) != 1:
+        raise RuntimeError(f"gradproj: buffers on {len(devices)} devices")
+    return devices.pop()
+
+
 def _fake_gram(rows, num_rows, known=None):
-    like = next(t for t in rows if t is not None)
-    return like.new_empty((num_rows, num_rows), dtype=torch.float64)
+    return torch.empty(num_rows, num_rows, dtype=torch.float64, device=_device_of(rows))
 
 
 def _fake_weights(gram, method, gamma, eps):
@@ -34,16 +40,21 @@ def _fake_weights(gram, method, gamma, eps):
 
 
 def _fake_combine_(grads, directions, weights):
-    return None
+    _device_of([*grads, *directions, weights])
 
 
 def _fake_project_(grads, directions, method, gamma, eps, known=None):
     num_rows = 1 + len(directions) // len(grads)
-    gram = grads[0].new_empty((num_rows, num_rows), dtype=torch.float64)
+    gram = torch.empty(num_rows, num_rows, dtype=torch.float64, device=_device_of([*grads, *directions]))
     return gram, gram.new_empty(num_rows)
 
 
-_FAKES: dict[str, Callable] = {"gram": _fake_gram, "weights": _fake_weights, "combine_": _fake_combine_, "project_": _fake_project_}
+_FAKES: dict[str, Callable] = {
+    "gram": _fake_gram,
+    "weights": _fake_weights,
+    "combine_": _fake_combine_,
+    "project_": _fake_project_,
+}
 
 # The Library objects own the registrations: they live as long as the module.
 _LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}

@@ -193,4 +193,3 @@ class Projector:
         state["param_groups"] = None  # the owner knows
         state["_projected"] = state["_before"] = None
         return state
-

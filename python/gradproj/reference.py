@@ -56,7 +56,9 @@ def orthogonal_gradient_projection(
         loss.backward(retain_graph=True)
         row = [p.grad for p in parameters if p.grad is not None]
         if len(row) < len(parameters):
-            raise ValueError("reference.orthogonal_gradient_projection: every parameter needs a gradient in both passes")
+            raise ValueError(
+                "reference.orthogonal_gradient_projection: every parameter needs a gradient in both passes"
+            )
         rows.append(row)
     capability, safety = rows
     project_(safety, capability)

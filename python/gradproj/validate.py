@@ -30,7 +30,9 @@ def check_buffer(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} has dtype {t.dtype}; supported: {', '.join(str(d) for d in FLOATS)} and complex")
 
 
-def check(op: str, rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], indices: Sequence[int], written: bool):
+def check(
+    op: str, rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], indices: Sequence[int], written: bool
+):
     """Raise the first error of ``rows``, or return.
 
     Args:
@@ -77,7 +79,9 @@ def _check_one_device(op, rows, names, indices) -> None:
             if first is None:
                 first = name, t.device
             elif t.device != first[1]:
-                raise ValueError(f"{op}: {name} is on {t.device} but {first[0]} is on {first[1]}; call it once per device")
+                raise ValueError(
+                    f"{op}: {name} is on {t.device} but {first[0]} is on {first[1]}; call it once per device"
+                )
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -140,7 +144,9 @@ def _check_overlap(op, rows, names, indices) -> None:
                 break
             if row and other_row:
                 continue
-            same = i == j and t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+            same = (
+                i == j and t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+            )
             if (same and row != other_row) or not shares_memory(t, other):
                 continue
             a, b = _name(names, row, i), _name(names, other_row, j)

@@ -1,0 +1,69 @@
+"""Fixtures. Every test that takes ``on`` runs on each backend that can run here; a new backend is tested by adding its name."""
+
+import os
+
+import torch
+
+# Without a GPU, triton kernels run in triton's interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+
+import gradproj
+
+hypothesis.settings.register_profile(
+    "gradproj",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("gradproj")
+
+
+class On(NamedTuple):
+    """Where a test runs."""
+
+    backend: str
+    device: str
+
+    @property
+    def slow(self) -> bool:
+        """Interpreted: keep examples few and buffers small."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def namespace(self):
+        return getattr(torch.ops, gradproj.backends()[self.backend].namespace)
+
+
+CPU = [On("cpu", "cpu"), On("torch", "cpu"), On("triton", "cpu")]
+GPU = [On("cuda", "cuda"), On("triton", "cuda"), On("torch", "cuda")]
+
+
+def pytest_generate_tests(metafunc):
+    if "on" in metafunc.fixturenames:
+        params = [pytest.param(on, id=f"{on.backend}") for on in CPU]
+        params += [pytest.param(on, id=f"{on.backend}-gpu", marks=pytest.mark.gpu) for on in GPU]
+        metafunc.parametrize("on", params, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def on(request):
+    backend = gradproj.backends()[request.param.backend]
+    if not backend.available:
+        pytest.skip(f"backend {backend.name}: {backend.reason}")
+    if request.param.device not in backend.device_types:
+        pytest.skip(f"backend {backend.name} does not take {request.param.device} tensors here")
+    with gradproj.use_backend(backend.name):
+        yield request.param

@@ -1,0 +1,100 @@
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import gradproj
+from cases import DTYPES, assert_gram_close, make_buffer, rows
+from gradproj import reference
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=120)
+def test_matches_float64_oracle(on, data):
+    if on.slow:
+        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    grads, directions = data.draw(rows(device=on.device, max_buffers=3 if on.slow else 5))
+    assert_gram_close(gradproj.gram(grads, *directions), reference.oracle_gram(grads, *directions))
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_directions(on, k, dtype):
+    if on.slow and (k, dtype) not in [(1, torch.bfloat16), (3, torch.float32), (8, torch.float16)]:
+        pytest.skip("interpreted: a sample of the cases")
+    rng = torch.Generator().manual_seed(k)
+    shapes = [(40, 30), (17,), (2050,)]
+    lists = [[make_buffer(s, dtype, "contiguous", rng, on.device) for s in shapes] for _ in range(k + 1)]
+    assert_gram_close(gradproj.gram(*lists), reference.oracle_gram(*lists))
+
+
+@pytest.mark.parametrize("num_rows", [1, 12, 17, 40])
+def test_one_row_and_more_than_one_pass(on, num_rows):
+    if on.slow and num_rows > 12:
+        pytest.skip("interpreted: a sample of the cases")
+    rng = torch.Generator().manual_seed(num_rows)
+    lists = [[make_buffer((1500,), torch.float32, "contiguous", rng, on.device)] for _ in range(num_rows)]
+    assert_gram_close(gradproj.gram(*lists), reference.oracle_gram(*lists))
+
+
+def test_error_does_not_grow_with_length(on):
+    """Sums in float32 all the way would be off by 1e-4 here: same sign, four million terms."""
+    n = 20_000 if on.slow else 4_000_000
+    g = torch.rand(n, generator=torch.Generator().manual_seed(0)).to(on.device)
+    d = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(on.device)
+    assert_gram_close(gradproj.gram([g], [d]), reference.oracle_gram([g], [d]), 1e-7)
+
+
+def test_same_bits_on_every_run(on):
+    rng = torch.Generator().manual_seed(3)
+    sizes = [300, 1025, 7] if on.slow else [300_000, 1025, 7, 90_001]
+    lists = [[make_buffer((n,), torch.float32, "misaligned", rng, on.device) for n in sizes] for _ in range(4)]
+    first = gradproj.gram(*lists)
+    for _ in range(3):
+        assert torch.equal(first, gradproj.gram(*lists))
+
+
+def test_same_bits_for_any_number_of_threads():
+    if not gradproj.backends()["cpu"].available:
+        pytest.skip("backend cpu is not built")
+    rng = torch.Generator().manual_seed(4)
+    lists = [[make_buffer((700_001,), torch.float32, "contiguous", rng), torch.ones(5)] for _ in range(3)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(gradproj.gram(*lists))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_known_directions_are_not_computed_again(on):
+    rng = torch.Generator().manual_seed(5)
+    lists = [[make_buffer((500,), torch.float32, "contiguous", rng, on.device)] for _ in range(4)]
+    flat = [t for row in lists for t in row]
+    marker = torch.full((3, 3), 7.0, dtype=torch.float64, device=on.device)
+    result = on.namespace.gram(flat, 4, marker)
+    assert torch.equal(result[1:, 1:], marker)
+    full = on.namespace.gram(flat, 4, None)
+    torch.testing.assert_close(result[0], full[0], rtol=1e-6, atol=0)
+    assert torch.equal(result[:, 0], result[0])
+
+
+def test_no_tensor_at_all():
+    assert torch.equal(gradproj.gram([None, None], [None, None]), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(gradproj.gram([]), torch.zeros(1, 1, dtype=torch.float64))
+
+
+def test_only_empty_tensors(on):
+    empty = [torch.empty(0, 3, device=on.device)]
+    assert torch.equal(gradproj.gram(empty, empty).cpu(), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_complex_counts_as_its_real_view(on):
+    rng = torch.Generator().manual_seed(6)
+    g = torch.randn(9, 5, dtype=torch.complex64, generator=rng).to(on.device)
+    d = torch.randn(5, 9, dtype=torch.complex64, generator=rng).to(on.device).t().conj()
+    assert_gram_close(gradproj.gram([g], [d]), reference.oracle_gram([g], [d]))
+    assert gradproj.gram([g], [g])[0, 1].item() == pytest.approx(torch.linalg.vector_norm(g).item() ** 2, rel=1e-5)

@@ -1,0 +1,60 @@
+"""The registered ops: schemas, fakes, and what torch.compile does with them."""
+
+import pytest
+import torch
+
+import gradproj
+from gradproj.ops import SCHEMAS
+
+NAMES = [schema.split("(")[0] for schema in SCHEMAS]
+
+
+def sample(name, device):
+    rows = [torch.randn(4, 3, device=device), torch.randn(70, device=device)]
+    other = [torch.randn(4, 3, device=device), None]
+    gram = torch.tensor([[2.0, -1.0], [-1.0, 3.0]], dtype=torch.float64, device=device)
+    return {
+        "gram": ([*rows, *other], 2, None),
+        "weights": (gram, "conflict", 0.0, 0.0),
+        "combine_": (rows, other, torch.tensor([1.0, 0.5], dtype=torch.float64, device=device)),
+        "project_": (rows, other, "orthogonal", 0.0, 0.0, None),
+    }[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(on, name):
+    torch.library.opcheck(getattr(on.namespace, name).default, sample(name, on.device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_is_under_test(name):
+    assert sample(name, "cpu")
+
+
+def test_known_gram_passes_opcheck(on):
+    known = torch.eye(1, dtype=torch.float64, device=on.device)
+    torch.library.opcheck(on.namespace.gram.default, (*sample("gram", on.device)[:2], known))
+    torch.library.opcheck(on.namespace.project_.default, (*sample("project_", on.device)[:5], known))
+
+
+def test_compiled_projection_equals_eager(on):
+    """One graph: the op must not break it."""
+    torch.manual_seed(0)
+    g, d = [torch.randn(50, 7), torch.randn(11)], [torch.randn(50, 7), None]
+    g, d = [t.to(on.device) for t in g], [None if t is None else t.to(on.device) for t in d]
+    eager = [t.clone() for t in g]
+    info = gradproj.project_(eager, d)
+
+    op = on.namespace.project_.default
+
+    @torch.compile(fullgraph=True)
+    def run(g, d):
+        gram, weights = op(g, d, "orthogonal", 0.0, 0.0)
+        return gram, weights, [t * 2 for t in g]
+
+    gram, weights, doubled = run(g, d)
+    torch.testing.assert_close(weights, info.weights)
+    torch.testing.assert_close(gram, info.gram)
+    for a, b, c in zip(eager, g, doubled, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(2 * a, c)

@@ -1,0 +1,196 @@
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import gradproj
+from cases import clone, make_buffer, rows
+from gradproj import reference
+
+METHODS = ["orthogonal", "conflict", ("mix", 0.3)]
+
+
+def flat(buffers):
+    return np.concatenate([np.zeros(0), *(b.double().cpu().reshape(-1).numpy() for b in buffers if b is not None)])
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=150)
+def test_matches_float64_oracle(on, data):
+    if on.slow:
+        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    grads, directions = data.draw(rows(max_directions=4, device=on.device, max_buffers=3 if on.slow else 5))
+    method = data.draw(st.sampled_from(METHODS))
+    hypothesis.assume(well_posed(grads, directions))
+    expected = reference.oracle_project(grads, directions, method)
+    written = clone(grads)
+    info = gradproj.project_(written, *directions, method=method)
+    assert info.backend in (on.backend, "none")
+    total = flat(grads)
+    wanted = np.concatenate([np.zeros(0), *(e for e in expected if e is not None)])
+    coarsest = max([torch.finfo(g.dtype).eps for g in grads if g is not None], default=0.0)
+    scale = np.linalg.norm(total) + np.linalg.norm(wanted)
+    assert np.linalg.norm(flat(written) - wanted) <= (coarsest + 3e-5) * scale
+
+
+def well_posed(grads, directions):
+    """Nearly dependent directions amplify the Gram's rounding: those cases have tests of their own."""
+    kept = [i for i, g in enumerate(grads) if g is not None]
+    gram = reference.oracle_gram(*[[d[i] for i in kept] for d in directions])
+    lengths = np.sqrt(np.diag(gram))
+    if not (lengths > 0).all():
+        return len(directions) == 1
+    return np.linalg.eigvalsh(gram / np.outer(lengths, lengths))[0] > 1e-2
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_result_is_orthogonal(on, k):
+    rng = torch.Generator().manual_seed(k)
+    shapes = [(30, 20), (77,), ()] if on.slow else [(300, 200), (7,), (), (1234,)]
+    g, *ds = [[make_buffer(s, torch.float32, "contiguous", rng, on.device) for s in shapes] for _ in range(k + 1)]
+    gradproj.project_(g, *ds)
+    after = reference.oracle_gram(g, *ds)
+    lengths = np.sqrt(np.diag(after))
+    assert (np.abs(after[0, 1:]) <= 2e-6 * lengths[0] * lengths[1:]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 3e-5, 1e9])
+def test_length_of_the_direction_changes_nothing(on, scale):
+    """With |d| = 3e-5 the usual eps of 1e-8 leaves a cosine of 0.04 behind."""
+    rng = torch.Generator().manual_seed(0)
+    g, d = (make_buffer((400,), torch.float32, "contiguous", rng, on.device) for _ in range(2))
+    d = d / d.norm() * scale
+    gradproj.project_([g], [d])
+    cosine = (g.double() @ d.double()) / (g.double().norm() * d.double().norm())
+    assert abs(cosine.item()) < 1e-6
+
+
+def test_eps_is_what_the_naive_algorithm_has(on):
+    rng = torch.Generator().manual_seed(1)
+    g, d = (make_buffer((400,), torch.float32, "contiguous", rng, on.device) for _ in range(2))
+    d = d / d.norm() * 3e-5
+    naive = g.clone()
+    reference.project_([naive], [d], eps=1e-8)
+    gradproj.project_([g], [d], eps=1e-8)
+    torch.testing.assert_close(g, naive, rtol=1e-4, atol=1e-5)
+
+
+def test_conflict_leaves_a_helpful_direction_alone(on):
+    g, d = [torch.tensor([1.0, 2.0], device=on.device)], [torch.tensor([1.0, 0.0], device=on.device)]
+    info = gradproj.project_(g, d, method="conflict")
+    assert torch.equal(g[0].cpu(), torch.tensor([1.0, 2.0]))
+    assert not info.applied and info.finite and info.removed == 0
+    info = gradproj.project_(g, [-d[0]], method="conflict")
+    assert torch.equal(g[0].cpu(), torch.tensor([0.0, 2.0]))
+    assert info.applied
+
+
+def test_callable_gets_the_gram_and_gives_weights(on):
+    g, d = [torch.tensor([1.0, 2.0], device=on.device)], [torch.tensor([3.0, 0.0], device=on.device)]
+    seen = []
+    gradproj.project_(g, d, method=lambda gram: (seen.append(gram), gram.new_tensor([2.0, 1.0]))[1])
+    assert seen[0].tolist() == [[5.0, 3.0], [3.0, 9.0]]
+    assert g[0].tolist() == [5.0, 4.0]
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        gradproj.project_(g, d, method=lambda gram: gram[0, :1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "direction"])
+@pytest.mark.parametrize(
+    "method", [*METHODS, lambda gram: gram.new_ones(2)], ids=["orthogonal", "conflict", "mix", "call"]
+)
+def test_non_finite_input_leaves_every_bit(on, bad, where, method):
+    g, d = torch.randn(300, device=on.device), torch.randn(300, device=on.device)
+    (g if where == "gradient" else d)[17] = bad
+    before = g.clone()
+    info = gradproj.project_([g], [d], method=method)
+    assert torch.equal(g.view(torch.int32), before.view(torch.int32))
+    assert not info.applied and not info.finite and info.weights.tolist() == [1.0, 0.0]
+
+
+def test_inner_products_run_where_the_gradient_is(on):
+    """The direction's part under a None gradient cannot be acted on: counting it would leave a conflict behind."""
+    g = [torch.tensor([1.0, 1.0], device=on.device), None]
+    d = [torch.tensor([1.0, 0.0], device=on.device), torch.tensor([100.0], device=on.device)]
+    info = gradproj.project_(g, d)
+    assert g[0].tolist() == [0.0, 1.0] and g[1] is None
+    assert info.gram.tolist() == [[2.0, 1.0], [1.0, 1.0]]
+
+
+def test_dependent_directions_remove_their_span(on):
+    rng = torch.Generator().manual_seed(2)
+    g, a, b = ([make_buffer((500,), torch.float32, "contiguous", rng, on.device)] for _ in range(3))
+    once = clone(g)
+    gradproj.project_(once, a, b)
+    gradproj.project_(g, a, b, a, [2 * b[0]], [torch.zeros_like(a[0])])
+    torch.testing.assert_close(g[0], once[0], rtol=1e-5, atol=1e-5)
+
+
+def test_zero_direction_changes_nothing(on):
+    g = [torch.tensor([1.0, 2.0], device=on.device)]
+    info = gradproj.project_(g, [torch.zeros(2, device=on.device)])
+    assert g[0].tolist() == [1.0, 2.0] and not info.applied
+
+
+def test_report(on):
+    g, d = [torch.tensor([3.0, 4.0], device=on.device)], [torch.tensor([2.0, 0.0], device=on.device)]
+    info = gradproj.project_(g, d)
+    assert info.backend == on.backend
+    assert info.gram.tolist() == [[25.0, 6.0], [6.0, 4.0]]
+    assert info.weights.tolist() == [1.0, -1.5]
+    assert info.cosine.tolist() == pytest.approx([0.6])
+    assert info.removed.item() == pytest.approx(0.6)
+    assert all(t.device.type == on.device for t in (info.gram, info.weights, info.cosine, info.removed, info.applied))
+
+
+def test_nothing_to_project():
+    info = gradproj.project_([None], [torch.ones(2)])
+    assert info.weights.tolist() == [1.0, 0.0] and not info.applied
+
+
+def test_complex_gradient(on):
+    rng = torch.Generator().manual_seed(3)
+    g, d = (torch.randn(6, 4, dtype=torch.complex64, generator=rng).to(on.device) for _ in range(2))
+    gradproj.project_([g], [d])
+    inner = torch.view_as_real(g).double().flatten() @ torch.view_as_real(d).double().flatten()
+    assert abs(inner.item()) < 1e-5
+
+
+def test_gradients_in_the_training_graph_are_left_out_of_autograd(on):
+    g = torch.ones(3, device=on.device, requires_grad=True)
+    gradproj.project_([g.detach()], [torch.ones(3, device=on.device)])
+    leaf = torch.ones(3, device=on.device, requires_grad=True)
+    gradproj.project_([leaf], [torch.tensor([1.0, 0.0, 0.0], device=on.device)])
+    assert leaf.grad_fn is None and leaf.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_clone_in_front_of_the_op_under_compile(on):
+    """Inductor may elide the clone, so that a direction is the gradient's own memory (pytorch#198031)."""
+
+    def step(x):
+        g = x.clone()
+        gradproj.combine_([g], [[x]], torch.tensor([1.0, -0.25], dtype=torch.float64, device=x.device))
+        return g, x * 1
+
+    x = torch.arange(1300.0, device=on.device)
+    g, same = torch.compile(step)(x)
+    torch.testing.assert_close(g, 0.75 * torch.arange(1300.0, device=on.device))
+    torch.testing.assert_close(same, torch.arange(1300.0, device=on.device))
+
+
+def test_fused_form_of_the_naive_algorithm():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    losses = (lambda m: m(x).square().mean(), lambda m: (m(y) - 1).abs().mean())
+    reference.orthogonal_gradient_projection(model, *losses)
+    expected = [p.grad.clone() for p in model.parameters()]
+    info = gradproj.orthogonal_gradient_projection(model, *losses)
+    assert info.applied
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
+    shared = model(x)  # losses that share a graph
+    gradproj.orthogonal_gradient_projection(model, shared.square().mean(), shared.abs().mean())
+    assert all(p.grad is not None for p in model.parameters())
