@@ -162,9 +162,9 @@ def test_unknown_and_unavailable_backend():
     with pytest.raises(ValueError, match="unknown backend 'cudnn'"), gradproj.use_backend("cudnn"):
         pass
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="'cuda' is not available: torch sees no CUDA device"):
-            with gradproj.use_backend("cuda"):
-                pass
+        message = "'cuda' is not available: torch sees no CUDA device"
+        with pytest.raises(RuntimeError, match=message), gradproj.use_backend("cuda"):
+            pass
 
 
 def test_backend_for_another_device():
