@@ -3,6 +3,8 @@
 Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradproj import distributed, methods, validate
-from gradproj.backends import select
+from gradproj.backends import Backend, select
 
 Buffers = Sequence[Tensor | None]
 
@@ -69,12 +71,10 @@ def gram(*rows: Buffers) -> Tensor:
         raise ValueError("gram: pass at least one list of tensors")
     names = [f"rows[{r}]" for r in range(len(rows))]
     lists = _same_length("gram", rows, names)
-    lists = _real("gram", lists, names, range(len(lists[0])), False)
-    first = next((t for row in lists for t in row if t is not None), None)
-    if first is None:
+    if all(t is None for row in lists for t in row):
         return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    flat = [t for row in lists for t in row]
-    return _call("gram", "gram", lists, names, range(len(lists[0])), False, lambda op: op(flat, len(lists)))
+    call = _Call("gram", lists, names, range(len(lists[0])), written=False)
+    return call("gram", lambda op, r: op(_flat(r), len(r)))
 
 
 def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:
@@ -88,15 +88,13 @@ def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> 
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    rows, names, kept = _prepare("combine_", grads, directions)
-    if not isinstance(weights, Tensor) or weights.shape != (len(rows),):
+    call = _prepare("combine_", grads, directions)
+    if not isinstance(weights, Tensor) or weights.shape != (len(call.rows),):
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"combine_: weights must be a tensor of shape ({len(rows)},), got {shape}")
-    if not rows[0]:
-        return
-    weights = weights.detach().to(rows[0][0].device, torch.float64)
-    flat = [t for row in rows[1:] for t in row]
-    _call("combine_", "combine_", rows, names, kept, True, lambda op: op(rows[0], flat, weights))
+        raise ValueError(f"combine_: weights must be a tensor of shape ({len(call.rows)},), got {shape}")
+    if call.rows[0]:
+        weights = weights.detach()
+        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights.to(r[0][0].device, torch.float64)))
 
 
 def project_(
@@ -127,33 +125,24 @@ def project_(
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
     """
     rule = methods.parse(method, eps)
-    rows, names, kept = _prepare("project_", grads, directions)
-    if not rows[0] and group is None:
-        first = next((t for row in (grads, *directions) for t in row if t is not None), None)
-        gram_ = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=None if first is None else first.device)
-        return Projection(gram_, torch.eye(1, len(rows)).to(gram_)[0], "none")
-    flat = [t for row in rows[1:] for t in row]
-    if group is None and isinstance(rule, methods.Rule):
-        gram_, weights = _call(
-            "project_", "project_", rows, names, kept, True, lambda op: op(rows[0], flat, *rule, known)
-        )
-        return Projection(gram_, weights, select(rows[0][0].device.type).name)
-    return _project_in_steps(rule, rows, flat, names, kept, group, known)
+    call = _prepare("project_", grads, directions)
+    num_rows = len(call.rows)
+    if call.rows[0] and group is None and isinstance(rule, methods.Rule):
+        products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, known))
+        return Projection(products, weights, call.backend.name)
 
-
-def _project_in_steps(rule, rows, flat, names, kept, group, known) -> Projection:
-    num_rows = len(rows)
-    if rows[0]:
-        gram_ = _call("project_", "gram", rows, names, kept, True, lambda op: op([*rows[0], *flat], num_rows, known))
-        name = select(rows[0][0].device.type).name
-    else:
-        gram_, name = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=distributed.device(group)), "none"
+    if call.rows[0]:
+        products = call("gram", lambda op, r: op(_flat(r), num_rows, known))
+    else:  # nothing to project here; other ranks may have something
+        first = next((t for t in _flat((grads, *directions)) if isinstance(t, Tensor)), None)
+        device = distributed.device(group) if group is not None else None if first is None else first.device
+        products = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
     if group is not None:
-        gram_ = distributed.reduce_gram(gram_, group)
-    weights = rule(gram_) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, gram_)
-    if rows[0]:
-        _call("project_", "combine_", rows, names, kept, True, lambda op: op(rows[0], flat, weights))
-    return Projection(gram_, weights, name)
+        products = distributed.reduce_gram(products, group)
+    weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
+    if call.rows[0]:
+        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights))
+    return Projection(products, weights, call.backend.name if call.rows[0] else "none")
 
 
 def orthogonal_gradient_projection(
@@ -199,56 +188,72 @@ def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list
     return lists
 
 
-def _prepare(op: str, grads: Buffers, directions: Sequence[Buffers]):
-    """Rows without the columns where the gradient is None, their names, and the user's index of each column."""
+def _prepare(op: str, grads: Buffers, directions: Sequence[Buffers]) -> "_Call":
+    """A call on the rows without the columns where the gradient is None."""
     names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
     lists = _same_length(op, (grads, *directions), names)
     kept: Sequence[int] = range(len(lists[0]))
-    if any(g is None for g in lists[0]):
+    if type(None) in set(map(type, lists[0])):
         kept = [i for i, g in enumerate(lists[0]) if g is not None]
         lists = [[row[i] for i in kept] for row in lists]
-    if lists[0] and not isinstance(lists[0][0], Tensor):
-        validate.check(op, lists, names, kept, True)
-    return _real(op, lists, names, kept, True), names, kept
+    return _Call(op, lists, names, kept, written=True)
 
 
-def _real(op: str, lists: list[list[Tensor | None]], names: Sequence[str], kept: Sequence[int], written: bool):
-    """Complex tensors as real views of their memory; a direction's lazy conjugation is carried out first."""
-    if not any(isinstance(t, Tensor) and t.is_complex() for row in lists[: 1 if written else None] for t in row):
-        return lists
-    for i, g in zip(kept, lists[0], strict=True):
-        if written and isinstance(g, Tensor) and g.is_conj():
-            raise NotImplementedError(
-                f"{op}: {names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass {names[0]}[{i}].conj()"
-                f" with conjugated directions, or a tensor of its own ({names[0]}[{i}].resolve_conj())"
-            )
-    return [
-        [torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row]
-        for row in lists
-    ]
+def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
+    return list(itertools.chain.from_iterable(rows))
 
 
-def _call(public: str, op: str, rows, names, kept, written: bool, run):
-    """Run one op on the backend that fits, under the rules of the package: precise errors, no autograd, versions bumped."""
-    backend = select(_device_type(public, rows, names, kept, written))
-    function = backend.op(op)
-    if backend.namespace != "gradproj":
-        validate.check(public, rows, names, kept, written)
-    try:
-        with torch.no_grad():
-            result = run(function)
-    except RuntimeError:
-        validate.check(public, rows, names, kept, written)
-        raise
-    if op != "gram" and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(rows[0])
-    return result
+class _Call:
+    """Runs ops for one public function under the rules of the package: precise errors, no autograd, versions bumped.
 
+    The native ops check their input themselves, so that a good call costs nothing per buffer here; when one refuses,
+    nothing has been written, and the slow path finds out why.
+    """
 
-def _device_type(public, rows, names, kept, written) -> str:
-    first = next(t for row in rows for t in row if t is not None)
-    if not isinstance(first, Tensor):
-        validate.check(public, rows, names, kept, written)
-    return first.device.type
+    def __init__(self, public: str, rows: list[list[Tensor | None]], names: Sequence[str], kept, written: bool):
+        self.public, self.rows, self.names, self.kept, self.written = public, rows, names, kept, written
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        first = next(t for row in self.rows for t in row if t is not None)
+        if not isinstance(first, Tensor):
+            self.check()
+        return select(first.device.type)
+
+    def check(self) -> None:
+        validate.check(self.public, self.rows, self.names, self.kept, self.written)
+
+    def __call__(self, name: str, run: Callable):
+        op = self.backend.op(name)
+        if self.backend.namespace != "gradproj":
+            self._take_real_views()
+            self.check()
+        try:
+            with torch.no_grad():
+                result = run(op, self.rows)
+        except RuntimeError:
+            if self._take_real_views():
+                return self(name, run)
+            self.check()
+            raise
+        if name != "gram" and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version([g for g in self.rows[0] if g is not None])
+        return result
+
+    def _take_real_views(self) -> bool:
+        """Replace complex tensors by real views of their memory; a direction's lazy conjugation is carried out first."""
+        if not any(isinstance(t, Tensor) and t.is_complex() for row in self.rows for t in row):
+            return False
+        for i, g in zip(self.kept, self.rows[0], strict=True):
+            if self.written and isinstance(g, Tensor) and g.is_conj():
+                raise NotImplementedError(
+                    f"{self.public}: {self.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a "
+                    f"tensor of its own: {self.names[0]}[{i}].resolve_conj()"
+                )
+        self.rows = [
+            [torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row]
+            for row in self.rows
+        ]
+        return True
