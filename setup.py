@@ -53,6 +53,12 @@ def nvcc_path():
     return nvcc
 
 
+def toolkit(nvcc):
+    """The CUDA toolkit's folder, from nvcc itself: the one on PATH may be a wrapper that lies elsewhere."""
+    done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    return next(line.split("TOP=", 1)[1].strip() for line in done.stderr.splitlines() if "TOP=" in line)
+
+
 def architectures():
     """nvcc's -gencode flags: machine code for each architecture, and PTX where it ends in +PTX."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
@@ -124,11 +130,11 @@ def extensions():
     }
     found = [Extension("gradproj._cpu", sources("cpu", ".cpp"), extra_compile_args=host, **common)]
     if CUDA:
-        nvcc = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
-        cuda_lib = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc_path()))), "lib64")
-        common |= {"define_macros": [*DEFINES, ("USE_CUDA", "1")], "library_dirs": [lib, cuda_lib]}
+        nvcc = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
+        root = toolkit(nvcc_path())
+        common |= {"define_macros": [*DEFINES, ("USE_CUDA", "1")], "include_dirs": [*include, f"{root}/include"]}
+        common["library_dirs"] = [lib, *(f"{root}/{name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib"))]
         common["libraries"] = ["torch", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"]
-        common["include_dirs"] = [*include, os.path.join(os.path.dirname(cuda_lib), "include")]
         found.append(
             Extension(
                 "gradproj._cuda",
@@ -140,10 +146,4 @@ def extensions():
     return found
 
 
-def check_nvcc():
-    if CUDA and NATIVE:
-        subprocess.run([nvcc_path(), "--version"], check=True, stdout=subprocess.DEVNULL)
-
-
-check_nvcc()
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
