@@ -68,7 +68,7 @@ __device__ inline void find_used(Used<C>& used, const WeightSource& source, cons
 // segment and rows that are not aligned as row 0 is. Walks backwards: what a Gram pass read last is still in L2. All rows of
 // an element are loaded before it is stored.
 template <typename C, typename Access, int kBytes>
-__global__ __launch_bounds__(kThreads, Access::kMixed ? 3 : 1) void combine_dense(const __grid_constant__ Segments<kBytes> p, WeightSource source) {
+__global__ __launch_bounds__(kThreads, Access::kMixed ? 3 : 0) void combine_dense(const __grid_constant__ Segments<kBytes> p, WeightSource source) {
   constexpr int kCount = Access::kCount;
   constexpr int kUnroll = Access::kMixed ? 2 : 4;
   constexpr int64_t kStep = 32 * kCount;

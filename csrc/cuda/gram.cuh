@@ -208,7 +208,8 @@ __device__ inline double sum_slots(const double* partial, int64_t count, int pai
 }
 
 // Adds the slots up into gram[R x R], at the rows `ids` of the pass. One block. Reads count * pairs doubles.
-inline __global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int64_t count, RowInfo ids, double* gram, int R) {
+template <int = 0>  // so that it may be defined in a header
+__global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int64_t count, RowInfo ids, double* gram, int R) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int p = static_cast<int>(threadIdx.x) / 32; p < slots.pairs; p += kWarps) {
     int i = 0, j = p;

@@ -98,7 +98,7 @@ void launch_gram(const Device& device, const Plan& plan, bool row_only, double* 
     const Slots slots{scratch, width, only ? width : width * (width + 1) / 2, only, false};
     RowInfo ids{};
     for (int r = 0; r < width; ++r) ids.id[r] = static_cast<uint8_t>(wanted[static_cast<size_t>(r)]);
-    GRADPROJ_LAUNCH(gram_finish, dim3(1), device.stream, slots, count, ids, gram, plan.rows);
+    GRADPROJ_LAUNCH((gram_finish<>), dim3(1), device.stream, slots, count, ids, gram, plan.rows);
   };
   if (!row_only && plan.rows <= kPassRows) {
     std::vector<int> all(static_cast<size_t>(plan.rows));

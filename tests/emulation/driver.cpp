@@ -1,0 +1,106 @@
+// Runs cases from a file through the CUDA kernels on the CPU and writes what they left behind. The format is a flat list of
+// 8-byte words; test_cuda_emulation.py writes and reads it.
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+
+#include "../../csrc/cuda/combine_launch.cuh"
+#include "../../csrc/cuda/gram_launch.cuh"
+#include "../../csrc/cuda/weights.cuh"
+#include "../../csrc/overlap.h"
+
+using namespace gradproj;
+
+struct Reader {
+  std::vector<char> bytes;
+  size_t at = 0;
+  int64_t word() {
+    int64_t value;
+    std::memcpy(&value, &bytes[at], 8);
+    at += 8;
+    return value;
+  }
+  std::vector<int64_t> words(int64_t count) {
+    std::vector<int64_t> out;
+    for (int64_t i = 0; i < count; ++i) out.push_back(word());
+    return out;
+  }
+};
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  std::ifstream in(argv[1], std::ios::binary);
+  Reader r{{std::istreambuf_iterator<char>(in), {}}};
+  std::ofstream out(argv[2], std::ios::binary);
+  auto put = [&](const void* data, size_t bytes) { out.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes)); };
+
+  for (int64_t cases = r.word(); cases > 0; --cases) {
+    const std::vector<int64_t> head = r.words(7);
+    int64_t operation = head[0];
+    const int rows = static_cast<int>(head[1]);
+    const cuda::Device device{nullptr, head[3], head[4] != 0};
+    const Rule rule{static_cast<Method>(head[5]), 0.25, 0.0};
+    const int64_t allocations = head[6];
+
+    // Each storage of exactly its size, so that the sanitizer guards both ends.
+    std::vector<std::unique_ptr<char[]>> storage;
+    std::vector<int64_t> sizes;
+    for (int64_t a = 0; a < allocations; ++a) {
+      sizes.push_back(r.word());
+      storage.push_back(std::make_unique<char[]>(static_cast<size_t>(sizes.back())));
+      std::memcpy(storage.back().get(), &r.bytes[r.at], static_cast<size_t>(sizes.back()));
+      r.at += static_cast<size_t>((sizes.back() + 7) / 8 * 8);
+    }
+    std::vector<std::vector<int64_t>> shapes;
+    std::vector<Buffer> buffers;
+    shapes.reserve(static_cast<size_t>(head[2]) * 2);
+    for (int64_t b = 0; b < head[2]; ++b) {
+      Buffer buffer;
+      buffer.present = r.word() != 0;
+      if (buffer.present) {
+        buffer.dtype = static_cast<DType>(r.word());
+        const int64_t allocation = r.word(), offset = r.word();
+        buffer.contiguous = r.word() != 0;
+        buffer.ndim = static_cast<int32_t>(r.word());
+        shapes.push_back(r.words(buffer.ndim));
+        buffer.sizes = shapes.back().data();
+        shapes.push_back(r.words(buffer.ndim));
+        buffer.strides = shapes.back().data();
+        buffer.data = storage[static_cast<size_t>(allocation)].get() + offset;
+        buffer.numel = 1;
+        for (int d = 0; d < buffer.ndim; ++d) buffer.numel *= buffer.sizes[d];
+      }
+      buffers.push_back(buffer);
+    }
+    std::vector<double> weights(static_cast<size_t>(rows));
+    for (double& w : weights) w = std::bit_cast<double>(r.word());
+
+    emulation::launches = 0;
+    const Plan plan = make_plan(buffers, rows);
+    if (operation == 2 && plan.pieces.empty()) operation = 4;  // as csrc/cuda/ops.cu does: nothing to fuse
+    // Exactly as large as promised, and full of NaN: what is not written shows.
+    std::vector<double> gram(static_cast<size_t>(rows * rows), std::nan("")),
+        scratch(static_cast<size_t>(cuda::gram_scratch(device)), std::nan(""));
+    if (operation == 0 || operation == 3) cuda::launch_gram(device, plan, operation == 3, scratch.data(), gram.data());
+    if (operation == 1) {
+      check_writable(buffers, rows);
+      cuda::WeightSource source{};
+      source.weights = weights.data();
+      cuda::launch_combine(device, plan, source);
+    }
+    if (operation == 2) cuda::launch_project_one(device, plan, rule, scratch.data(), gram.data(), weights.data());
+    if (operation == 4) {
+      std::vector<double> work(static_cast<size_t>(weights_scratch(rows)), std::nan(""));
+      cuda::launch_gram(device, plan, false, scratch.data(), gram.data());
+      cuda::launch_weights(nullptr, rule, gram.data(), rows, weights.data(), work.data());
+      cuda::WeightSource source{};
+      source.weights = weights.data();
+      cuda::launch_combine(device, plan, source);
+    }
+    const int64_t launches = emulation::launches;
+    put(&launches, 8);
+    put(gram.data(), gram.size() * 8);
+    put(weights.data(), weights.size() * 8);
+    for (int64_t a = 0; a < allocations; ++a) put(storage[static_cast<size_t>(a)].get(), static_cast<size_t>(sizes[static_cast<size_t>(a)]));
+  }
+}
