@@ -99,8 +99,12 @@ def test_machine_code_moves_16_bytes_at_a_time(compiled, source, stores):
 def test_links_against_the_stable_abi_only(compiled, tmp_path):
     """All torch symbols that the objects need are C shims: no C++ symbol of a torch version."""
     objects = [str(obj) for obj, _ in compiled.values()]
-    listing = subprocess.run(["nm", "--undefined-only", "-C", *objects], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["nm", "--undefined-only", "-C", *objects], check=True, capture_output=True, text=True
+    ).stdout
     assert "aoti_torch_get_current_cuda_stream" in listing
-    foreign = [line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line) and "torch::stable" not in line]
+    foreign = [
+        line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line) and "torch::stable" not in line
+    ]
     assert not foreign, foreign[:5]
     assert torch.__version__
