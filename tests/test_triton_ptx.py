@@ -37,7 +37,7 @@ def listings(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_full_blocks_move_16_bytes_at_a_time(listings, case):
-    kernel, rows, dtype, _ = case
+    kernel, rows, _dtype, _row_only = case
     ptx = listings[case]
     wide = re.compile(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v8\.b16|ld\.global\S*\.v2\.b64")
     assert len(wide.findall(ptx)) >= rows, (case, sorted(set(re.findall(r"ld\.global\S*", ptx))))

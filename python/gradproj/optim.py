@@ -172,6 +172,8 @@ def attach(
         raise TypeError("attach: this optimizer is a ProjectedOptimizer, which projects already")
     projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps)
 
+    projector._attached = True
+
     def before(_, args, kwargs):
         # args[0] is the optimizer itself
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -1,6 +1,7 @@
 """The protected directions of one model, and the projection of its gradients against them."""
 
 import contextlib
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ class Projector:
             raise ValueError(f"directions must be >= 1, got {directions}")
         if space not in ("gradient", "update"):
             raise ValueError(f'space must be "gradient" or "update", got {space!r}')
-        self.param_groups = param_groups
+        self.param_groups: ParamGroups | None = param_groups
         self.method = method
         self.space = space
         self.group = group
@@ -54,6 +55,8 @@ class Projector:
         self._directions: deque[Direction] = deque(maxlen=directions)
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
         self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
+        self._protecting = False
+        self._attached = False  # to an optimizer by hooks, which copies of that optimizer do not have
 
     def __len__(self) -> int:
         """How many directions are protected now."""
@@ -61,6 +64,8 @@ class Projector:
 
     def parameters(self) -> list[Tensor]:
         """The parameters that the optimizer steps, in its order, as of now."""
+        if self.param_groups is None:
+            raise RuntimeError("this Projector is a copy that belongs to no optimizer; call gradproj.attach() again")
         return [p for group in self.param_groups() for p in group["params"]]
 
     @contextlib.contextmanager
@@ -71,18 +76,26 @@ class Projector:
         The gradients are taken, not copied: after the block ``p.grad`` is what it was before it. An exception inside
         leaves the directions as they were.
 
+        Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
+
         Raises:
-            RuntimeError: no parameter received a gradient inside the block.
+            RuntimeError: no parameter received a gradient inside the block, or the block is inside another one.
         """
+        if self._protecting:
+            raise RuntimeError(
+                "protect() inside another protect(): several backward passes in one block add up already"
+            )
         parameters = self.parameters()
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         taken: Direction = {}
+        self._protecting = True
         try:
             yield
             taken = {p: p.grad for p in self.parameters() if p.grad is not None}
         finally:
+            self._protecting = False
             for p in self.parameters():
                 p.grad = None
             for p, grad in zip(parameters, before, strict=True):
@@ -117,6 +130,10 @@ class Projector:
 
     def before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """To call before the inner step; returns the closure to give to it."""
+        if self._protecting:
+            raise RuntimeError(
+                "step() inside protect(): the gradients made there are not for a step; leave the block first"
+            )
         if self.space == "update":
             if self._directions:
                 self._before = [p.detach().clone() for p in self.parameters()]
@@ -190,6 +207,13 @@ class Projector:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
+        if self._attached and self._directions:
+            warnings.warn(
+                "a Projector with protected directions is being copied, but the step hooks that attach() registered do not "
+                "go with the optimizer: call attach() again on the copy",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         state["param_groups"] = None  # the owner knows
         state["_projected"] = state["_before"] = None
         return state

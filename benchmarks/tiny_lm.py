@@ -1,0 +1,111 @@
+"""A byte-level language model small enough to train on two cores, and text that every Python brings along.
+
+The capability is Python source: the standard library. The second objective is English: the reference manual that ``help()``
+reads. Nothing is downloaded.
+"""
+
+import math
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONTEXT = 128
+CODE_FILES = (
+    "argparse ast asyncio/base_events calendar collections/__init__ configparser csv dataclasses datetime difflib doctest "
+    "email/message enum fractions functools heapq inspect ipaddress json/decoder locale logging/__init__ mailbox "
+    "multiprocessing/pool optparse pathlib pickle pickletools platform plistlib random shutil smtplib socket statistics "
+    "string subprocess tarfile tempfile textwrap threading tokenize traceback turtle typing unittest/case urllib/parse "
+    "uuid warnings weakref zipfile"
+).split()
+CODE_HELD_OUT = "_pydecimal gzip bdb cmd codecs contextlib copy fileinput imaplib ssl".split()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+def _read(names: list[str]) -> Tensor:
+    folder = Path(sysconfig.get_path("stdlib"))
+    # Python versions differ in which modules are packages: take what is there.
+    files = [folder / f"{name}.py" for name in names]
+    return _bytes("\n".join(f.read_text(encoding="utf-8") for f in files if f.exists()))
+
+
+class Text(NamedTuple):
+    train: Tensor
+    held_out: Tensor
+
+
+def code() -> Text:
+    """Python source, about 2 MB, with whole files held out."""
+    return Text(_read(CODE_FILES), _read(CODE_HELD_OUT))
+
+
+def prose() -> Text:
+    """The language reference as ``help()`` prints it, about 0.6 MB; the last tenth of its topics held out."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    cut = len(texts) * 9 // 10
+    return Text(_bytes("\n".join(texts[:cut])), _bytes("\n".join(texts[cut:])))
+
+
+def batch(text: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[size, CONTEXT + 1] windows."""
+    starts = torch.randint(len(text) - CONTEXT - 1, (size, 1), generator=generator)
+    return text[starts + torch.arange(CONTEXT + 1)]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.attend(self.norm1(x)).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.merge(y.transpose(1, 2).reshape(b, t, c))
+        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+
+
+class TinyLM(nn.Module):
+    """A GPT on bytes: 0.65 million parameters at the default size."""
+
+    def __init__(self, width: int = 128, layers: int = 3, heads: int = 4):
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                scale = 0.02 / math.sqrt(2 * layers) if name.endswith(("merge.weight", "contract.weight")) else 0.02
+                nn.init.normal_(p, std=scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.norm(self.blocks(x)) @ self.token.weight.T
+
+
+def loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per byte."""
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Tensor, windows: int = 96) -> float:
+    """Held-out nats per byte on the same evenly spaced windows every time."""
+    starts = torch.linspace(0, len(text) - CONTEXT - 1, windows).long()[:, None]
+    data = text[starts + torch.arange(CONTEXT + 1)]
+    return loss(model, data.to(next(model.parameters()).device)).item()
