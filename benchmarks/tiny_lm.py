@@ -14,14 +14,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONTEXT = 128
-CODE_FILES = (
-    "argparse ast asyncio/base_events calendar collections/__init__ configparser csv dataclasses datetime difflib doctest "
-    "email/message enum fractions functools heapq inspect ipaddress json/decoder locale logging/__init__ mailbox "
-    "multiprocessing/pool optparse pathlib pickle pickletools platform plistlib random shutil smtplib socket statistics "
-    "string subprocess tarfile tempfile textwrap threading tokenize traceback turtle typing unittest/case urllib/parse "
-    "uuid warnings weakref zipfile"
-).split()
-CODE_HELD_OUT = "_pydecimal gzip bdb cmd codecs contextlib copy fileinput imaplib ssl".split()
+CODE_FILES = [
+    "argparse",
+    "ast",
+    "asyncio/base_events",
+    "calendar",
+    "collections/__init__",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "difflib",
+    "doctest",
+    "email/message",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "inspect",
+    "ipaddress",
+    "json/decoder",
+    "locale",
+    "logging/__init__",
+    "mailbox",
+    "multiprocessing/pool",
+    "optparse",
+    "pathlib",
+    "pickle",
+    "pickletools",
+    "platform",
+    "plistlib",
+    "random",
+    "shutil",
+    "smtplib",
+    "socket",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "tokenize",
+    "traceback",
+    "turtle",
+    "typing",
+    "unittest/case",
+    "urllib/parse",
+    "uuid",
+    "warnings",
+    "weakref",
+    "zipfile",
+]
+CODE_HELD_OUT = ["_pydecimal", "gzip", "bdb", "cmd", "codecs", "contextlib", "copy", "fileinput", "imaplib", "ssl"]
 
 
 def _bytes(text: str) -> Tensor:

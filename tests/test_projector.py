@@ -286,4 +286,4 @@ def test_pickle_and_deepcopy_keep_the_protection():
 )  # fmt: skip
 def test_bad_settings(kwargs, error):
     with pytest.raises(ValueError, match=error):
-        Projector(lambda: [], **kwargs)
+        Projector(list, **kwargs)

@@ -1,0 +1,37 @@
+"""`make bench`: the fused projection on real parameter lists. A row of the table at the end is one test here."""
+
+import functools
+
+import pytest
+import torch
+
+import parameter_lists as lists
+import peers
+from harness import Case, fused, make_rows, measure
+
+CASES = [
+    Case("GPT-2 124M float32", lists.gpt2_124m()),
+    Case("GPT-2 124M bfloat16", lists.gpt2_124m(), torch.bfloat16),
+    Case("GPT-2 124M float32, K = 8", lists.gpt2_124m(), directions=8, rounds=3),
+    Case("small net, 300 tensors", lists.small_net(), rounds=21),
+    Case("600 x 64", lists.uniform(600, 64), rounds=21),
+    Case("300 x 64", lists.uniform(300, 64), rounds=21),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_projection(case, rows, benchmark):
+    contenders = dict(peers.EAGER)
+    if case.directions == 1 and case.dtype == torch.float32 and "GPT" in case.name:
+        contenders["torch.compile"] = lambda g, d: _compiled()(g, d)
+    row = measure(case, contenders)
+    rows.append(row)
+    assert row.seconds is not None, f"wrong result: {row.wrong}"
+    benchmark.extra_info.update(row._asdict())
+    grads, directions = make_rows(case, "cpu")
+    benchmark.pedantic(fused, (grads, directions), rounds=5, warmup_rounds=1)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(peers.device_coefficient)

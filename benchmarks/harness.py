@@ -1,0 +1,264 @@
+"""Checks first, then times: every row of a table is the fused projection against its peers and the limit, in one run.
+
+Contenders take turns (A B C A B C ..), so that a slow second of a shared machine meets all of them; a ratio is the median of
+the ratios round by round. A contender whose result is wrong is named and not timed.
+"""
+
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import gradproj
+from gradproj import reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+class Case(NamedTuple):
+    """One projection: ``directions`` lists of tensors of these shapes."""
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    dtype: torch.dtype = torch.float32
+    directions: int = 1
+    rounds: int = 7
+
+    @property
+    def list_bytes(self) -> int:
+        return sum(int(np.prod(s)) for s in self.shapes) * torch.empty(0, dtype=self.dtype).element_size()
+
+    @property
+    def minimal_bytes(self) -> int:
+        return (2 * self.directions + 3) * self.list_bytes
+
+
+class Row(NamedTuple):
+    """Medians in seconds; ratios are of other / fused, so that larger is better for the fused one. None: not measured."""
+
+    case: str
+    seconds: float | None
+    times_naive: float | None
+    times_best_torch: float | None
+    best_torch: str
+    share_of_limit: float | None
+    extra_bytes: int | None
+    naive_extra_bytes: int | None
+    buffers: int
+    backend: str
+    wrong: list[str]
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """What a figure needs beside it."""
+    root = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "-C", root, "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
+    )
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def make_rows(case: Case, device: str) -> tuple[list[Tensor], list[list[Tensor]]]:
+    generator = torch.Generator(device).manual_seed(0)
+    rows = [
+        [torch.randn(s, generator=generator, device=device).to(case.dtype) for s in case.shapes]
+        for _ in range(case.directions + 1)
+    ]
+    return rows[0], rows[1:]
+
+
+def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.ndarray:
+    """float64 weights from float64 inner products, tensor by tensor."""
+    rows = [grads, *directions]
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for column in zip(*rows, strict=True):
+        for part in zip(*(t.view(-1).split(1 << 22) for t in column), strict=True):
+            m = torch.stack([t.double() for t in part])
+            gram += (m @ m.T).cpu()
+    return reference.oracle_weights(gram.numpy())
+
+
+def is_right(
+    run: Callable, case: Case, grads: list[Tensor], directions: list[list[Tensor]], weights: np.ndarray
+) -> bool:
+    """Whether ``run`` leaves what the weights say, up to the rounding of the dtype."""
+    copies = [t.clone() for t in grads]
+    run(copies, directions)
+    error = scale = 0.0
+    for i, (result, g) in enumerate(zip(copies, grads, strict=True)):
+        wanted = weights[0] * g.float()
+        for w, d in zip(weights[1:], directions, strict=True):
+            wanted += float(w) * d[i].float()
+        error += float((result.float() - wanted).square().sum(dtype=torch.float64))
+        scale += float(wanted.square().sum(dtype=torch.float64))
+    return error**0.5 <= TOLERANCE[case.dtype] * scale**0.5
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every contender in every round; a round that takes under 2 ms is repeated within."""
+    repeats = {}
+    for name, run in contenders.items():
+        run()
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        repeats[name] = max(1, min(1000, int(0.002 / max(1e-7, time.perf_counter() - start))))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def extra_memory(run: Callable[[], None], device: str) -> int:
+    """Bytes by which the peak grows during one call, the second one: what the first allocates for good is set-up.
+
+    On the CPU the peak of resident memory, which sees every allocator; the kernel resets it on request (Linux).
+    """
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def limit(case: Case, device: str) -> Callable[[], None]:
+    """The same minimal bytes, streamed over flat buffers: one dot and one add_ on the CPU, a copy on a GPU.
+
+    For K directions the two rows are as long as it takes to move (2 K + 3) N bytes.
+    """
+    flat_bytes = case.minimal_bytes // 5 if device == "cpu" else case.minimal_bytes // 2
+    a = torch.randn(flat_bytes // 4, device=device)
+    b = torch.randn(flat_bytes // 4, device=device)
+    if device == "cuda":
+        return lambda: a.copy_(b)
+
+    def dot_and_add():
+        torch.dot(a, b)
+        a.add_(b, alpha=1e-9)
+
+    return dot_and_add
+
+
+def fused(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
+    gradproj.project_(grads, *directions)
+
+
+def naive(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
+    reference.project_(grads, directions[0], eps=0.0)
+
+
+def measure(case: Case, peers: dict[str, Callable], device: str = "cpu", backend: str | None = None) -> Row:
+    """One row of the table."""
+    grads, directions = make_rows(case, device)
+    weights = expected_weights(grads, directions)
+    runs = {"fused": _on(backend, fused), **peers}
+    if case.directions == 1:
+        runs["naive"] = naive
+    wrong = [name for name, run in runs.items() if not is_right(run, case, grads, directions, weights)]
+    info = _on(backend, gradproj.project_)([g.clone() for g in grads], *directions)
+    if "fused" in wrong:
+        return Row(case.name, None, None, None, "", None, None, None, len(grads), info.backend, wrong)
+    timed = {name: functools.partial(run, grads, directions) for name, run in runs.items() if name not in wrong}
+    timed["limit"] = limit(case, device)
+    seconds = in_turns(timed, case.rounds, device)
+    torch_times = {name: ratio(seconds[name], seconds["fused"]) for name in peers if name in seconds}
+    best = min(torch_times, key=torch_times.__getitem__) if torch_times else ""
+    return Row(
+        case=case.name,
+        seconds=statistics.median(seconds["fused"]),
+        times_naive=ratio(seconds["naive"], seconds["fused"]) if "naive" in seconds else None,
+        times_best_torch=torch_times.get(best),
+        best_torch=best,
+        share_of_limit=ratio(seconds["limit"], seconds["fused"]),
+        extra_bytes=extra_memory(timed["fused"], device),
+        naive_extra_bytes=extra_memory(timed["naive"], device) if "naive" in timed else None,
+        buffers=len(grads) * (case.directions + 1),
+        backend=info.backend,
+        wrong=wrong,
+    )
+
+
+def _on(backend: str | None, run: Callable) -> Callable:
+    if backend is None:
+        return run
+
+    def on_backend(*args):
+        with gradproj.use_backend(backend):
+            return run(*args)
+
+    return on_backend
+
+
+def table(rows: list[Row], header: dict[str, str]) -> str:
+    """Markdown."""
+
+    def show(value, form):
+        return "" if value is None else form.format(value)
+
+    lines = [f"{header['machine']}; torch {header['torch']}; {header['date']}; commit {header['commit']}", ""]
+    lines += [
+        "| case | time | x naive | x best torch | of the limit | extra memory | naive's |",
+        "| --- " + "| ---: " * 6 + "|",
+    ]
+    for r in rows:
+        if r.seconds is None:
+            lines.append(f"| {r.case} | wrong result: {', '.join(r.wrong)} | | | | | |")
+            continue
+        time_text = f"{r.seconds * 1e3:.1f} ms" if r.seconds > 2e-3 else f"{r.seconds * 1e6:.0f} us"
+        best = f"{r.times_best_torch:.2f} ({r.best_torch})" if r.times_best_torch else ""
+        extra = "" if r.extra_bytes is None else f"{r.extra_bytes / 2**20:.2f} MiB"
+        other = "" if r.naive_extra_bytes is None else f"{r.naive_extra_bytes / 2**20:.0f} MiB"
+        lines.append(
+            f"| {r.case} | {time_text} | {show(r.times_naive, '{:.1f}')} | {best} | "
+            f"{show(r.share_of_limit, '{:.0%}')} | {extra} | {other} |"
+        )
+        if r.wrong:
+            lines.append(f"| | not timed, wrong result: {', '.join(r.wrong)} | | | | | |")
+    return "\n".join(lines)
