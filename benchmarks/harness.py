@@ -168,22 +168,25 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def limit(case: Case, device: str) -> Callable[[], None]:
-    """The same minimal bytes, streamed over flat buffers: one dot and one add_ on the CPU, a copy on a GPU.
+GPU_COPY_BYTES = 1 << 30  # far beyond any L2: what counts is the bandwidth of the memory
 
-    For K directions the two rows are as long as it takes to move (2 K + 3) N bytes.
+
+def limit(case: Case, device: str) -> tuple[Callable[[], None], float]:
+    """What the minimal bytes cost, streamed over flat float32 buffers: (run, its share of the minimal bytes).
+
+    On the CPU one dot and one add_, 5 bytes moved per byte of a row, on rows as long as it takes. On a GPU a copy.
     """
-    flat_bytes = case.minimal_bytes // 5 if device == "cpu" else case.minimal_bytes // 2
-    a = torch.randn(flat_bytes // 4, device=device)
-    b = torch.randn(flat_bytes // 4, device=device)
-    if device == "cuda":
-        return lambda: a.copy_(b)
+    row_bytes = case.minimal_bytes // 5 if device == "cpu" else GPU_COPY_BYTES
+    a = torch.randn(max(1, row_bytes // 4), device=device)
+    b = torch.randn(max(1, row_bytes // 4), device=device)
 
     def dot_and_add():
         torch.dot(a, b)
         a.add_(b, alpha=1e-9)
 
-    return dot_and_add
+    if device == "cpu":
+        return dot_and_add, 1.0
+    return lambda: a.copy_(b), case.minimal_bytes / (2 * row_bytes)
 
 
 def fused(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
@@ -206,8 +209,9 @@ def measure(case: Case, peers: dict[str, Callable], device: str = "cpu", backend
     if "fused" in wrong:
         return Row(case.name, None, None, None, "", None, None, None, len(grads), info.backend, wrong)
     timed = {name: functools.partial(run, grads, directions) for name, run in runs.items() if name not in wrong}
-    timed["limit"] = limit(case, device)
+    timed["limit"], scale = limit(case, device)
     seconds = in_turns(timed, case.rounds, device)
+    del timed["limit"]
     torch_times = {name: ratio(seconds[name], seconds["fused"]) for name in peers if name in seconds}
     best = min(torch_times, key=torch_times.__getitem__) if torch_times else ""
     return Row(
@@ -216,7 +220,7 @@ def measure(case: Case, peers: dict[str, Callable], device: str = "cpu", backend
         times_naive=ratio(seconds["naive"], seconds["fused"]) if "naive" in seconds else None,
         times_best_torch=torch_times.get(best),
         best_torch=best,
-        share_of_limit=ratio(seconds["limit"], seconds["fused"]),
+        share_of_limit=scale * ratio(seconds["limit"], seconds["fused"]),
         extra_bytes=extra_memory(timed["fused"], device),
         naive_extra_bytes=extra_memory(timed["naive"], device) if "naive" in timed else None,
         buffers=len(grads) * (case.directions + 1),

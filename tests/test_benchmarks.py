@@ -1,0 +1,91 @@
+"""The benchmarks' own promises: no time for a wrong result, and a gate that runs through before a GPU is rented."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import demo
+import gpu_gate
+import harness
+import peers
+
+
+def tiny(**kwargs):
+    return harness.Case("tiny", [(40, 3), (7,), (300,)], rounds=3, **kwargs)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("name", peers.EAGER)
+def test_peers_compute_the_same(name, directions):
+    case = tiny(directions=directions)
+    rows = harness.make_rows(case, "cpu")
+    assert harness.is_right(peers.EAGER[name], case, *rows, harness.expected_weights(*rows))
+
+
+def test_row_of_a_right_result():
+    row = harness.measure(tiny(), peers.EAGER)
+    assert row.seconds and row.times_naive and row.times_best_torch and row.share_of_limit and not row.wrong
+    assert row.buffers == 6 and row.extra_bytes is not None
+    assert "| tiny | " in harness.table([row], harness.machine())
+
+
+def test_wrong_peer_is_named_and_not_timed():
+    row = harness.measure(tiny(), {"lazy": lambda g, d: None, "dot + add_": peers.dot_add})
+    assert row.wrong == ["lazy"] and row.best_torch == "dot + add_"
+    assert "wrong result: lazy" in harness.table([row], harness.machine())
+
+
+def test_wrong_fused_result_prints_no_time(monkeypatch):
+    monkeypatch.setattr(harness, "fused", lambda g, d: g[0].add_(1.0))
+    row = harness.measure(tiny(), peers.EAGER)
+    assert row.seconds is None and row.times_naive is None
+    text = harness.table([row], harness.machine())
+    assert "wrong result: fused" in text and " us" not in text and " ms" not in text
+
+
+def test_naive_memory_is_seen():
+    """The probe sees what the naive version allocates, so a small figure for the fused one means something."""
+    case = harness.Case("large", [(1 << 22,)])
+    grads, directions = harness.make_rows(case, "cpu")
+    assert harness.extra_memory(lambda: harness.naive(grads, directions), "cpu") > 2 * case.list_bytes
+    assert harness.extra_memory(lambda: harness.fused(grads, directions), "cpu") < 1 << 20
+
+
+def test_gate_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_gate.py"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no CUDA device" in done.stdout
+
+
+def test_gate_measures_and_judges(tmp_path):
+    result = gpu_gate.measure("cpu", quick=True)
+    assert set(result["rows"]) == {"124M fp32", "124M bf16", "K = 8"}
+    assert json.loads(json.dumps(result)) == result
+    text = gpu_gate.show(result)
+    assert "backend cpu" in text and "not measured" in text  # the targets are about cuda
+    gpu_gate.sanitize_case("cpu")
+    stage = gpu_gate.run_stage("fails", [sys.executable, "-c", "raise SystemExit('reason')"], 60, {})
+    assert not stage.passed and "reason" in stage.output
+    stage = gpu_gate.run_stage("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5, {})
+    assert not stage.passed and "stopped after" in stage.output
+
+
+def test_demo_runs_through(tmp_path, capsys):
+    """A few steps of everything that `make demo` does; what it finds then is not asserted."""
+    pytest.importorskip("matplotlib")
+    demo.main(["--seeds", "2", "--base-steps", "3", "--steps", "4", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    for cure in demo.CURES:
+        assert f"| {cure.name} |" in printed
+    assert (tmp_path / "out" / "alignment_tax.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 2 * len(demo.CURES)
