@@ -55,12 +55,13 @@ class Projection(NamedTuple):
         return (self.weights[0] != 1) | (self.weights[1:] != 0).any()
 
 
-def gram(*rows: Buffers) -> Tensor:
+def gram(*rows: Buffers, known: Tensor | None = None) -> Tensor:
     """All inner products of the rows in one pass.
 
     Args:
         rows: R >= 1 lists of the same length; any shapes, strides and floating or complex dtypes, equal shapes within a
             column. None counts as zeros. Not modified.
+        known: [R - 1, R - 1] Gram of rows 1.., if it is known already: then only the products with row 0 are computed.
     Returns:
         [R, R] float64 on the rows' device (CPU if there is no tensor).
     Raises:
@@ -74,7 +75,7 @@ def gram(*rows: Buffers) -> Tensor:
     if all(t is None for row in lists for t in row):
         return torch.zeros(len(rows), len(rows), dtype=torch.float64)
     call = _Call("gram", lists, names, range(len(lists[0])), written=False)
-    return call("gram", lambda op, r: op(_flat(r), len(r)))
+    return call("gram", lambda op, r: op(_flat(r), len(r), known))
 
 
 def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:

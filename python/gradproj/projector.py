@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from gradproj.functional import Projection, combine_, gram, project_
 
 ParamGroups = Callable[[], list[dict[str, Any]]]
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
+
+
+class _Known(NamedTuple):
+    """The Gram of the directions ``serials`` over the parameters ``columns``."""
+
+    serials: tuple[int, ...]
+    columns: tuple[int, ...]
+    gram: Tensor
 
 
 class Projector:
@@ -53,6 +61,8 @@ class Projector:
         self.eps = eps
         self.last: Projection | None = None
         self._directions: deque[Direction] = deque(maxlen=directions)
+        self._serials: deque[int] = deque(maxlen=directions)  # which protect() made each: no two have the same
+        self._known: _Known | None = None
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
         self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
         self._protecting = False
@@ -105,11 +115,14 @@ class Projector:
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
         self._directions.append(taken)
+        self._serials.append(self._serials[-1] + 1 if self._serials else 0)
         self._projected = None
 
     def unprotect(self) -> None:
         """Forget all protected directions: the next step is the plain step."""
         self._directions.clear()
+        self._serials.clear()
+        self._known = None
 
     def project(self) -> Projection | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
@@ -167,10 +180,36 @@ class Projector:
     def _project_rows(self, grads: list[Tensor | None]) -> Projection | None:
         if not self._directions:
             return None
-        self.last = project_(grads, *self._rows(), method=self.method, eps=self.eps, group=self.group)
+        rows = self._rows()
+        known = self._known_gram(grads, rows) if len(rows) > 1 else None
+        self.last = project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
         some = next((g for g in grads if g is not None), None)
         self._projected = None if some is None else weakref.ref(some)
         return self.last
+
+    def _known_gram(self, grads: list[Tensor | None], rows: list[list[Tensor | None]]) -> Tensor:
+        """[K, K] Gram of the directions where there is a gradient, of this rank's shards.
+
+        It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
+        products instead of (K + 1)(K + 2) / 2.
+        """
+        columns = [i for i, g in enumerate(grads) if g is not None]
+        parameters = self.parameters()
+        # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
+        key = tuple(id(parameters[i]) for i in columns)
+        rows = [[row[i] for i in columns] for row in rows]
+        serials = tuple(self._serials)
+        products, kept = None, 0
+        if self._known is not None and self._known.columns == key and serials[0] in self._known.serials:
+            start = self._known.serials.index(serials[0])
+            products = self._known.gram[start:, start:].contiguous()
+            kept = len(products)
+        if products is None:
+            products, kept = gram(*rows), len(rows)
+        for r in range(kept, len(rows)):
+            products = gram(rows[r], *rows[:r], known=products).roll((-1, -1), (0, 1))  # the new one goes last
+        self._known = _Known(serials, key, products)
+        return products
 
     @torch.no_grad()
     def _project_update(self, before: list[Tensor]) -> None:
@@ -215,5 +254,5 @@ class Projector:
                 stacklevel=2,
             )
         state["param_groups"] = None  # the owner knows
-        state["_projected"] = state["_before"] = None
+        state["_projected"] = state["_before"] = state["_known"] = None  # ids and references do not survive a copy
         return state
