@@ -12,14 +12,14 @@ help:  ## list the commands
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== set-up: $(VENV), torch and the test tools (once, about a minute)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 needs its venv module (on Debian: apt-get install python3-venv)"; exit 1; }
-	@$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" torch numpy
-	@$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt \
+	@$(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt "setuptools>=77" torch numpy
+	@$(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt \
 	    triton matplotlib pytest pytest-benchmark hypothesis ruff mypy
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
 	@echo "== set-up: the native kernels"
-	@$(RUN) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(RUN) -m pip install -q -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 build: $(VENV)/.built  ## make .venv, install, build the kernels

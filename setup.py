@@ -130,8 +130,8 @@ def extensions():
     }
     found = [Extension("gradproj._cpu", sources("cpu", ".cpp"), extra_compile_args=host, **common)]
     if CUDA:
-        nvcc = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
         root = toolkit(nvcc_path())
+        nvcc = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
         common |= {"define_macros": [*DEFINES, ("USE_CUDA", "1")], "include_dirs": [*include, f"{root}/include"]}
         common["library_dirs"] = [lib, *(f"{root}/{name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib"))]
         common["libraries"] = ["torch", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"]

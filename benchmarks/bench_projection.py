@@ -22,7 +22,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_projection(case, rows, benchmark):
     contenders = dict(peers.EAGER)
-    if case.directions == 1 and case.dtype == torch.float32 and "GPT" in case.name:
+    # torch.compile links CPU code with unquoted paths: no contender where torch's own path has a space
+    if case.directions == 1 and case.dtype == torch.float32 and "GPT" in case.name and " " not in torch.__file__:
         contenders["torch.compile"] = lambda g, d: _compiled()(g, d)
     row = measure(case, contenders)
     rows.append(row)

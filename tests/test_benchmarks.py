@@ -67,7 +67,7 @@ def test_gate_without_a_gpu_says_so():
     assert done.returncode == 2 and "no CUDA device" in done.stdout
 
 
-def test_gate_measures_and_judges(tmp_path):
+def test_gate_measures_and_judges(tmp_path, inductor):
     result = gpu_gate.measure("cpu", quick=True)
     assert set(result["rows"]) == {"124M fp32", "124M bf16", "K = 8"}
     assert json.loads(json.dumps(result)) == result

@@ -37,7 +37,7 @@ def test_known_gram_passes_opcheck(on):
     torch.library.opcheck(on.namespace.project_.default, (*sample("project_", on.device)[:5], known))
 
 
-def test_compiled_projection_equals_eager(on):
+def test_compiled_projection_equals_eager(on, inductor):
     """One graph: the op must not break it."""
     torch.manual_seed(0)
     g, d = [torch.randn(50, 7), torch.randn(11)], [torch.randn(50, 7), None]

@@ -224,7 +224,7 @@ def test_grad_scaler():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_step_equals_eager():
+def test_compiled_step_equals_eager(inductor):
     model, batches = model_and_batches()
     twin = copy.deepcopy(model)
     eager = gradproj.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -283,7 +283,7 @@ def test_attached_closure_is_projected_where_it_makes_its_gradients(by_keyword):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_attached_survives_compile():
+def test_attached_survives_compile(inductor):
     """Dynamo unwraps an optimizer's step to leave a profiling hook out: the projection must not go with it."""
     model, batches = model_and_batches()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -166,7 +166,7 @@ def test_gradients_in_the_training_graph_are_left_out_of_autograd(on):
     assert leaf.grad_fn is None and leaf.tolist() == [0.0, 1.0, 1.0]
 
 
-def test_clone_in_front_of_the_op_under_compile(on):
+def test_clone_in_front_of_the_op_under_compile(on, inductor):
     """Inductor may elide the clone, so that a direction is the gradient's own memory (pytorch#198031)."""
 
     def step(x):
