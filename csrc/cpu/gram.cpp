@@ -16,11 +16,17 @@ void gram_typed(const Plan& plan, const double* known, double* gram) {
   for_each_task(tasks, false, [&](int64_t task) {
     std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
     std::vector<const T*> rows(static_cast<size_t>(R));
+    std::vector<const BF16*> halves(static_cast<size_t>(R));
     TileReader<T> reader(plan);
-    const auto kernel = tile_kernels<T>().gram;
     for_each_tile(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
+      if constexpr (sizeof(T) == 4)
+        if (stored_as<BF16>(plan, piece)) {
+          for (int r = 0; r < R; ++r)
+            halves[static_cast<size_t>(r)] = reinterpret_cast<const BF16*>(plan.row_views(piece)[r].data) + start;
+          return row_kernels<T, BF16>().gram(halves.data(), R, n, row_only, acc.data());
+        }
       for (int r = 0; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, start, n);
-      kernel(rows.data(), R, n, row_only, acc.data());
+      row_kernels<T, T>().gram(rows.data(), R, n, row_only, acc.data());
     });
     for (int64_t p = 0; p < pairs; ++p) {
       double total = 0.0;

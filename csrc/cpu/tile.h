@@ -11,22 +11,34 @@ namespace gradproj::cpu {
 constexpr int kTile = 1024;  // elements: R rows of float32 fit L1 for K = 1..7
 constexpr int kLanes = 8;    // float64 partial sums per pair of rows, added up once per task
 
-template <typename T>
-struct TileKernels {
+// Rows of storage type S, computed in T.
+template <typename T, typename S>
+struct RowKernels {
   // Adds the products of rows i <= j (only i = 0 if row_only) to acc, kLanes doubles per pair, pairs in row-major order of
-  // the upper triangle. Reads R n elements. Float products are summed over at most kTile / 16 elements per lane before they
+  // the upper triangle. Reads R n elements. Float products are summed over at most kTile / 8 elements per lane before they
   // are widened.
-  void (*gram)(const T* const* rows, int num_rows, int64_t n, bool row_only, double* acc);
-  // out = sum_r weights[r] rows[r]; out may be one of the rows. Reads R n elements, writes n.
-  void (*combine)(T* out, const T* const* rows, const T* weights, int num_rows, int64_t n);
-  // Between storage and compute type; contiguous.
+  void (*gram)(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc);
+  // out = sum_r weights[r] rows[r], rounded once; out may be one of the rows. Reads R n elements, writes n.
+  void (*combine)(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n);
+};
+
+// Between a dtype's storage and T; contiguous.
+template <typename T>
+struct Converters {
   void (*load)(const char* source, DType dtype, T* out, int64_t n);
   void (*store)(const T* source, char* out, DType dtype, int64_t n);
 };
 
+struct BF16 {
+  uint16_t bits;
+};
+
 struct Kernels {
-  TileKernels<float> f32;
-  TileKernels<double> f64;
+  RowKernels<float, float> f32;
+  RowKernels<double, double> f64;
+  RowKernels<float, BF16> bf16;  // straight from memory: half the bytes are only worth something if nothing else is moved
+  Converters<float> to_f32;
+  Converters<double> to_f64;
   const char* name;
 };
 
@@ -40,10 +52,24 @@ const Kernels& avx512_kernels();
 const Kernels& kernels();
 
 template <typename T>
-const TileKernels<T>& tile_kernels();
-template <>
-inline const TileKernels<float>& tile_kernels<float>() { return kernels().f32; }
-template <>
-inline const TileKernels<double>& tile_kernels<double>() { return kernels().f64; }
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::f64 : sizeof(T) == 4 ? DType::f32 : DType::bf16;
+}
+template <typename T, typename S>
+const RowKernels<T, S>& row_kernels() {
+  if constexpr (sizeof(S) == 8)
+    return kernels().f64;
+  else if constexpr (sizeof(S) == 4)
+    return kernels().f32;
+  else
+    return kernels().bf16;
+}
+template <typename T>
+const Converters<T>& converters() {
+  if constexpr (sizeof(T) == 8)
+    return kernels().to_f64;
+  else
+    return kernels().to_f32;
+}
 
 }  // namespace gradproj::cpu

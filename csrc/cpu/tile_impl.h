@@ -10,131 +10,8 @@ struct Vector {
   static constexpr int kWidth = GRADPROJ_VECTOR_BYTES / sizeof(T);
   typedef T type __attribute__((vector_size(GRADPROJ_VECTOR_BYTES)));
   typedef T unaligned __attribute__((vector_size(GRADPROJ_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  typedef T unaligned_for_2 __attribute__((vector_size(GRADPROJ_VECTOR_BYTES), aligned(2), may_alias));
 };
-
-template <typename T>
-inline typename Vector<T>::type load(const T* p) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(p);
-}
-
-template <typename T>
-inline void store(T* p, typename Vector<T>::type v) {
-  *reinterpret_cast<typename Vector<T>::unaligned*>(p) = v;
-}
-
-// Folds a vector's lanes into kLanes float64 sums: lane l goes to l modulo kLanes, so the order depends on the vector's
-// width alone.
-template <typename T>
-inline void flush(typename Vector<T>::type v, double* acc) {
-  constexpr int width = Vector<T>::kWidth;
-  for (int l = 0; l < width; ++l) acc[l % kLanes] += static_cast<double>(v[l]);
-}
-
-// Products of row x with kOthers rows from `others`, added to acc (kLanes doubles per row). kUnroll independent sums per row
-// hide the latency of the multiply-add.
-template <typename T, int kOthers, int kUnroll>
-inline void dots(const T* x, const T* const* others, int64_t n, double* acc) {
-  using V = typename Vector<T>::type;
-  constexpr int width = Vector<T>::kWidth;
-  V sums[kOthers][kUnroll] = {};
-  int64_t i = 0;
-  for (; i + kUnroll * width <= n; i += kUnroll * width)
-    for (int u = 0; u < kUnroll; ++u) {
-      const V a = load(x + i + u * width);
-      for (int o = 0; o < kOthers; ++o) sums[o][u] += a * load(others[o] + i + u * width);
-    }
-  for (int o = 0; o < kOthers; ++o) {
-    V total = sums[o][0];
-    for (int u = 1; u < kUnroll; ++u) total += sums[o][u];
-    flush<T>(total, acc + o * kLanes);
-  }
-  for (; i < n; ++i)
-    for (int o = 0; o < kOthers; ++o) acc[o * kLanes] += static_cast<double>(x[i] * others[o][i]);
-}
-
-// Two rows, three products, each element read once: K = 1, the case that has to run at the speed of memory.
-template <typename T>
-inline void dots_of_two(const T* x, const T* y, int64_t n, double* acc) {
-  using V = typename Vector<T>::type;
-  constexpr int width = Vector<T>::kWidth;
-  constexpr int unroll = 4;
-  V xx[unroll] = {}, xy[unroll] = {}, yy[unroll] = {};
-  int64_t i = 0;
-  for (; i + unroll * width <= n; i += unroll * width)
-    for (int u = 0; u < unroll; ++u) {
-      const V a = load(x + i + u * width), b = load(y + i + u * width);
-      xx[u] += a * a;
-      xy[u] += a * b;
-      yy[u] += b * b;
-    }
-  flush<T>((xx[0] + xx[1]) + (xx[2] + xx[3]), acc);
-  flush<T>((xy[0] + xy[1]) + (xy[2] + xy[3]), acc + kLanes);
-  flush<T>((yy[0] + yy[1]) + (yy[2] + yy[3]), acc + 2 * kLanes);
-  for (; i < n; ++i) {
-    acc[0] += static_cast<double>(x[i] * x[i]);
-    acc[kLanes] += static_cast<double>(x[i] * y[i]);
-    acc[2 * kLanes] += static_cast<double>(y[i] * y[i]);
-  }
-}
-
-template <typename T>
-void gram(const T* const* rows, int num_rows, int64_t n, bool row_only, double* acc) {
-  if (num_rows == 2 && !row_only) return dots_of_two(rows[0], rows[1], n, acc);
-  for (int i = 0; i < (row_only ? 1 : num_rows); ++i) {
-    int j = i;
-    for (; j + 4 <= num_rows; j += 4, acc += 4 * kLanes) dots<T, 4, 2>(rows[i], rows + j, n, acc);
-    for (; j < num_rows; ++j, acc += kLanes) dots<T, 1, 4>(rows[i], rows + j, n, acc);
-  }
-}
-
-template <typename T, int kRows>
-void combine_rows(T* out, const T* const* rows, const T* weights, int64_t n) {
-  using V = typename Vector<T>::type;
-  constexpr int width = Vector<T>::kWidth;
-  int64_t i = 0;
-  for (; i + 2 * width <= n; i += 2 * width) {
-    V low = weights[0] * load(rows[0] + i), high = weights[0] * load(rows[0] + i + width);
-    for (int r = 1; r < kRows; ++r) {
-      low += weights[r] * load(rows[r] + i);
-      high += weights[r] * load(rows[r] + i + width);
-    }
-    store(out + i, low);
-    store(out + i + width, high);
-  }
-  for (; i < n; ++i) {
-    T total = weights[0] * rows[0][i];
-    for (int r = 1; r < kRows; ++r) total += weights[r] * rows[r][i];
-    out[i] = total;
-  }
-}
-
-template <typename T>
-void combine(T* out, const T* const* rows, const T* weights, int num_rows, int64_t n) {
-  switch (num_rows) {
-    case 1: return combine_rows<T, 1>(out, rows, weights, n);
-    case 2: return combine_rows<T, 2>(out, rows, weights, n);
-    case 3: return combine_rows<T, 3>(out, rows, weights, n);
-    case 4: return combine_rows<T, 4>(out, rows, weights, n);
-    case 5: return combine_rows<T, 5>(out, rows, weights, n);
-    case 6: return combine_rows<T, 6>(out, rows, weights, n);
-    case 7: return combine_rows<T, 7>(out, rows, weights, n);
-    case 8: return combine_rows<T, 8>(out, rows, weights, n);
-    case 9: return combine_rows<T, 9>(out, rows, weights, n);
-  }
-  // More rows: nine at a time into a tile on the stack, because a later row may be the very memory of out.
-  alignas(64) T partial[kTile];
-  combine_rows<T, 9>(partial, rows, weights, n);
-  for (int r = 9; r < num_rows; r += 8) {
-    const int take = num_rows - r < 8 ? num_rows - r : 8;
-    const T* group[9] = {partial};
-    T scale[9] = {T(1)};
-    for (int k = 0; k < take; ++k) {
-      group[1 + k] = rows[r + k];
-      scale[1 + k] = weights[r + k];
-    }
-    combine<T>(r + take == num_rows ? out : partial, group, scale, 1 + take, n);
-  }
-}
 
 // bfloat16 is the upper half of a float.
 inline float from_bf16(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
@@ -144,6 +21,168 @@ inline uint16_t to_bf16(float f) {
   const uint32_t u = __builtin_bit_cast(uint32_t, f);
   const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40u) : rounded);
+}
+
+// A step of a row: the elements that one load takes, as one or two vectors of T.
+template <typename T, typename S>
+struct Lane {  // S == T
+  using V = typename Vector<T>::type;
+  static constexpr int kVectors = 1;
+  static constexpr int kElements = Vector<T>::kWidth;
+  static inline void load(const S* p, V (&out)[1]) { out[0] = *reinterpret_cast<const typename Vector<T>::unaligned*>(p); }
+  static inline void store(S* p, const V (&in)[1]) { *reinterpret_cast<typename Vector<T>::unaligned*>(p) = in[0]; }
+  static inline T get(S x) { return x; }
+  static inline S put(T x) { return x; }
+};
+
+// Even and odd elements apart: widening is then one shift and one mask on whole vectors.
+template <>
+struct Lane<float, BF16> {
+  using V = Vector<float>::type;
+  using U = Vector<uint32_t>::type;
+  static constexpr int kVectors = 2;
+  static constexpr int kElements = 2 * Vector<float>::kWidth;
+  static inline void load(const BF16* p, V (&out)[2]) {
+    const U raw = *reinterpret_cast<const Vector<uint32_t>::unaligned_for_2*>(p);
+    out[0] = reinterpret_cast<V>(raw << 16);
+    out[1] = reinterpret_cast<V>(raw & 0xffff0000u);
+  }
+  // In the upper half of each word; round to nearest even, NaN stays NaN.
+  static inline U rounded(V x) {
+    const U u = reinterpret_cast<U>(x);
+    const U nearest = u + 0x7fffu + (u >> 16 & 1u);
+    const U nan = reinterpret_cast<U>((u & 0x7fffffffu) > 0x7f800000u);
+    return (nan & (u | 0x400000u)) | (~nan & nearest);
+  }
+  static inline void store(BF16* p, const V (&in)[2]) {
+    *reinterpret_cast<Vector<uint32_t>::unaligned_for_2*>(p) = rounded(in[0]) >> 16 | (rounded(in[1]) & 0xffff0000u);
+  }
+  static inline float get(BF16 x) { return from_bf16(x.bits); }
+  static inline BF16 put(float x) { return {to_bf16(x)}; }
+};
+
+// Folds a vector's lanes into kLanes float64 sums: lane l goes to l modulo kLanes, so the order depends on the vector's
+// width alone.
+template <typename T>
+inline void flush(typename Vector<T>::type v, double* acc) {
+  constexpr int width = Vector<T>::kWidth;
+  for (int l = 0; l < width; ++l) acc[l % kLanes] += static_cast<double>(v[l]);
+}
+
+// With many rows a tile of each is about a page, and the processor's own prefetcher starts anew on every page: whoever touches
+// a row first asks for what it will need next. Past the end of a buffer a prefetch does nothing.
+template <typename S>
+inline void prefetch(const S* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// Products of kX rows with kY others, pair (a, b) added to acc + at(a, b) * kLanes; with kTriangle the others are the rows
+// themselves and only a <= b counts. Rows are taken in blocks so that each load serves several products.
+template <typename T, typename S, int kX, int kY, bool kTriangle, int kUnroll, typename At>
+inline void products(const S* const* x, const S* const* y, int64_t n, double* acc, const At& at) {
+  using L = Lane<T, S>;
+  using V = typename L::V;
+  V sums[kUnroll][kX][kY] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * L::kElements <= n; i += kUnroll * L::kElements)
+    for (int u = 0; u < kUnroll; ++u) {
+      V vx[kX][L::kVectors], vy[kY][L::kVectors];
+      for (int a = 0; a < kX; ++a) {
+        L::load(x[a] + i + u * L::kElements, vx[a]);
+        if (kTriangle && kX == 3) prefetch(x[a] + i + u * L::kElements + kTile);
+      }
+      if (!kTriangle)
+        for (int b = 0; b < kY; ++b) L::load(y[b] + i + u * L::kElements, vy[b]);
+      for (int v = 0; v < L::kVectors; ++v)
+        for (int a = 0; a < kX; ++a)
+          for (int b = kTriangle ? a : 0; b < kY; ++b) sums[u][a][b] += vx[a][v] * (kTriangle ? vx[b][v] : vy[b][v]);
+    }
+  for (int a = 0; a < kX; ++a)
+    for (int b = kTriangle ? a : 0; b < kY; ++b) {
+      V total = sums[0][a][b];
+      for (int u = 1; u < kUnroll; ++u) total += sums[u][a][b];
+      double* pair = acc + at(a, b) * kLanes;
+      flush<T>(total, pair);
+      for (int64_t k = i; k < n; ++k) pair[0] += static_cast<double>(L::get(x[a][k]) * L::get((kTriangle ? x : y)[b][k]));
+    }
+}
+
+template <typename T, typename S, int kX, typename At>
+inline void block_row(const S* const* x, const S* const* y, int count, int64_t n, double* acc, const At& at) {
+  switch (count) {
+    case 1: return products<T, S, kX, 1, false, 2>(x, y, n, acc, at);
+    case 2: return products<T, S, kX, 2, false, 2>(x, y, n, acc, at);
+    default: return products<T, S, kX, 3, false, 1>(x, y, n, acc, at);
+  }
+}
+
+// K = 1, the case that has to run at the speed of memory, is one block of two rows and three products.
+template <typename T, typename S>
+void gram(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc) {
+  if (row_only) {
+    products<T, S, 1, 1, true, 4>(rows, rows, n, acc, [](int, int) { return 0; });
+    for (int j = 1; j < num_rows; j += 3) {
+      const int count = num_rows - j < 3 ? num_rows - j : 3;
+      block_row<T, S, 1>(rows, rows + j, count, n, acc, [j](int, int b) { return j + b; });
+    }
+    return;
+  }
+  auto pair = [num_rows](int i, int j) { return i * num_rows - i * (i - 1) / 2 + j - i; };
+  for (int i = 0; i < num_rows; i += 3) {
+    const int height = num_rows - i < 3 ? num_rows - i : 3;
+    auto diagonal = [=](int a, int b) { return pair(i + a, i + b); };
+    if (height == 1) products<T, S, 1, 1, true, 4>(rows + i, rows + i, n, acc, diagonal);
+    if (height == 2) products<T, S, 2, 2, true, 4>(rows + i, rows + i, n, acc, diagonal);
+    if (height == 3) products<T, S, 3, 3, true, 2>(rows + i, rows + i, n, acc, diagonal);
+    for (int j = i + 3; j < num_rows; j += 3) {
+      const int count = num_rows - j < 3 ? num_rows - j : 3;
+      block_row<T, S, 3>(rows + i, rows + j, count, n, acc, [=](int a, int b) { return pair(i + a, j + b); });
+    }
+  }
+}
+
+template <typename T, typename S, int kRows>
+void combine_rows(S* out, const S* const* rows, const T* weights, int64_t n) {
+  using L = Lane<T, S>;
+  using V = typename L::V;
+  int64_t i = 0;
+  for (; i + 2 * L::kElements <= n; i += 2 * L::kElements) {
+    V total[2][L::kVectors];
+    for (int u = 0; u < 2; ++u)
+      for (int r = 0; r < kRows; ++r) {
+        V x[L::kVectors];
+        L::load(rows[r] + i + u * L::kElements, x);
+        if (kRows >= 4) prefetch(rows[r] + i + u * L::kElements + kTile);
+        for (int v = 0; v < L::kVectors; ++v) total[u][v] = r ? total[u][v] + weights[r] * x[v] : weights[r] * x[v];
+      }
+    for (int u = 0; u < 2; ++u) L::store(out + i + u * L::kElements, total[u]);
+  }
+  for (; i < n; ++i) {
+    T total = weights[0] * L::get(rows[0][i]);
+    for (int r = 1; r < kRows; ++r) total += weights[r] * L::get(rows[r][i]);
+    out[i] = L::put(total);
+  }
+}
+
+template <typename T, typename S>
+void combine(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n) {
+  switch (num_rows) {
+    case 1: return combine_rows<T, S, 1>(out, rows, weights, n);
+    case 2: return combine_rows<T, S, 2>(out, rows, weights, n);
+    case 3: return combine_rows<T, S, 3>(out, rows, weights, n);
+    case 4: return combine_rows<T, S, 4>(out, rows, weights, n);
+    case 5: return combine_rows<T, S, 5>(out, rows, weights, n);
+    case 6: return combine_rows<T, S, 6>(out, rows, weights, n);
+    case 7: return combine_rows<T, S, 7>(out, rows, weights, n);
+    case 8: return combine_rows<T, S, 8>(out, rows, weights, n);
+    case 9: return combine_rows<T, S, 9>(out, rows, weights, n);
+  }
+  // More rows: the sum in T on the stack, because a later row may be the very memory of out.
+  alignas(64) T partial[kTile];
+  for (int64_t i = 0; i < n; ++i) partial[i] = T(0);
+  for (int r = 0; r < num_rows; ++r)
+    for (int64_t i = 0; i < n; ++i) partial[i] += weights[r] * Lane<T, S>::get(rows[r][i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = Lane<T, S>::put(partial[i]);
 }
 
 #if !defined(__F16C__)
@@ -250,8 +289,11 @@ void store_tile(const T* source, char* out, DType dtype, int64_t n) {
   namespace gradproj::cpu {                                                                            \
   const Kernels& function() {                                                                          \
     using namespace GRADPROJ_ISA;                                                                      \
-    static constexpr Kernels table = {{gram<float>, combine<float>, load_tile<float>, store_tile<float>}, \
-                                      {gram<double>, combine<double>, load_tile<double>, store_tile<double>}, \
+    static constexpr Kernels table = {{gram<float, float>, combine<float, float>},                     \
+                                      {gram<double, double>, combine<double, double>},                 \
+                                      {gram<float, BF16>, combine<float, BF16>},                       \
+                                      {load_tile<float>, store_tile<float>},                           \
+                                      {load_tile<double>, store_tile<double>},                         \
                                       GRADPROJ_QUOTE(GRADPROJ_ISA)};                                   \
     return table;                                                                                      \
   }                                                                                                    \

@@ -90,7 +90,7 @@ void copy_run(const S* from, int64_t from_stride, S* to, int64_t to_stride, int6
 template <typename T>
 class TileReader {
  public:
-  explicit TileReader(const Plan& plan) : plan_(plan), kernels_(tile_kernels<T>()) {
+  explicit TileReader(const Plan& plan) : plan_(plan), converters_(converters<T>()) {
     buffers_.resize(static_cast<size_t>(plan.rows));
   }
 
@@ -113,11 +113,11 @@ class TileReader {
         else
           copy_run(reinterpret_cast<const uint64_t*>(from), stride, reinterpret_cast<uint64_t*>(to), 1, count);
       });
-    } else if (view.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64)) {
+    } else if (view.dtype == dtype_of<T>()) {
       return reinterpret_cast<const T*>(dense);
     }
     T* out = buffer(row);
-    kernels_.load(dense, view.dtype, out, n);
+    converters_.load(dense, view.dtype, out, n);
     return out;
   }
 
@@ -128,10 +128,10 @@ class TileReader {
     const int64_t size = element_size(view.dtype);
     char* data = const_cast<char*>(view.data);
     if (piece.ndim == 0) {
-      if (reinterpret_cast<const char*>(tile) != data + start * size) kernels_.store(tile, data + start * size, view.dtype, n);
+      if (reinterpret_cast<const char*>(tile) != data + start * size) converters_.store(tile, data + start * size, view.dtype, n);
       return;
     }
-    kernels_.store(tile, gathered_, view.dtype, n);
+    converters_.store(tile, gathered_, view.dtype, n);
     for_each_run(plan_, piece, 0, start, n, [&](int64_t offset, int64_t stride, int64_t done, int64_t count) {
       const char* from = gathered_ + done * size;
       char* to = data + offset * size;
@@ -157,11 +157,21 @@ class TileReader {
   }
 
   const Plan& plan_;
-  const TileKernels<T>& kernels_;
+  const Converters<T>& converters_;
   std::vector<std::vector<T>> buffers_;
   std::vector<T> zeros_;
   alignas(64) char gathered_[kTile * 8];
 };
+
+// Whether every row of a dense piece is present and stores S: then kernels read them in place.
+template <typename S>
+bool stored_as(const Plan& plan, size_t piece) {
+  if (plan.pieces[piece].ndim > 0) return false;
+  const RowView* views = plan.row_views(piece);
+  for (int r = 0; r < plan.rows; ++r)
+    if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;
+  return true;
+}
 
 // Runs f(piece, start, n) for every tile of a task.
 template <typename F>
