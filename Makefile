@@ -9,17 +9,16 @@ help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 # Torch first and at its pinned version: left to a requirement, pip takes gigabytes of CUDA libraries.
+PIP := $(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "== set-up: $(VENV), torch and the test tools (once, about a minute)"
+	@echo "== set-up: $(VENV) and torch (once, about a minute)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 needs its venv module (on Debian: apt-get install python3-venv)"; exit 1; }
-	@$(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt "setuptools>=77" torch numpy
-	@$(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt \
-	    triton matplotlib pytest pytest-benchmark hypothesis ruff mypy
+	@$(PIP) "setuptools>=77" torch numpy
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
 	@echo "== set-up: the native kernels"
-	@$(RUN) -m pip install -q -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PIP) --no-build-isolation -e ".[test,demo]"
 	@touch $@
 
 build: $(VENV)/.built  ## make .venv, install, build the kernels

@@ -29,7 +29,7 @@ def test_projection(case, rows, benchmark):
     rows.append(row)
     assert row.seconds is not None, f"wrong result: {row.wrong}"
     benchmark.extra_info.update(row._asdict())
-    grads, directions, _ = make_rows(case, "cpu")
+    grads, directions, *_ = make_rows(case, "cpu")
     benchmark.pedantic(fused, (grads, directions), rounds=5, warmup_rounds=1)
 
 

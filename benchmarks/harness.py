@@ -87,6 +87,7 @@ class Rows(NamedTuple):
     grads: list[Tensor]
     directions: list[list[Tensor]]
     flat: list[Tensor]
+    parameters: list[torch.nn.Parameter]  # whose .grad the gradients are, as in training
 
 
 def make_rows(case: Case, device: str) -> Rows:
@@ -99,7 +100,10 @@ def make_rows(case: Case, device: str) -> Rows:
         storage.normal_(generator=generator)
         flat.append(storage)
         rows.append([storage[a : a + n].view(s) for a, n, s in zip(starts, sizes, case.shapes, strict=False)])
-    return Rows(rows[0], rows[1:], flat)
+    parameters = [torch.nn.Parameter(g.detach()) for g in rows[0]]
+    for p, g in zip(parameters, rows[0], strict=True):
+        p.grad = g
+    return Rows(rows[0], rows[1:], flat, parameters)
 
 
 def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.ndarray:
@@ -223,7 +227,7 @@ def naive(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
 def measure(case: Case, peers: dict[str, Callable], device: str = "cpu", backend: str | None = None) -> Row:
     """One row of the table."""
     rows = make_rows(case, device)
-    grads, directions, _ = rows
+    grads, directions = rows.grads, rows.directions
     weights = expected_weights(grads, directions)
     runs = {"fused": _on(backend, fused), **peers}
     if case.directions == 1:

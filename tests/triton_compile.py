@@ -8,35 +8,45 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradproj.triton_kernels.combine import combine_kernel
-from gradproj.triton_kernels.gram import gram_kernel
+from gradproj.triton_kernels.combine import combine_kernel, combine_strided_kernel
+from gradproj.triton_kernels.gram import gram_finish_kernel, gram_kernel, gram_strided_kernel
 from gradproj.triton_kernels.table import BLOCK
+from gradproj.triton_kernels.weights import weights_kernel
+
+KERNELS = {
+    "gram": gram_kernel,
+    "gram_strided": gram_strided_kernel,
+    "gram_finish": gram_finish_kernel,
+    "combine": combine_kernel,
+    "combine_strided": combine_strided_kernel,
+    "weights": weights_kernel,
+}
+ARGUMENTS = {
+    "table": "*i64", "line": "*i64", "partial": "*fp64", "gram": "*fp64", "weights": "*fp64",
+    "segments": "i32", "blocks": "i32", "programs": "i32", "num_rows": "i32",
+}  # fmt: skip
 
 
 def ptx(kernel: str, rows: int, dtype: str, row_only: bool) -> str:
-    dtypes = ({"fp32": tl.float32, "bf16": tl.bfloat16}[dtype],) * rows
-    signature = {"table": "*i64", "segments": "i32", "blocks": "i32"}
-    constants = {"dtypes": dtypes, "compute": tl.float32, "block": BLOCK}
-    if kernel == "gram":
-        function = gram_kernel
-        signature["partial"] = "*fp64"
-        count = rows if row_only else rows * (rows + 1) // 2
-        constants |= {"rows": rows, "row_only": row_only, "pairs": triton.next_power_of_2(count)}
-    else:
-        function = combine_kernel
-        signature["weights"] = "*fp64"
-        constants["ids"] = tuple(range(rows))
-    signature |= dict.fromkeys(constants, "constexpr")
-    # What the launcher finds out at run time: allocations start on 16-byte boundaries.
+    function = KERNELS[kernel]
     names = function.arg_names
-    pointers = [n for n, t in signature.items() if t.startswith("*")]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    source = ASTSource(
-        fn=function,
-        signature={n: signature[n] for n in names},
-        constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs=attributes,
-    )
+    count = rows if row_only else rows * (rows + 1) // 2
+    available = {
+        "rows": rows,
+        "ids": tuple(range(rows)),
+        "dtypes": ({"fp32": tl.float32, "bf16": tl.bfloat16}[dtype],) * rows,
+        "row_only": row_only,
+        "compute": tl.float32,
+        "pairs": triton.next_power_of_2(count),
+        "block": BLOCK,
+        "ndim": 3,
+        "conflict": True,
+    }
+    signature = {n: ARGUMENTS.get(n, "constexpr") for n in names}
+    constants = {(names.index(n),): available[n] for n in names if signature[n] == "constexpr"}
+    # What the launcher finds out at run time: allocations start on 16-byte boundaries.
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
 

@@ -56,7 +56,7 @@ def combine_block(
         tl.store(pointer + offsets, narrow(total, dtypes[0]), mask=offsets < numel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "blocks"])
 def combine_kernel(
     table,
     segments,

@@ -60,7 +60,8 @@ def add_products(
     return sums
 
 
-@triton.jit
+# Counts are not specialised: a value of 1 would be a constant of another type, and other values another compilation.
+@triton.jit(do_not_specialize=["segments", "blocks"])
 def gram_kernel(
     table, segments, blocks, partial, rows: tl.constexpr, dtypes: tl.constexpr, row_only: tl.constexpr,
     compute: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr,
@@ -92,9 +93,8 @@ def strided_offsets(line, row: tl.constexpr, ndim: tl.constexpr, index):
     """Element offsets of linear indices in one row of a strided column."""
     offset = index * 0
     for k in tl.static_range(ndim):
-        d: tl.constexpr = ndim - 1 - k
-        size = tl.load(line + 1 + d)
-        offset += index % size * tl.load(line + 1 + ndim + row * (ndim + 1) + 1 + d)
+        size = tl.load(line + ndim - k)
+        offset += index % size * tl.load(line + 1 + ndim + row * (ndim + 1) + ndim - k)
         index = index // size
     return offset
 
@@ -105,7 +105,7 @@ def load_strided(line, r: tl.constexpr, dtype: tl.constexpr, ndim: tl.constexpr,
     return tl.load(pointer + strided_offsets(line, r, ndim, index), mask=index < numel, other=0.0).to(compute)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gram_strided_kernel(
     line, blocks, partial, rows: tl.constexpr, dtypes: tl.constexpr, row_only: tl.constexpr, ndim: tl.constexpr,
     compute: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr,
@@ -121,12 +121,11 @@ def gram_strided_kernel(
             for j in tl.static_range(i, rows):
                 y = load_strided(line, j, dtypes[j], ndim, index, numel, compute)
                 product = tl.sum(x * y, axis=0).to(tl.float64)
-                place: tl.constexpr = i * rows - i * (i - 1) // 2 + j - i
-                sums += tl.where(tl.arange(0, pairs) == place, product, 0.0)
+                sums += tl.where(tl.arange(0, pairs) == (i * rows - i * (i - 1) // 2 + j - i), product, 0.0)
     tl.store(partial + program * pairs + tl.arange(0, pairs), sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "num_rows"])
 def gram_finish_kernel(
     partial, programs, gram, num_rows, ids: tl.constexpr, row_only: tl.constexpr, pairs: tl.constexpr
 ):
@@ -138,8 +137,7 @@ def gram_finish_kernel(
     rows: tl.constexpr = len(ids)
     for i in tl.static_range(1 if row_only else rows):
         for j in tl.static_range(i, rows):
-            place: tl.constexpr = i * rows - i * (i - 1) // 2 + j - i
-            value = tl.sum(tl.where(index == place, total, 0.0), axis=0)
+            value = tl.sum(tl.where(index == (i * rows - i * (i - 1) // 2 + j - i), total, 0.0), axis=0)
             value += tl.load(gram + ids[i] * num_rows + ids[j])
             tl.store(gram + ids[i] * num_rows + ids[j], value)
             tl.store(gram + ids[j] * num_rows + ids[i], value)
