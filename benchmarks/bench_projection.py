@@ -1,13 +1,14 @@
 """`make bench`: the fused projection on real parameter lists. A row of the table at the end is one test here."""
 
 import functools
+import statistics
 
 import pytest
 import torch
 
 import parameter_lists as lists
 import peers
-from harness import Case, fused, make_rows, measure
+from harness import Case, fused, in_turns, make_rows, measure
 
 CASES = [
     Case("GPT-2 124M float32", lists.gpt2_124m()),
@@ -31,6 +32,15 @@ def test_projection(case, rows, benchmark):
     benchmark.extra_info.update(row._asdict())
     grads, directions, *_ = make_rows(case, "cpu")
     benchmark.pedantic(fused, (grads, directions), rounds=5, warmup_rounds=1)
+
+
+def test_host_cost(host_cost, benchmark):
+    """What a call costs before any byte counts: nothing else runs in between, and the buffers stay in cache."""
+    case = Case("300 x 64, alone", lists.uniform(300, 64))
+    grads, directions, *_ = make_rows(case, "cpu")
+    seconds = statistics.median(in_turns({"fused": lambda: fused(grads, directions)}, 51, "cpu")["fused"])
+    host_cost.append(seconds / (2 * len(grads)))
+    benchmark.pedantic(fused, (grads, directions), rounds=100, warmup_rounds=10)
 
 
 @functools.cache

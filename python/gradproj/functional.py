@@ -240,7 +240,7 @@ class _Call:
             self.check()
             raise
         if name != "gram" and not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([g for g in self.rows[0] if g is not None])
+            torch.autograd.graph.increment_version(self.rows[0])
         return result
 
     def _take_real_views(self) -> bool:
