@@ -233,6 +233,17 @@ def test_a_whole_model_is_two_launches(driver, tmp_path):
         verify(Case(PROJECT_ONE, rows, [0, 0]), result)
 
 
+def test_64_directions_read_the_gradient_once_per_group(driver, tmp_path):
+    """65 rows do not fit one pass. With the directions' own products known, 8 passes take row 0 against 8 others each."""
+    _, binary = driver
+    rows = dense_rows(65, [70, 9])
+    weights = [1.0] + [(-0.5) ** (k % 7) for k in range(64)]
+    row, combined = run(binary, [Case(GRAM_ROW, rows, weights), Case(COMBINE, rows, weights)], tmp_path)
+    verify(Case(GRAM_ROW, rows, weights), row)
+    verify(Case(COMBINE, rows, weights), combined)
+    assert row.launches == 2 * 8  # sums, and adding up
+
+
 def test_neighbours_in_memory_are_one_segment(driver, tmp_path):
     _, binary = driver
     flat = [torch.randn(3000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
