@@ -6,7 +6,7 @@ Row 0 is the gradient, rows 1..K the protected directions. A row is a list with 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -240,7 +240,7 @@ class _Call:
             self.check()
             raise
         if name != "gram" and not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(self.rows[0])
+            torch.autograd.graph.increment_version(cast(list[Tensor], self.rows[0]))  # no None: _prepare left them out
         return result
 
     def _take_real_views(self) -> bool:
