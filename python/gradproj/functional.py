@@ -1,8 +1,10 @@
 """Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`.
 
-Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter.
+Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter; a
+direction may also be a :class:`gradproj.float8.Float8Row`.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,12 +15,16 @@ from torch import Tensor
 
 from gradproj import distributed, methods, validate
 from gradproj.backends import Backend, select
+from gradproj.float8 import Float8Row
 
 Buffers = Sequence[Tensor | None]
+Row = Buffers | Float8Row
 
 
 class Projection(NamedTuple):
     """What a projection did, as tensors on the device of the gradients: reading one synchronises, making it did not.
+
+    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about all.
 
     Attributes:
         gram: [K + 1, K + 1] float64 inner products before the projection.
@@ -33,16 +39,18 @@ class Projection(NamedTuple):
     @property
     def cosine(self) -> Tensor:
         """[K] cosine between the gradient, before, and each direction. NaN where one of them is zero."""
-        length = self.gram.diagonal().sqrt()
-        return self.gram[0, 1:] / (length[0] * length[1:])
+        length = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        return self.gram[..., 0, 1:] / (length[..., :1] * length[..., 1:])
 
     @property
     def removed(self) -> Tensor:
         """0-d: length of the change over length of the gradient; 0 is untouched, 1 is all of it for a projection."""
         change = self.weights.clone()
-        change[0] -= 1.0
-        gram = torch.where(self.gram.isfinite().all(), self.gram, torch.eye(len(change)).to(self.gram))
-        return (change @ gram @ change).clamp(min=0).sqrt() / gram[0, 0].sqrt()
+        change[..., 0] -= 1.0
+        finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
+        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1]).to(self.gram))
+        square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
+        return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
 
     @property
     def finite(self) -> Tensor:
@@ -52,59 +60,72 @@ class Projection(NamedTuple):
     @property
     def applied(self) -> Tensor:
         """0-d bool: whether the gradient was written. False for a non-finite Gram and where nothing conflicts."""
-        return (self.weights[0] != 1) | (self.weights[1:] != 0).any()
+        return (self.weights[..., 0] != 1).any() | (self.weights[..., 1:] != 0).any()
 
 
-def gram(*rows: Buffers, known: Tensor | None = None) -> Tensor:
+def gram(
+    *rows: Row, known: Tensor | None = None, base: Buffers | None = None, parts: Sequence[int] | None = None
+) -> Tensor:
     """All inner products of the rows in one pass.
 
     Args:
         rows: R >= 1 lists of the same length; any shapes, strides and floating or complex dtypes, equal shapes within a
             column. None counts as zeros. Not modified.
         known: [R - 1, R - 1] Gram of rows 1.., if it is known already: then only the products with row 0 are computed.
+        base: a list like row 0, which then stands for ``base - row 0``, taken in the kernels.
+        parts: the number of the part that each column belongs to, from 0; every part gets a Gram of its own.
     Returns:
-        [R, R] float64 on the rows' device (CPU if there is no tensor).
+        [R, R] float64 on the rows' device (CPU if there is no tensor), or [P, R, R] with P parts.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
     if not rows:
         raise ValueError("gram: pass at least one list of tensors")
-    names = [f"rows[{r}]" for r in range(len(rows))]
-    lists = _same_length("gram", rows, names)
-    if all(t is None for row in lists for t in row):
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    call = _Call("gram", lists, names, range(len(lists[0])), written=False)
-    return call("gram", lambda op, r: op(_flat(r), len(r), known))
+    call = _Call.of("gram", rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
+    if all(t is None for row in call.rows for t in row):
+        return call.zeros(None)
+    return call.gram(known)
 
 
-def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:
+def combine_(
+    grads: Buffers,
+    directions: Sequence[Row],
+    weights: Tensor,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
+) -> None:
     """``grads <- weights[0] grads + sum_k weights[1 + k] directions[k]`` in one pass, in place.
 
     Args:
         grads: one tensor or None per parameter. Modified; where it is None nothing is written.
         directions: K lists like ``grads``. Not modified. None counts as zeros.
-        weights: [K + 1] tensor. A weight of exactly 0 means that its row is not read; (1, 0, .., 0) touches nothing.
+        weights: [K + 1] tensor, or [P, K + 1] with P parts. A weight of exactly 0 means that its row is not read; (1, 0, ..,
+            0) touches nothing.
+        base: a list like ``grads``, which then stands for ``base - grads``, and becomes ``base`` minus the combination.
+        parts: the number of the part that each column belongs to, from 0.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    call = _prepare("combine_", grads, directions)
-    if not isinstance(weights, Tensor) or weights.shape != (len(call.rows),):
+    call = _prepare("combine_", grads, directions, base, parts)
+    expected = (*call.lead, len(call.rows))
+    if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"combine_: weights must be a tensor of shape ({len(call.rows)},), got {shape}")
+        raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
     if call.rows[0]:
-        weights = weights.detach()
-        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights.to(r[0][0].device, torch.float64)))
+        call.combine(weights.detach())
 
 
 def project_(
     grads: Buffers,
-    *directions: Buffers,
+    *directions: Row,
     method: methods.Method = "orthogonal",
     eps: float = 0.0,
     group=None,
     known: Tensor | None = None,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
 ) -> Projection:
     """Remove from ``grads`` what conflicts with ``directions``, in place.
 
@@ -118,6 +139,10 @@ def project_(
         eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
         group: process group over which the buffers are sharded; None if every rank holds all of them.
         known: [K, K] Gram of the directions over the same buffers, if it is known already.
+        base: a list like ``grads``: parameters before an optimizer's step, of which ``grads`` are then the parameters after.
+            What is projected is ``base - grads``, what the step took off, and the result is written as parameters again.
+        parts: the number of the part that each column belongs to, from 0. Every part is projected by itself, in the same
+            passes and the same collective; ``known`` then is [P, K, K].
     Returns:
         Projection: tensors on the device of ``grads``.
     Raises:
@@ -126,23 +151,23 @@ def project_(
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
     """
     rule = methods.parse(method, eps)
-    call = _prepare("project_", grads, directions)
-    num_rows = len(call.rows)
+    call = _prepare("project_", grads, directions, base, parts)
     if call.rows[0] and group is None and isinstance(rule, methods.Rule):
-        products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, known))
+        products, weights = call.project(rule, known)
         return Projection(products, weights, call.backend.name)
 
     if call.rows[0]:
-        products = call("gram", lambda op, r: op(_flat(r), num_rows, known))
+        products = call.gram(known)
     else:  # nothing to project here; other ranks may have something
-        first = next((t for t in _flat((grads, *directions)) if isinstance(t, Tensor)), None)
-        device = distributed.device(group) if group is not None else None if first is None else first.device
-        products = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+        first = next((t for t in (*grads, *_flat(call.all_rows)) if isinstance(t, Tensor)), None)
+        products = call.zeros(
+            distributed.device(group) if group is not None else None if first is None else first.device
+        )
     if group is not None:
         products = distributed.reduce_gram(products, group)
     weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
     if call.rows[0]:
-        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights))
+        call.combine(weights)
     return Projection(products, weights, call.backend.name if call.rows[0] else "none")
 
 
@@ -175,46 +200,118 @@ def orthogonal_gradient_projection(
     return project_([p.grad for p in parameters], direction, method="orthogonal", eps=eps)
 
 
-def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list[list[Tensor | None]]:
-    lists = []
-    for row, name in zip(rows, names, strict=True):
-        if isinstance(row, Tensor):
-            raise TypeError(f"{op}: {name} is a tensor; pass a list of tensors, one per parameter")
-        lists.append(list(row))
-        if len(lists[-1]) != len(lists[0]):
-            raise ValueError(
-                f"{op}: {name} has {len(lists[-1])} entries but {names[0]} has {len(lists[0])}; pass gradients of the same "
-                f"parameters in the same order, with None where there is no gradient"
-            )
-    return lists
-
-
-def _prepare(op: str, grads: Buffers, directions: Sequence[Buffers]) -> "_Call":
+def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts) -> "_Call":
     """A call on the rows without the columns where the gradient is None."""
-    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
-    lists = _same_length(op, (grads, *directions), names)
-    kept: Sequence[int] = range(len(lists[0]))
-    if type(None) in set(map(type, lists[0])):
-        kept = [i for i, g in enumerate(lists[0]) if g is not None]
-        lists = [[row[i] for i in kept] for row in lists]
-    return _Call(op, lists, names, kept, written=True)
+    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
+    call = _Call.of(op, (grads, *directions), names, base, parts, written=True)
+    if type(None) in set(map(type, call.rows[0])):
+        return call.columns([i for i, g in enumerate(call.rows[0]) if g is not None])
+    return call
 
 
 def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
     return list(itertools.chain.from_iterable(rows))
 
 
+class _SeveralDevices(Exception):
+    """The columns of a call are on several devices: it has to be run for each of them."""
+
+
+@dataclasses.dataclass(eq=False)
 class _Call:
     """Runs ops for one public function under the rules of the package: precise errors, no autograd, versions bumped.
 
     The native ops check their input themselves, so that a good call costs nothing per buffer here; when one refuses,
     nothing has been written, and the slow path finds out why.
+
+    Attributes:
+        public: the function's name, for messages.
+        rows: R lists of the same length; of a float8 row its codes.
+        names: how the user knows each row.
+        kept: the user's index of each column.
+        written: whether row 0 is.
+        scales: per row, the scales of a float8 row; None if no row is one.
+        base, part: one entry per column, or None.
+        num_parts: 0 without parts.
     """
 
-    def __init__(self, public: str, rows: list[list[Tensor | None]], names: Sequence[str], kept, written: bool):
-        self.public, self.rows, self.names, self.kept, self.written = public, rows, names, kept, written
+    public: str
+    rows: list[list[Tensor | None]]
+    names: Sequence[str]
+    kept: Sequence[int]
+    written: bool
+    scales: list[list[Tensor | None]] | None = None
+    base: list[Tensor | None] | None = None
+    part: list[int] | None = None
+    num_parts: int = 0
+
+    @classmethod
+    def of(cls, public: str, rows: Sequence[Row], names: Sequence[str], base, parts, written: bool) -> "_Call":
+        lists: list[list[Tensor | None]] = []
+        scales: list[list[Tensor | None]] | None = None
+        for row, name in zip(rows, names, strict=True):
+            if isinstance(row, Tensor):
+                raise TypeError(f"{public}: {name} is a tensor; pass a list of tensors, one per parameter")
+            if isinstance(row, Float8Row):
+                if written and not lists:
+                    raise TypeError(
+                        f"{public}: {name} is a Float8Row, which is read, not written; pass a list of tensors"
+                    )
+                scales = scales or [[None] * len(rows[0]) for _ in rows]
+                scales[len(lists)] = list(row.scales)
+                row = row.codes
+            lists.append(list(row))
+        call = cls(public, lists, names, range(len(lists[0])), written, scales)
+        if base is not None:
+            call.base = list(base)
+        if parts is not None:
+            call.part = [int(p) for p in parts]
+            call.num_parts = max(call.part, default=0) + 1
+            if min(call.part, default=0) < 0:
+                raise ValueError(f"{public}: parts must be numbers from 0, got {min(call.part)}")
+        call._check_lengths()
+        return call
+
+    def _check_lengths(self) -> None:
+        lists = [*zip(self.names, self.rows, strict=True)]
+        if self.base is not None:
+            lists.append(("base", self.base))
+        if self.scales is not None:
+            lists += [(f"{name}.scales", s) for name, s in zip(self.names, self.scales, strict=True)]
+        if self.part is not None:
+            lists.append(("parts", self.part))  # type: ignore[arg-type]
+        for name, entries in lists:
+            if len(entries) != len(self.rows[0]):
+                raise ValueError(
+                    f"{self.public}: {name} has {len(entries)} entries but {self.names[0]} has {len(self.rows[0])}; pass "
+                    f"gradients of the same parameters in the same order, with None where there is no gradient"
+                )
+
+    def columns(self, wanted: Sequence[int]) -> "_Call":
+        """The same call on some of the columns."""
+
+        def pick(row):
+            return None if row is None else [row[i] for i in wanted]
+
+        return dataclasses.replace(
+            self,
+            rows=[[row[i] for i in wanted] for row in self.rows],
+            kept=[self.kept[i] for i in wanted],
+            scales=None if self.scales is None else [[row[i] for i in wanted] for row in self.scales],
+            base=pick(self.base),
+            part=pick(self.part),
+        )
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions of Gram and weights."""
+        return (self.num_parts,) if self.num_parts else ()
+
+    @property
+    def all_rows(self) -> list[list[Tensor | None]]:
+        return self.rows if self.base is None else [*self.rows, self.base]
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -223,21 +320,88 @@ class _Call:
             self.check()
         return select(first.device.type)
 
-    def check(self) -> None:
-        validate.check(self.public, self.rows, self.names, self.kept, self.written)
+    @functools.cached_property
+    def by_device(self) -> list["_Call"]:
+        """One call per device, after everything that any of them would refuse has been looked for."""
+        self.check()
+        where: dict[torch.device, list[int]] = {}
+        for i, column in enumerate(zip(*self.rows, strict=True)):
+            first = next((t for t in column if t is not None), None)
+            if first is not None:
+                where.setdefault(first.device, []).append(i)
+        return [self.columns(indices) for indices in where.values()]
 
-    def __call__(self, name: str, run: Callable):
+    def zeros(self, device) -> Tensor:
+        """The Gram of nothing."""
+        return torch.zeros(*self.lead, len(self.rows), len(self.rows), dtype=torch.float64, device=device)
+
+    def gram(self, known: Tensor | None) -> Tensor:
+        try:
+            return self._run("gram", lambda op, c: op(_flat(c.rows), len(c.rows), c._here(known), *c._extras(0)))
+        except _SeveralDevices:
+            first, *others = [call.gram(known) for call in self.by_device]
+            for products in others:
+                first += products.to(first.device)
+            if known is not None:
+                first[..., 1:, 1:] = known
+            return first
+
+    def combine(self, weights: Tensor) -> None:
+        try:
+            self._run("combine_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), c._here(weights), *c._extras(1)))
+        except _SeveralDevices:
+            for call in self.by_device:
+                call.combine(weights)
+
+    def project(self, rule: methods.Rule, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        try:
+            return self._run(
+                "project_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), *rule, c._here(known), *c._extras(1))
+            )
+        except _SeveralDevices:
+            products = self.gram(known)
+            weights = rule(products)
+            self.combine(weights)
+            return products, weights
+
+    def _here(self, t: Tensor | None) -> Tensor | None:
+        """A small tensor as the kernels read it, on the device of the buffers."""
+        if t is None:
+            return None
+        first = next(b for row in self.rows for b in row if b is not None)
+        return t.to(first.device, torch.float64).contiguous()
+
+    def _extras(self, first: int) -> tuple:
+        """The ops' last arguments; ``first``: the first row that may have scales."""
+        if self.base is None and self.scales is None and not self.num_parts:
+            return ()
+        scales = None if self.scales is None else _flat(self.scales[first:])
+        return self.base, scales, self.part or [], self.num_parts
+
+    def check(self) -> None:
+        scaled = [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
+        chosen: Backend | None = self.__dict__.get("backend")  # not asked for: choosing one may lead here
+        backend = chosen.name if chosen else ""
+        validate.check(self.public, self.all_rows, [*self.names, "base"], self.kept, self.written, scaled, backend)
+        if self.scales is not None:
+            validate.check_scales(self.public, self.rows, self.scales, self.names, self.kept)
+
+    def _run(self, name: str, run: Callable):
+        if "by_device" in self.__dict__ and len(self.by_device) > 1:
+            raise _SeveralDevices
         op = self.backend.op(name)
         if self.backend.namespace != "gradproj":
             self._take_real_views()
-            self.check()
+            if len(self.by_device) > 1:
+                raise _SeveralDevices
         try:
             with torch.no_grad():
-                result = run(op, self.rows)
+                result = run(op, self)
         except RuntimeError:
             if self._take_real_views():
-                return self(name, run)
-            self.check()
+                return self._run(name, run)
+            if len(self.by_device) > 1:
+                raise _SeveralDevices from None
             raise
         if name != "gram" and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(cast(list[Tensor], self.rows[0]))  # no None: _prepare left them out
@@ -245,7 +409,7 @@ class _Call:
 
     def _take_real_views(self) -> bool:
         """Replace complex tensors by real views of their memory; a direction's lazy conjugation is carried out first."""
-        if not any(isinstance(t, Tensor) and t.is_complex() for row in self.rows for t in row):
+        if not any(isinstance(t, Tensor) and t.is_complex() for row in self.all_rows for t in row):
             return False
         for i, g in zip(self.kept, self.rows[0], strict=True):
             if self.written and isinstance(g, Tensor) and g.is_conj():
@@ -253,8 +417,12 @@ class _Call:
                     f"{self.public}: {self.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a "
                     f"tensor of its own: {self.names[0]}[{i}].resolve_conj()"
                 )
-        self.rows = [
-            [torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row]
-            for row in self.rows
-        ]
+
+        def real(row):
+            return [
+                torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row
+            ]
+
+        self.rows = [real(row) for row in self.rows]
+        self.base = None if self.base is None else real(self.base)
         return True
