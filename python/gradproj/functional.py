@@ -215,6 +215,10 @@ def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
     return list(itertools.chain.from_iterable(rows))
 
 
+def _device_of(column: Sequence[Tensor | None]) -> torch.device | None:
+    return next((t.device for t in column if t is not None), None)
+
+
 class _SeveralDevices(Exception):
     """The columns of a call are on several devices: it has to be run for each of them."""
 
@@ -326,9 +330,9 @@ class _Call:
         self.check()
         where: dict[torch.device, list[int]] = {}
         for i, column in enumerate(zip(*self.rows, strict=True)):
-            first = next((t for t in column if t is not None), None)
-            if first is not None:
-                where.setdefault(first.device, []).append(i)
+            device = _device_of(column)
+            if device is not None:
+                where.setdefault(device, []).append(i)
         return [self.columns(indices) for indices in where.values()]
 
     def zeros(self, device) -> Tensor:
