@@ -55,15 +55,22 @@ class Projection(NamedTuple):
         return (self.weights[0] != 1) | (self.weights[1:] != 0).any()
 
 
-def gram(*rows: Buffers, known: Tensor | None = None) -> Tensor:
+def gram(
+    *rows: Buffers,
+    known: Tensor | None = None,
+    group=None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
+) -> Tensor:
     """All inner products of the rows in one pass.
 
     Args:
         rows: R >= 1 lists of the same length; any shapes, strides and floating or complex dtypes, equal shapes within a
             column. None counts as zeros. Not modified.
         known: [R - 1, R - 1] Gram of rows 1.., if it is known already: then only the products with row 0 are computed.
+        group, plain, counted: of rows that are spread over ranks; see :func:`project_`. ``known`` is of the whole rows.
     Returns:
-        [R, R] float64 on the rows' device (CPU if there is no tensor).
+        [R, R] float64 on the rows' device (CPU, or the group's device, if there is no tensor); the same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
@@ -72,10 +79,11 @@ def gram(*rows: Buffers, known: Tensor | None = None) -> Tensor:
         raise ValueError("gram: pass at least one list of tensors")
     names = [f"rows[{r}]" for r in range(len(rows))]
     lists = _same_length("gram", rows, names)
-    if all(t is None for row in lists for t in row):
+    spread = distributed.Spread(group, plain, _per_column("gram", counted, len(lists[0])))
+    call = _Call("gram", lists, names, range(len(lists[0])), False, spread)
+    if call.shards is None and all(t is None for row in lists for t in row):
         return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    call = _Call("gram", lists, names, range(len(lists[0])), written=False)
-    return call("gram", lambda op, r: op(_flat(r), len(r), known))
+    return call.gram(known)
 
 
 def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:
@@ -94,8 +102,7 @@ def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> 
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape ({len(call.rows)},), got {shape}")
     if call.rows[0]:
-        weights = weights.detach()
-        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights.to(r[0][0].device, torch.float64)))
+        call.combine(weights.detach())
 
 
 def project_(
@@ -105,6 +112,8 @@ def project_(
     eps: float = 0.0,
     group=None,
     known: Tensor | None = None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
 ) -> Projection:
     """Remove from ``grads`` what conflicts with ``directions``, in place.
 
@@ -116,33 +125,39 @@ def project_(
             negative inner product; ``("mix", gamma)`` adds gamma times every direction; a callable maps the [K + 1, K + 1]
             float64 Gram to [K + 1] weights.
         eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
-        group: process group over which the buffers are sharded; None if every rank holds all of them.
-        known: [K, K] Gram of the directions over the same buffers, if it is known already.
+        group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
+            included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
+        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already.
+        plain: what the other ranks of the group hold of a plain tensor: ``"replicated"``, the same (DDP), or ``"sharded"``,
+            other parts (FSDP1, ZeRO, pipeline stages). DTensors say it themselves, on any meshes, but for ranks of the group
+            that are not in their mesh.
+        counted: per entry of ``grads``, False for what another rank counts already, such as a tied parameter on two pipeline
+            stages: left out of the inner products, but written.
     Returns:
-        Projection: tensors on the device of ``grads``.
+        Projection: tensors on the device of ``grads``, the same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
-    Reads (2 K + 2) N bytes and writes N, N being the size of one list; holds < 1 MiB.
+    Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one all_reduce of
+    (K + 1)(K + 2) / 2 float64 numbers, of K + 1 with ``known``. Partial DTensors are reduced first, one all_reduce and one
+    copy each; a gradient stays Partial and its first rank holds the result, the others zeros.
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
     """
     rule = methods.parse(method, eps)
-    call = _prepare("project_", grads, directions)
-    num_rows = len(call.rows)
-    if call.rows[0] and group is None and isinstance(rule, methods.Rule):
+    call = _prepare("project_", grads, directions, distributed.Spread(group, plain, counted))
+    if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
         products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, known))
         return Projection(products, weights, call.backend.name)
 
-    if call.rows[0]:
-        products = call("gram", lambda op, r: op(_flat(r), num_rows, known))
-    else:  # nothing to project here; other ranks may have something
+    if call.rows[0] or call.shards is not None:
+        products = call.gram(known)
+    else:
         first = next((t for t in _flat((grads, *directions)) if isinstance(t, Tensor)), None)
-        device = distributed.device(group) if group is not None else None if first is None else first.device
-        products = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
-    if group is not None:
-        products = distributed.reduce_gram(products, group)
+        products = torch.zeros(
+            len(call.rows), len(call.rows), dtype=torch.float64, device=None if first is None else first.device
+        )
     weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
     if call.rows[0]:
-        call("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights))
+        call.combine(weights)
     return Projection(products, weights, call.backend.name if call.rows[0] else "none")
 
 
@@ -151,14 +166,17 @@ def orthogonal_gradient_projection(
     safety_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
     capability_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
     eps: float = 1e-8,
+    group=None,
+    plain: distributed.Plain | None = None,
 ) -> Projection:
     """The naive algorithm's signature, fused: afterwards ``p.grad`` holds the projected safety gradient.
 
     Args:
-        model: its parameters' ``.grad`` are replaced.
+        model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
         capability_loss: likewise. Both graphs are kept until both backward passes have run.
         eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0 does not.
+        group, plain: where the model is spread over ranks; see :func:`project_`.
     Returns:
         Projection.
     """
@@ -172,7 +190,7 @@ def orthogonal_gradient_projection(
     for p in parameters:
         p.grad = None
     safety.backward()
-    return project_([p.grad for p in parameters], direction, method="orthogonal", eps=eps)
+    return project_([p.grad for p in parameters], direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
 def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list[list[Tensor | None]]:
@@ -189,17 +207,28 @@ def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list
     return lists
 
 
-def _prepare(op: str, grads: Buffers, directions: Sequence[Buffers]) -> "_Call":
+def _per_column(op: str, counted: Sequence[bool] | None, columns: int) -> Sequence[bool] | None:
+    if counted is not None and len(counted) != columns:
+        raise ValueError(f"{op}: counted has {len(counted)} entries for {columns} buffers; pass one bool for each")
+    return counted
+
+
+def _prepare(
+    op: str, grads: Buffers, directions: Sequence[Buffers], spread: distributed.Spread | None = None
+) -> "_Call":
     """A call on the rows without the columns where the gradient is None."""
     names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
     lists = _same_length(op, (grads, *directions), names)
+    counted = _per_column(op, spread.counted if spread else None, len(lists[0]))
     kept: Sequence[int] = range(len(lists[0]))
     if type(None) in set(map(type, lists[0])):
         kept = [i for i, g in enumerate(lists[0]) if g is not None]
         lists = [[row[i] for i in kept] for row in lists]
-    return _Call(op, lists, names, kept, written=True)
+        if spread and counted is not None:
+            spread = spread._replace(counted=[counted[i] for i in kept])
+    return _Call(op, lists, names, kept, True, spread)
 
 
 def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
@@ -213,8 +242,18 @@ class _Call:
     nothing has been written, and the slow path finds out why.
     """
 
-    def __init__(self, public: str, rows: list[list[Tensor | None]], names: Sequence[str], kept, written: bool):
-        self.public, self.rows, self.names, self.kept, self.written = public, rows, names, kept, written
+    def __init__(
+        self,
+        public: str,
+        rows: list[list[Tensor | None]],
+        names: Sequence[str],
+        kept: Sequence[int],
+        written: bool,
+        spread: distributed.Spread | None,
+    ):
+        self.shards = distributed.shards(public, rows, names, kept, written, spread)
+        self.public, self.names, self.kept, self.written = public, names, kept, written
+        self.rows = rows if self.shards is None else self.shards.rows
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -225,6 +264,22 @@ class _Call:
 
     def check(self) -> None:
         validate.check(self.public, self.rows, self.names, self.kept, self.written)
+
+    def gram(self, known: Tensor | None) -> Tensor:
+        """[R, R] Gram of the rows, of all ranks if they are spread."""
+        if self.shards is None:
+            return self("gram", lambda op, r: op(_flat(r), len(r), known))
+
+        def part(columns: list[int]) -> Tensor:
+            return self("gram", lambda op, r: op(_flat([[row[i] for i in columns] for row in r]), len(r), known))
+
+        return self.shards.gram(part, known)
+
+    def combine(self, weights: Tensor) -> None:
+        """Row 0 <- weights times the rows."""
+        self("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights.to(r[0][0].device, torch.float64)))
+        if self.shards is not None:
+            self.shards.written(weights)
 
     def __call__(self, name: str, run: Callable):
         op = self.backend.op(name)
