@@ -7,7 +7,7 @@ Kernels run on local shards and nothing is gathered. A buffer that several ranks
 from collections.abc import Callable, Sequence
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -56,11 +56,11 @@ class Shards:
         self.rows, self.weights, self.group = rows, weights, group
         self._written, self._reduced = written, reduced
 
-    def gram(self, part: Callable[[list[int]], Tensor], known: Tensor | None) -> Tensor:
+    def gram(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | None) -> Tensor:
         """[R, R] Gram of the whole rows. Every rank of the group must call it, one that owns nothing included.
 
         Args:
-            part: the [R, R] Gram over some columns of ``rows``.
+            part: the [R, R] Gram over some columns of ``rows``, given ``known``.
             known: [R - 1, R - 1] Gram of the whole rows 1.., if it is known already.
         One collective of R (R + 1) / 2 float64 numbers, or of R with ``known``.
         """
@@ -68,12 +68,13 @@ class Shards:
         some = next((t for t in chain(*self.rows) if t is not None), None)
         device = some.device if some is not None else torch.device("cpu") if self.group is None else _device(self.group)
         total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+        known = None if known is None else known.to(device, torch.float64).contiguous()
         by_weight: dict[float, list[int]] = {}
         for i, weight in enumerate(self.weights):
             if weight and any(row[i] is not None for row in self.rows):
                 by_weight.setdefault(weight, []).append(i)
         for weight, columns in by_weight.items():
-            total += weight * part(columns)
+            total += weight * part(columns, known)
         if known is not None:
             row = total[0].clone()
             total[0] = total[:, 0] = row if self.group is None else all_reduce(row, self.group)
@@ -119,8 +120,8 @@ def shards(
     group, plain, counted = spread or Spread()
     if plain not in (None, "replicated", "sharded"):
         raise ValueError(f'{op}: plain must be "replicated" or "sharded", got {plain!r}')
-    meshes = _meshes(rows)
-    if group is None and counted is None and not meshes:
+    found = meshes(rows)
+    if group is None and counted is None and not found:
         return None
     if group is not None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -128,8 +129,8 @@ def shards(
         )
     if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
-    if group is None and meshes and spread is not None:
-        group = _infer_group(op, meshes)
+    if group is None and found and spread is not None:
+        group = _infer_group(op, found)
 
     reader = _Reader(op, names, written, group, plain)
     local: list[list[Tensor | None]] = [[] for _ in rows]
@@ -179,8 +180,7 @@ class _Reader:
         """A Partial buffer, reduced; if it is the gradient, with a note on how to write it."""
         from torch.distributed.tensor import Partial
 
-        with torch.no_grad():
-            value = _local(t.redistribute(placements=target))
+        value = _local(cast("DTensor", settled(t)))
         if row == 0 and self.written:
             coordinate = t.device_mesh.get_coordinate() or [0] * len(target)
             carries = True
@@ -251,11 +251,19 @@ def _infer_group(op: str, meshes: "Sequence[DeviceMesh]"):
     )
 
 
-def _meshes(rows: Rows) -> "list[DeviceMesh]":
+def meshes(rows: Rows) -> "list[DeviceMesh]":
     """The meshes of the DTensors among ``rows``."""
     if set(map(type, chain(*rows))) <= _PLAIN_TYPES:
         return []
     return list(dict.fromkeys(t.device_mesh for t in chain(*rows) if _is_dtensor(t)))
+
+
+def settled(t: Tensor) -> Tensor:
+    """``t``, or its sum if it is a Partial DTensor: who will read it often reduces it once."""
+    if not _is_dtensor(t) or t.placements == _reduced(t):
+        return t
+    with torch.no_grad():
+        return t.redistribute(placements=_reduced(t))
 
 
 def _is_dtensor(t) -> "TypeGuard[DTensor]":

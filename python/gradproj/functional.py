@@ -174,23 +174,25 @@ def orthogonal_gradient_projection(
     Args:
         model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
-        capability_loss: likewise. Both graphs are kept until both backward passes have run.
+        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the gradients of
+            the first backward pass after a forward pass, and of no other.
         eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0 does not.
         group, plain: where the model is spread over ranks; see :func:`project_`.
     Returns:
         Projection.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    capability = capability_loss(model) if callable(capability_loss) else capability_loss
-    safety = safety_loss(model) if callable(safety_loss) else safety_loss
-    for p in parameters:
-        p.grad = None
-    capability.backward(retain_graph=True)
-    direction = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    safety.backward()
-    return project_([p.grad for p in parameters], direction, method="orthogonal", eps=eps, group=group, plain=plain)
+
+    def gradient(loss) -> list[Tensor | None]:
+        scalar = loss(model) if callable(loss) else loss
+        for p in parameters:
+            p.grad = None
+        scalar.backward(retain_graph=True)  # the other loss may share this graph
+        return [p.grad for p in parameters]
+
+    direction = gradient(capability_loss)
+    grads = gradient(safety_loss)
+    return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
 def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list[list[Tensor | None]]:
@@ -270,7 +272,7 @@ class _Call:
         if self.shards is None:
             return self("gram", lambda op, r: op(_flat(r), len(r), known))
 
-        def part(columns: list[int]) -> Tensor:
+        def part(columns: list[int], known: Tensor | None) -> Tensor:
             return self("gram", lambda op, r: op(_flat([[row[i] for i in columns] for row in r]), len(r), known))
 
         return self.shards.gram(part, known)
