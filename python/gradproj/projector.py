@@ -172,7 +172,7 @@ class Projector:
                 directions.setdefault(k, {})[p] = t.to(p.device)
         if directions:
             self.unprotect()
-            self._owners = parameters
+            self._owners, self._projected = parameters, None
             for k in sorted(directions):
                 self._directions.add(directions[k])
 
