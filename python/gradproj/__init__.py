@@ -2,6 +2,7 @@
 
 from gradproj import reference
 from gradproj.backends import backends, use_backend
+from gradproj.diagnostics import log_to
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
 from gradproj.optim import ProjectedOptimizer, attach
 from gradproj.projector import Projector
@@ -14,6 +15,7 @@ __all__ = [
     "backends",
     "combine_",
     "gram",
+    "log_to",
     "orthogonal_gradient_projection",
     "project_",
     "reference",

@@ -3,7 +3,6 @@
 Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -256,13 +255,18 @@ class _Call:
         self.shards = distributed.shards(public, rows, names, kept, written, spread)
         self.public, self.names, self.kept, self.written = public, names, kept, written
         self.rows = rows if self.shards is None else self.shards.rows
+        self._backend: Backend | None = None
 
-    @functools.cached_property
+    @property
     def backend(self) -> Backend:
-        first = next(t for row in self.rows for t in row if t is not None)
-        if not isinstance(first, Tensor):
-            self.check()
-        return select(first.device.type)
+        if (
+            self._backend is None
+        ):  # not functools.cached_property: torch.compile does not trace its lock (Python < 3.12)
+            first = next(t for row in self.rows for t in row if t is not None)
+            if not isinstance(first, Tensor):
+                self.check()
+            self._backend = select(first.device.type)
+        return self._backend
 
     def check(self) -> None:
         validate.check(self.public, self.rows, self.names, self.kept, self.written)
