@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradproj import distributed
 from gradproj.directions import Direction
 
 
@@ -65,7 +66,8 @@ def _take(p: Tensor, index: int) -> Tensor:
             f"protect(): the gradient of parameter {index} with shape {tuple(p.shape)} has layout {grad.layout}; a "
             f"projection takes dense ones: build the layer without sparse=True"
         )
-    return grad.clone() if kept or _shares_storage(grad) else grad
+    settled = distributed.settled(grad)
+    return grad.clone() if settled is grad and (kept or _shares_storage(grad)) else settled
 
 
 def _shares_storage(grad: Tensor) -> bool:

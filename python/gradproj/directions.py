@@ -74,7 +74,7 @@ class Directions:
         return rows
 
     def gram(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-        """[K, K] Gram of the directions where there is a gradient, of this rank's shards.
+        """[K, K] Gram of the directions where there is a gradient; of rows that are not spread over ranks.
 
         It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
         products instead of (K + 1)(K + 2) / 2.

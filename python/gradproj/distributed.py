@@ -133,14 +133,14 @@ def shards(
         group = _infer_group(op, found)
 
     reader = _Reader(op, names, written, group, plain)
-    local: list[list[Tensor | None]] = [[] for _ in rows]
+    held: list[list[Tensor | None]] = [[] for _ in rows]
     weights = []
     for c, (i, column) in enumerate(zip(indices, zip(*rows, strict=True), strict=True)):
         tensors, weight = reader.read(i, column)
-        for row, t in zip(local, tensors, strict=True):
+        for row, t in zip(held, tensors, strict=True):
             row.append(t)
         weights.append(weight if counted is None or counted[c] else 0.0)
-    return Shards(local, weights, group, [t for t in rows[0] if _is_dtensor(t)] if written else [], reader.reduced)
+    return Shards(held, weights, group, [t for t in rows[0] if _is_dtensor(t)] if written else [], reader.reduced)
 
 
 class _Reader:
@@ -264,6 +264,11 @@ def settled(t: Tensor) -> Tensor:
         return t
     with torch.no_grad():
         return t.redistribute(placements=_reduced(t))
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, DTensors as this rank's memory."""
+    return [_local(t) if _is_dtensor(t) else t for t in tensors]
 
 
 def _is_dtensor(t) -> "TypeGuard[DTensor]":

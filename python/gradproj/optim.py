@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from gradproj import checkpoint, methods
+from gradproj import checkpoint, distributed, methods
 from gradproj.functional import Projection
 from gradproj.projector import Projector
 
@@ -25,11 +26,13 @@ class ProjectedOptimizer(Optimizer):
             :func:`gradproj.project_`.
         directions: how many protected directions to keep; each further ``protect()`` replaces the oldest.
         space: ``"gradient"`` or ``"update"``; see :class:`gradproj.projector.Projector`.
-        group: process group over which the parameters are sharded, if they are.
+        group: process group over which the parameters are spread, if their DTensors do not tell.
         eps: added to every <d, d>; 0 is scale-free.
         save_directions: ``state_dict()`` holds the protected directions too, as entries ``"protected_0"``, ``"protected_1"``, ..
             (oldest first) of each parameter's state, K more copies of the gradients. Whatever does not know them ignores
             them, once a step has made the rest of the state; ``load_state_dict`` restores them whenever they are there.
+        plain: ``"replicated"`` (DDP) or ``"sharded"`` (FSDP1, ZeRO, pipeline stages), of parameters that are no DTensors.
+        counted: parameter -> False where another rank counts it already. See :func:`gradproj.project_` for both.
     Raises:
         TypeError, ValueError, NotImplementedError: not an optimizer, an unknown setting, DeepSpeed's engine.
 
@@ -52,12 +55,14 @@ class ProjectedOptimizer(Optimizer):
         group=None,
         eps: float = 0.0,
         save_directions: bool = False,
+        plain: distributed.Plain | None = None,
+        counted: Callable[[Tensor], bool] | None = None,
     ):
         _check("ProjectedOptimizer", optimizer)
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
         self.optimizer = optimizer
-        self.projector = Projector(self._live_groups, method, directions, space, group, eps)
+        self.projector = Projector(self._live_groups, method, directions, space, group, eps, plain, counted)
         self.save_directions = save_directions
 
     def _live_groups(self) -> list[dict[str, Any]]:
@@ -185,6 +190,8 @@ def attach(
     group=None,
     eps: float = 0.0,
     save_directions: bool = False,
+    plain: distributed.Plain | None = None,
+    counted: Callable[[Tensor], bool] | None = None,
 ) -> Projector:
     """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's hooks.
 
@@ -200,7 +207,7 @@ def attach(
         raise TypeError(
             f"attach: {type(optimizer).__name__} has no step hooks, because it is a wrapper; attach to the optimizer that it wraps"
         )
-    projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps)
+    projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps, plain, counted)
     projector._attached = True
 
     def before(_, args, kwargs):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports the compiler only when needed
 
-from gradproj import checkpoint, methods
+from gradproj import checkpoint, distributed, methods
 from gradproj.capture import captured
 from gradproj.directions import Direction, Directions
 from gradproj.functional import Projection, combine_, gram, project_
@@ -31,7 +31,8 @@ class Projector:
 
     Args:
         param_groups: returns the optimizer's live ``param_groups``; asked anew each time.
-        method, eps, group: as for :func:`gradproj.project_`.
+        method, eps, group, plain: as for :func:`gradproj.project_`.
+        counted: parameter -> whether this rank counts it in inner products; None counts all. See :func:`gradproj.project_`.
         directions: how many protected directions to keep; a further one replaces the oldest.
         space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
             parameters, momentum and weight decay included, and keeps one copy of the parameters while it runs.
@@ -47,6 +48,8 @@ class Projector:
         space: Literal["gradient", "update"] = "gradient",
         group=None,
         eps: float = 0.0,
+        plain: distributed.Plain | None = None,
+        counted: Callable[[Tensor], bool] | None = None,
     ):
         methods.parse(method, eps)
         if space not in ("gradient", "update"):
@@ -54,7 +57,7 @@ class Projector:
         self.param_groups: ParamGroups | None = param_groups
         self.method = method
         self.space = space
-        self.group = group
+        self.group, self.plain, self.counted = group, plain, counted
         self.eps = eps
         self.last: Projection | None = None
         self._directions = Directions(directions)
@@ -255,8 +258,17 @@ class Projector:
         parameters = self.parameters()
         self._follow(parameters)
         rows = self._directions.rows(parameters)
-        known = self._directions.gram(grads, parameters) if len(rows) > 1 else None
-        return project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
+        spread = self._spread(parameters)
+        # Ranks may differ in which gradients are None, and so in whether a kept Gram still holds, but not in their
+        # collectives: rows that are spread make one, of all products.
+        alone = all(v is None for v in spread.values()) and not distributed.meshes([grads])
+        known = self._directions.gram(grads, parameters) if alone and len(rows) > 1 else None
+        return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread)
+
+    def _spread(self, parameters: list[Tensor]) -> dict[str, Any]:
+        """How the rows are spread over ranks, as :func:`project_` and :func:`gram` take it."""
+        counted = None if self.counted is None else [bool(self.counted(p)) for p in parameters]
+        return {"group": self.group, "plain": self.plain, "counted": counted}
 
     @torch.no_grad()
     def _project_update(self, before: list[Tensor]) -> Projection:
@@ -266,16 +278,17 @@ class Projector:
         """
         rows = self._directions.rows(self.parameters())
         parameters = [p.detach() for p in self.parameters()]
-        torch._foreach_sub_(parameters, before)
+        local, origin = distributed.local(parameters), distributed.local(before)  # foreach takes no mixture of DTensors
+        torch._foreach_sub_(local, origin)
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0
-        products = gram(parameters, *rows)
+        products = gram(parameters, *rows, **self._spread(self.parameters()))
         sign = sign.to(products.device)
         products = products * sign * sign[:, None]
         rule = methods.parse(self.method, self.eps)
         weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
         combine_(parameters, rows, weights * -sign)
-        torch._foreach_add_(parameters, before)
+        torch._foreach_add_(local, origin)
         return Projection(products, weights, "update")
 
     def _settle(self, project: Callable[[], Projection]) -> None:

@@ -379,7 +379,7 @@ def micro_batches(rank: int, world: int, way: str) -> None:
     with opt.protect():
         backward(x, False)
         backward(x, True)
-    (taken,) = opt.projector._directions
+    (taken,) = opt.projector._directions._stored
     taken = [taken[p] for p in model.parameters()]
     before = [models.whole(t) for t in taken]
     whole = models.build()
