@@ -14,11 +14,17 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without torch.distributed or gloo", allow_module_level=True)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def pool(request):
-    pool = Pool(request.param)
-    yield pool
-    pool.close()
+@pytest.fixture(scope="module")
+def pools():
+    pools = {world: Pool(world) for world in (2, 4)}  # processes start with the first check
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(params=[2, 4])
+def pool(request, pools):
+    return pools[request.param]
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "hsdp", "tp", "fsdp2_tp"])
@@ -116,3 +122,20 @@ def test_micro_batches_add_up(pool, way):
 def test_numbers_move_only_if_the_group_cannot_reach_them(types_of_group, device, expected):
     group = types.SimpleNamespace(_device_types=[torch.device(t) for t in types_of_group])
     assert distributed._device(group, torch.device(device)).type == expected
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "ddp"])
+def test_checkpoint_of_four_ranks_goes_on_with_two(pools, way, tmp_path):
+    saved, expected = pools[4](checks.save, 4, way, str(tmp_path), True)[0]
+    loaded, actual = pools[2](checks.load, 2, way, str(tmp_path), 2)[0]
+    assert len(saved) == len(loaded) == 2
+    for a, b in zip(saved, loaded, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert checks.distance(actual, expected) <= checks.TOLERANCE
+
+
+def test_checkpoint_without_directions(pools, tmp_path):
+    """As one of before the optimizer was wrapped: its state is there, and nothing is protected until the next protect()."""
+    pools[4](checks.save, 4, "fsdp2", str(tmp_path), False)
+    loaded, _ = pools[2](checks.load, 2, "fsdp2", str(tmp_path), 0)[0]
+    assert loaded == []

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -387,3 +389,64 @@ def micro_batches(rank: int, world: int, way: str) -> None:
     assert distance(before, [2 * p.grad for p in whole.parameters()]) <= TOLERANCE
     backward(part(models.batch(1, 1)), True)  # p.grad was moved out: a later backward pass does not write it
     assert all(torch.equal(models.whole(t), b) for t, b in zip(taken, before, strict=True))
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def save(rank: int, world: int, way: str, folder: str, save_directions: bool) -> tuple[list, list]:
+    """Train, save with torch.distributed.checkpoint, train on: the directions when saved, and the parameters at the end."""
+    model, part, opt = _resumable(rank, world, way, save_directions)
+    _steps(model, part, opt, range(3))
+    model_state, optimizer_state = get_state_dict(model, opt)
+    checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    saved = _whole_directions(model, opt)
+    _steps(model, part, opt, range(3, 5))
+    return saved, [models.whole(p) for p in model.parameters()]
+
+
+def load(rank: int, world: int, way: str, folder: str, directions: int) -> tuple[list, list]:
+    """A fresh model and optimizer on another number of ranks; the same as :func:`save` returned."""
+    model, part, opt = _resumable(rank, world, way, True)
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    for _ in range(directions):  # a checkpoint is read into what is there: room for each direction
+        with opt.protect():
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+    model_state, optimizer_state = get_state_dict(model, opt)
+    checkpoint.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(model, opt, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    loaded = _whole_directions(model, opt)
+    if not directions:  # an old checkpoint: protect anew
+        _protect(model, part, opt, 2)
+    _steps(model, part, opt, range(3, 5))
+    return loaded, [models.whole(p) for p in model.parameters()]
+
+
+def _resumable(rank, world, way, save_directions):
+    model, part, arguments = models.WAYS[way](rank, world)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+    opt = gradproj.ProjectedOptimizer(
+        inner, method="conflict", directions=2, save_directions=save_directions, **arguments
+    )
+    return model, part, opt
+
+
+def _protect(model, part, opt, step):
+    with opt.protect():
+        models.loss(model(part(models.batch(step, 1))), 1).backward()
+
+
+def _steps(model, part, opt, steps):
+    for step in steps:
+        if step < 3:
+            _protect(model, part, opt, step)
+        models.loss(model(part(models.batch(step, 0))), 0).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def _whole_directions(model, opt):
+    stored = opt.projector._directions._stored
+    return [[models.whole(direction[p]) for p in model.parameters()] for direction in stored]
