@@ -224,7 +224,7 @@ def test_buffers_on_several_devices(on, monkeypatch, method, known):
 def _split_first(call, run, name, op):
     """What a native op does where it meets a second device: refuse, which makes the call look for the devices."""
     if len(call.kept) == 4:
-        assert len(call.by_device) == 2
+        assert len(call.by_device()) == 2
     return run(call, name, op)
 
 

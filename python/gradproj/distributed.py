@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Sequence[Tensor | None]]
 Plain = Literal["replicated", "sharded"]
 
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
 
@@ -273,7 +273,7 @@ def _infer_group(op: str, meshes: "Sequence[DeviceMesh]"):
 
 def meshes(rows: Rows) -> "list[DeviceMesh]":
     """The meshes of the DTensors among ``rows``."""
-    if set(map(type, chain(*rows))) <= _PLAIN_TYPES:
+    if set(map(type, chain(*rows))) <= PLAIN_TYPES:
         return []
     return list(dict.fromkeys(t.device_mesh for t in chain(*rows) if _is_dtensor(t)))
 
@@ -292,7 +292,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_dtensor(t) -> "TypeGuard[DTensor]":
-    if type(t) in _PLAIN_TYPES or not dist.is_available():
+    if type(t) in PLAIN_TYPES or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # slow to import, and who holds one has done it
 

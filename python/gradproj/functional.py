@@ -219,13 +219,18 @@ def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts, sp
         raise ValueError(f"{op}: pass at least one direction")
     names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     call = _Call.of(op, (grads, *directions), names, base, parts, written=True)
+    types = set(map(type, call.rows[0]))
     kept = None
-    if type(None) in set(map(type, call.rows[0])):
+    if type(None) in types:
         kept = [i for i, g in enumerate(call.rows[0]) if g is not None]
     if spread is not None:
         spread = spread.of_columns(op, len(call.rows[0]), kept)
     if kept is not None:
         call = call.columns(kept)
+    # Gradients that are all plain, and nothing said of other ranks: directions are not looked at one by one for that. Where
+    # one is a DTensor after all, an op refuses it.
+    if types <= distributed.PLAIN_TYPES and (spread is None or not any(spread)):
+        return call
     call.spread(spread)
     return call
 
@@ -438,6 +443,8 @@ class _Call:
         return [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
 
     def check(self) -> None:
+        if self.shards is None:
+            self.spread(None)  # refuses a DTensor among plain tensors
         backend = self._backend.name if self._backend else ""  # not self.backend: choosing one may lead here
         names = [*self.names, "base"]
         validate.check(self.public, self.all_rows, names, self.kept, self.written, self._scaled(), backend)
