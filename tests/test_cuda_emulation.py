@@ -19,8 +19,8 @@ from cases import DTYPES, LAYOUTS, assert_combined_close, assert_gram_close, mak
 from gradproj import reference
 
 ROOT = Path(__file__).parent.parent
-GRAM, COMBINE, PROJECT_ONE, GRAM_ROW, PROJECT = range(5)
-METHODS = {"orthogonal": 0, "conflict": 1, ("mix", 0.25): 2}
+GRAM, COMBINE, PROJECT_ONE, GRAM_ROW, PROJECT, WEIGHTS = range(6)
+METHODS = {"orthogonal": 0, "conflict": 1, ("mix", 0.25): 2, "pcgrad": 3}
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 SANITIZERS = {
     "plain": ["-O1"],

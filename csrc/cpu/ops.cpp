@@ -3,6 +3,7 @@
 #include "../tensors.h"
 #include "combine.h"
 #include "gram.h"
+#include "weights.h"
 
 namespace gradproj::cpu {
 namespace {
@@ -28,11 +29,6 @@ const double* known_gram(const std::optional<Tensor>& known, int rows) {
   return known ? small(*known, int64_t{rows - 1} * (rows - 1), "known") : nullptr;
 }
 
-void solve(Rule rule, const double* gram, int rows, double* weights) {
-  std::vector<double> scratch(static_cast<size_t>(weights_scratch(rows)));
-  solve_weights(rule, gram, rows, weights, scratch.data());
-}
-
 Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known) {
   const TensorList tensors(list, true);
   std::vector<Buffer> buffers;
@@ -46,10 +42,9 @@ Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> kn
 }
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
-  const int rows = static_cast<int>(gram.dim() == 2 ? gram.size(0) : 0);
-  if (rows < 1) throw PlanError("gradproj: gram must have shape [rows, rows]");
-  Tensor result = new_tensor({rows});
-  solve(parse_rule(method, gamma, eps), small(gram, int64_t{rows} * rows, "gram"), rows, data(result));
+  const auto [parts, rows] = gram_shape(gram);
+  Tensor result = gram.dim() == 2 ? new_tensor({rows}) : new_tensor({parts, rows});
+  solve_parts(parse_rule(method, gamma, eps), small(gram, parts * rows * rows, "gram"), parts, rows, data(result));
   return result;
 }
 
@@ -79,7 +74,7 @@ std::tuple<Tensor, Tensor> project_op(StableListHandle grad_list, StableListHand
   const Plan plan = plan_to_write(grads, directions);
   Tensor products = new_tensor({plan.rows, plan.rows}), weights = new_tensor({plan.rows});
   gram(plan, known_gram(known, plan.rows), data(products));
-  solve(rule, data(products), plan.rows, data(weights));
+  solve_parts(rule, data(products), 1, plan.rows, data(weights));
   combine(plan, data(weights));
   return {products, weights};
 }

@@ -36,7 +36,7 @@ def _fake_gram(rows, num_rows, known=None):
 
 
 def _fake_weights(gram, method, gamma, eps):
-    return gram.new_empty(gram.shape[0])
+    return gram.new_empty(gram.shape[:-1])
 
 
 def _fake_combine_(grads, directions, weights):
