@@ -70,7 +70,8 @@ def many_directions_kernel(gram, weights, num_rows, method: tl.constexpr, eps: t
             fraction = tl.where(blocks, y / gap, infinity)
             step, leaves = tl.min(fraction, axis=0, return_indices=True)
             leaving = step < infinity
-            most, enters = tl.max(tl.where((diagonal > TOLERANCE) & (active == 0), last, -infinity), axis=0, return_indices=True)
+            usable = (diagonal > TOLERANCE) & (active == 0)
+            most, enters = tl.max(tl.where(usable, last, -infinity), axis=0, return_indices=True)
             pivot = tl.where(leaving, leaves, enters)
             step = tl.where(leaving, step, 1.0)
             moved = (1.0 - step) * y + step * last
@@ -97,7 +98,8 @@ def many_directions_kernel(gram, weights, num_rows, method: tl.constexpr, eps: t
     # One step of iterative refinement, with the residual from the Gram itself.
     active = tl.sum(tl.where(i == j, table, 0.0), axis=1) < -0.5
     w = y * scale
-    residual = to_gradient + added * w + tl.sum(tl.where(finite, products, 0.0) * w[None, :], axis=1)
+    products = tl.where(finite, tl.load(gram + (i + 1) * num_rows + j + 1, mask=within, other=0.0), 0.0)
+    residual = to_gradient + added * w + tl.sum(products * w[None, :], axis=1)
     residual = tl.where(active & settled, -residual * scale, 0.0)
     w += tl.where(active, -tl.sum(table * residual[None, :], axis=1), 0.0) * scale
     if method == "conflict":
@@ -121,6 +123,6 @@ def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
             one_direction_kernel[(parts,)](gram.contiguous(), result, num_rows, method, eps)
         else:
             block = triton.next_power_of_2(num_rows - 1)
-            warps = max(1, block * block // 512)
+            warps = max(1, block * block // 256)  # 8 entries a thread
             many_directions_kernel[(parts,)](gram.contiguous(), result, num_rows, method, eps, block, num_warps=warps)
     return result

@@ -159,7 +159,8 @@ def _many_directions(parts: Tensor, method: str, eps: float) -> Tensor:
     """Both solvers sweep the tableau [C b] of cosines: csrc/weights.h."""
     length2 = parts.diagonal(dim1=1, dim2=2)[:, 1:] + eps
     scale = torch.where(length2 > 0, length2, 1.0).rsqrt() * (length2 > 0)
-    cosines = (parts[:, 1:, 1:] + torch.diag_embed(torch.full_like(length2, eps))) * scale[:, None, :] * scale[:, :, None]
+    products = parts[:, 1:, 1:] + torch.diag_embed(torch.full_like(length2, eps))
+    cosines = products * scale[:, None, :] * scale[:, :, None]
     table = torch.cat([cosines, (-parts[:, 1:, 0] * scale)[:, :, None]], dim=2)
     settled = torch.ones_like(parts[:, 0, :1], dtype=torch.bool)
     if method == "orthogonal":

@@ -120,7 +120,7 @@ def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogon
         weights[1:] = method[1]
         return weights
     if method == "pcgrad":
-        return sum(_surgery(gram, i, eps) for i in range(k + 1))
+        return np.sum([_surgery(gram, i, eps) for i in range(k + 1)], axis=0)
     length = np.sqrt(np.maximum(np.diag(gram)[1:] + eps, 0))
     scale = np.divide(1.0, length, out=np.zeros(k), where=length > 0)
     cosines = (gram[1:, 1:] + eps * np.eye(k)) * np.outer(scale, scale)
