@@ -50,13 +50,14 @@ def many_directions_kernel(gram, weights, num_rows, method: tl.constexpr, eps: t
     wrong = tl.sum(tl.where(tl.abs(products) < infinity, 0, 1).to(tl.int32), axis=1)
     wrong = tl.sum(wrong + tl.where(tl.abs(to_gradient) < infinity, 0, 1).to(tl.int32), axis=0)
     finite = (wrong == 0) & (tl.abs(gg) < infinity)
+    to_gradient = tl.where(finite, to_gradient, 0.0)
 
     length2 = tl.sum(tl.where(i == j, products, 0.0), axis=1) + tl.where(inside, added, 0.0)
     usable = finite & (length2 > 0.0)
     scale = tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, length2, 1.0)), 0.0)
     table = tl.where(finite, products, 0.0) + tl.where((i == j) & within, added, 0.0)
     table = table * scale[:, None] * scale[None, :]
-    last = tl.where(finite, -to_gradient, 0.0) * scale  # of the tableau: x where swept, the residual elsewhere
+    last = -to_gradient * scale  # of the tableau: x where swept, the residual elsewhere
     slack = 1e-12 * tl.sqrt(tl.where(finite, gg, 0.0))
     y = tl.zeros([block], dtype=tl.float64)
     settled = finite & False
@@ -110,19 +111,19 @@ def many_directions_kernel(gram, weights, num_rows, method: tl.constexpr, eps: t
 
 def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
     """[R] or [P, R] float64. Without a kernel of its own: ``"mix"`` and ``"pcgrad"``, and more than 64 directions."""
-    num_rows = gram.shape[-1]
+    parts = methods.as_parts(gram).contiguous()
+    num_rows = parts.shape[-1]
     if method not in ("orthogonal", "conflict") or not 2 <= num_rows <= MAX_DIRECTIONS + 1:
         return methods.solve(gram, method, gamma, eps)
-    parts = 1 if gram.dim() == 2 else len(gram)
     result = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
-    if not parts:
+    if not len(parts):
         return result
     # A float argument of a Triton kernel is a float32, a constexpr is not: eps is a setting, so it costs one compilation.
     with torch.cuda.device_of(result):
         if num_rows == 2:
-            one_direction_kernel[(parts,)](gram.contiguous(), result, num_rows, method, eps)
+            one_direction_kernel[(len(parts),)](parts, result, num_rows, method, eps)
         else:
             block = triton.next_power_of_2(num_rows - 1)
             warps = max(1, block * block // 256)  # 8 entries a thread
-            many_directions_kernel[(parts,)](gram.contiguous(), result, num_rows, method, eps, block, num_warps=warps)
+            many_directions_kernel[(len(parts),)](parts, result, num_rows, method, eps, block, num_warps=warps)
     return result

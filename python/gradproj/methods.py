@@ -70,7 +70,7 @@ def apply_weighting(weighting: Weighting, gram: Tensor) -> Tensor:
     Raises:
         ValueError: the callable returned something else.
     """
-    parts, num_rows = _parts(gram), gram.shape[-1]
+    parts, num_rows = as_parts(gram), gram.shape[-1]
     shown = torch.where(_finite(parts)[:, None], parts, torch.eye(num_rows).to(gram))
     rows = []
     for part in shown:
@@ -100,7 +100,7 @@ def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Te
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for
     ``"conflict"``; Yu et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for ``"mix"``.
     """
-    parts = _parts(gram)
+    parts = as_parts(gram)
     if method == "mix":
         weights = torch.full_like(parts[:, 0], gamma)
         weights[:, 0] = 1.0
@@ -117,8 +117,12 @@ def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Te
     return torch.where(_finite(parts), weights, _untouched(weights)).view(gram.shape[:-1])
 
 
-def _parts(gram: Tensor) -> Tensor:
-    """[P, R, R]."""
+def as_parts(gram: Tensor) -> Tensor:
+    """[P, R, R]: a Gram of the whole is one part.
+
+    Raises:
+        ValueError: neither [R, R] nor [P, R, R].
+    """
     if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2] or not gram.shape[-1]:
         raise ValueError(f"gram must have shape [R, R] or [P, R, R], got {tuple(gram.shape)}")
     return gram if gram.dim() == 3 else gram[None]
