@@ -90,8 +90,10 @@ GRADPROJ_HD inline void sweep(const Team& team, double* T, int R, int p, double*
   });
   team.sync();
   const double inverse = 1.0 / pivot;
-  for (int i = team.row; i < R - 1; i += team.rows)
-    for (int j = team.column; j < R; j += team.columns) T[i * R + j] -= v[i] * v[j] * inverse;
+  for (int i = team.row; i < R - 1; i += team.rows) {
+    double* row = T + i * R;
+    for (int j = team.column; j < R; j += team.columns) row[j] -= v[i] * v[j] * inverse;
+  }
   team.sync();
 }
 
