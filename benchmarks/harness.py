@@ -121,8 +121,8 @@ def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.
     return reference.oracle_weights(exact_gram([grads, *directions]).numpy())
 
 
-def is_combination(result: list[Tensor], rows: list[list[Tensor]], weights: Sequence[float]) -> bool:
-    """Whether ``result`` is what the weights make of the rows, up to the rounding of its dtype."""
+def relative_error(result: list[Tensor], rows: list[list[Tensor]], weights: Sequence[float]) -> float:
+    """Length of (result - what the weights make of the rows) over the length of the latter."""
     error = scale = 0.0
     for r, column in zip(result, zip(*rows, strict=True), strict=True):
         wanted = torch.zeros_like(r, dtype=torch.float32)
@@ -130,16 +130,16 @@ def is_combination(result: list[Tensor], rows: list[list[Tensor]], weights: Sequ
             wanted.add_(t, alpha=float(w))
         scale += float(wanted.square().sum(dtype=torch.float64))
         error += float(wanted.sub_(r).square_().sum(dtype=torch.float64))
-    return error**0.5 <= TOLERANCE[result[0].dtype] * scale**0.5
+    return (error / scale) ** 0.5
 
 
 def is_right(
     run: Callable, case: Case, grads: list[Tensor], directions: list[list[Tensor]], weights: np.ndarray
 ) -> bool:
-    """Whether ``run`` leaves what the weights say."""
+    """Whether ``run`` leaves what the weights say, up to the rounding of the dtype."""
     copies = [t.clone() for t in grads]
     run(copies, directions)
-    return is_combination(copies, [grads, *directions], weights.tolist())
+    return relative_error(copies, [grads, *directions], weights.tolist()) <= TOLERANCE[case.dtype]
 
 
 def synchronize(device: str) -> None:
