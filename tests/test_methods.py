@@ -215,6 +215,23 @@ def test_many_parts_on_many_threads():
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("method", SOLVED)
+def test_device_runs_its_bound_of_steps_and_gets_the_same(monkeypatch, method):
+    """Where asking would synchronise, nothing is asked: every loop of the torch operations runs in full."""
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((4, 21, 60)) - 0.3
+    rows[:, 0] *= -1
+    gram = torch.from_numpy(rows @ rows.transpose(0, 2, 1))
+    stopped = methods.solve(gram, method)
+    monkeypatch.setattr(methods, "_may_ask", lambda device: False)
+    assert torch.equal(methods.solve(gram, method), stopped)
+
+
+def test_opcheck_of_parts(on):
+    gram = torch.eye(3, dtype=torch.float64, device=on.device).expand(2, 3, 3).contiguous()
+    torch.library.opcheck(on.namespace.weights.default, (gram, "orthogonal", 0.0, 0.0))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0), (2, 2, 3), (1, 1, 2, 2)])
 def test_what_is_not_a_gram_is_refused(on, shape):
     with pytest.raises((RuntimeError, ValueError), match=r"gram must have shape"):

@@ -199,17 +199,18 @@ def _sweep(table: Tensor, pivot: Tensor, moves: Tensor) -> Tensor:
     return torch.where(moves[:, None, None], swept, table)
 
 
-def _nothing_moves(moves: Tensor) -> bool:
-    """Whether a loop may stop early. Only the CPU is asked: asking another device would synchronise."""
-    return moves.device.type == "cpu" and not bool(moves.any())
+def _may_ask(device: torch.device) -> bool:
+    """Whether a loop may look at values to stop early. On any device but the CPU it would synchronise."""
+    return device.type == "cpu"
 
 
 def _solve_all(table: Tensor) -> tuple[Tensor, Tensor]:
     """All directions enter, the one that has most outside the span of those before it first."""
+    ask = _may_ask(table.device)
     for _ in range(table.shape[1]):
         most, pivot = table.diagonal(dim1=1, dim2=2).max(1)
         moves = most > RANK_TOLERANCE
-        if _nothing_moves(moves):
+        if ask and not moves.any():
             break
         table = _sweep(table, pivot, moves)
     return table, torch.where(_active(table), table[:, :, -1], 0.0)
@@ -218,14 +219,16 @@ def _solve_all(table: Tensor) -> tuple[Tensor, Tensor]:
 def _solve_nonnegative(table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep of every part a step.
 
-    Returns the swept tableau, y [P, K], and [P, 1] whether y is the solution on the active set. If the bound of steps, which
-    is lower where it is always run in full, came first, y is not the nearest yet, but still feasible.
+    Returns the swept tableau, y [P, K], and [P, 1] whether y is the solution on the active set. If the bound of steps came
+    first, y is not the nearest yet, but still feasible; some K steps are the rule, and where the loop always runs in full the
+    bound is lower.
     """
     num_parts, k, _ = table.shape
     index = torch.arange(k, device=table.device)
     y = table.new_zeros(num_parts, k)
     moves = torch.ones_like(y[:, 0], dtype=torch.bool)
-    for _ in range((10 if table.device.type == "cpu" else 3) * (k + 1)):
+    ask = _may_ask(table.device)
+    for _ in range((10 if ask else 3) * (k + 1)):
         x, active = table[:, :, k], _active(table)
         blocks = active & (x <= 0)
         gap = torch.where(blocks & (y > 0), y - x, 1.0)
@@ -237,7 +240,7 @@ def _solve_nonnegative(table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Te
         stays = active & ~(leaving[:, None] & (index == leaves[:, None]))
         y = torch.where(stays, ((1 - step) * y + step * x).clamp(min=0.0), 0.0)
         moves = leaving | (most > slack)
-        if _nothing_moves(moves):
+        if ask and not moves.any():
             break
         table = _sweep(table, torch.where(leaving, leaves, enters), moves)
     return table, y, ~moves[:, None]
