@@ -211,7 +211,21 @@ inline Rule parse_rule(const std::string& method, double gamma, double eps) {
   if (method == "orthogonal") return {Method::orthogonal, gamma, eps};
   if (method == "conflict") return {Method::conflict, gamma, eps};
   if (method == "mix") return {Method::mix, gamma, eps};
+  if (method == "pcgrad") return {Method::pcgrad, gamma, eps};
   throw PlanError("gradproj: unknown method " + method);
+}
+
+struct GramShape {
+  int64_t parts;
+  int rows;
+};
+
+// Of [rows, rows], or of one such matrix per part: [parts, rows, rows].
+inline GramShape gram_shape(const torch::stable::Tensor& gram) {
+  const int64_t ndim = gram.dim();
+  if ((ndim != 2 && ndim != 3) || gram.size(ndim - 1) < 1 || gram.size(ndim - 2) != gram.size(ndim - 1))
+    throw PlanError("gradproj: gram must have shape [rows, rows] or [parts, rows, rows]");
+  return {ndim == 3 ? gram.size(0) : 1, static_cast<int>(gram.size(ndim - 1))};
 }
 
 }  // namespace gradproj

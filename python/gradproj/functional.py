@@ -142,9 +142,10 @@ def project_(
         directions: K lists like ``grads``. Not modified. None counts as zeros, and so does a whole direction where
             ``grads`` is None, so that the result is exactly orthogonal on what can be written.
         method: ``"orthogonal"`` removes the whole span of the directions; ``"conflict"`` takes the nearest vector with no
-            negative inner product; ``("mix", gamma)`` adds gamma times every direction; a callable maps the [K + 1, K + 1]
-            float64 Gram to [K + 1] weights.
-        eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
+            negative inner product; ``"pcgrad"`` projects every row, ``grads`` and the directions, off the rows that it
+            conflicts with, in ascending order, and sums them; ``("mix", gamma)`` adds gamma times every direction; a
+            callable, such as a ``torchjd.aggregation.*Weighting``, maps the [K + 1, K + 1] float64 Gram to [K + 1] weights.
+        eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and callables.
         group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
             included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
         known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already.
@@ -164,7 +165,8 @@ def project_(
     Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one all_reduce of
     (K + 1)(K + 2) / 2 float64 numbers, of K + 1 with ``known``. Partial DTensors are reduced first, one all_reduce and one
     copy each; a gradient stays Partial and its first rank holds the result, the others zeros.
-    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
+    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict"; Yu
+    et al. 2020 (PCGrad).
     """
     rule = methods.parse(method, eps)
     call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
