@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -490,16 +491,32 @@ def test_a_copy_goes_on_alone_also_under_a_scheduler(how):
     assert_same(result, train(model, opt, opt, batches[4:8]))
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_copy_of_an_attached_optimizer_has_lost_its_hook(how):
-    """Torch drops hooks with the copy: the projector that captured directions for it must not stay silent."""
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_of_an_attached_optimizer_has_lost_its_hooks(how):
+    """The copy stepped without protection, and nothing said so."""
     model, x = model_and_batches()
-    projector = gradproj.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    projector = gradproj.attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        COPIES[how](optimizer)  # without directions nothing is lost
     protect(model, projector, x[0])
-    with pytest.warns(RuntimeWarning, match=r"attach\(\) again"):
-        lost = how(projector)
+    for part in (optimizer, projector, (model, optimizer, projector)):
+        with pytest.warns(RuntimeWarning, match=r"1 protected directions until attach\(\) is called again"):
+            lost = COPIES[how](part)
+    twin, twin_optimizer, twin_projector = lost
     with pytest.raises(RuntimeError, match=r"call gradproj.attach\(\) again"):
-        lost.parameters()
+        twin_projector.parameters()
+    again = gradproj.attach(twin_optimizer)
+    protect(twin, again, x[0])
+    for m, opt in ((model, optimizer), (twin, twin_optimizer)):
+        opt.zero_grad()
+        loss(m, x[1]).backward()
+        opt.step()
+    assert_same(parameters(model), parameters(twin))
 
 
 # --- compile --------------------------------------------------------------------------------------------------------
