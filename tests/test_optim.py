@@ -292,6 +292,33 @@ def test_where_reading_synchronises_it_is_dropped_one_call_later(by, monkeypatch
     assert number_protected(projector) == (by == "protect")
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_step_that_meets_it_does_not_synchronise(wrapping):
+    model, x = model_and_batches()
+    model.cuda()
+    x = [batch.cuda() for batch in x]
+    opt, projector = wrapping(torch.optim.SGD(model.parameters(), lr=0.1), directions=2)
+    protect(model, projector, x[0])
+    protect(model, projector, x[1], scale=torch.inf)
+    loss(model, x[2]).backward()
+    projector.project()  # loads kernels, whose first launch synchronises
+    opt.zero_grad()
+    loss(model, x[2]).backward()
+    projector.unprotect()
+    protect(model, projector, x[0])
+    protect(model, projector, x[1], scale=torch.inf)
+    grads = [p.grad.clone() for p in model.parameters()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(grads, [p.grad for p in model.parameters()])
+    with pytest.warns(RuntimeWarning, match=r"1 of 2 protected directions \(number 1, "):
+        opt.step()
+    assert projector.last.applied and number_protected(projector) == 1
+
+
 # --- clipping, accumulation, closures -------------------------------------------------------------------------------
 
 
