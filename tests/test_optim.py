@@ -576,6 +576,8 @@ def test_compiled_step_equals_eager_and_is_compiled_once(k, inductor, wrapping):
 @pytest.mark.filterwarnings("ignore")
 def test_functions_are_traced_without_a_graph_break():
     """functools.cached_property and the choice of the backend each broke the graph."""
+    if not gradproj.backends()["cpu"].available:
+        pytest.skip("the torch backend compares addresses before it writes, which cannot be traced")
 
     def step(params, grads, direction):
         info = gradproj.project_(grads, direction, method="conflict")
