@@ -47,7 +47,7 @@ class Projection(NamedTuple):
         change = self.weights.clone()
         change[..., 0] -= 1.0
         finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
-        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1]).to(self.gram))
+        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1], dtype=torch.float64, device=change.device))
         square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
         return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
 
