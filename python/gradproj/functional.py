@@ -154,7 +154,12 @@ def project_(
         products = torch.zeros(
             len(call.rows), len(call.rows), dtype=torch.float64, device=None if first is None else first.device
         )
-    weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
+    if not isinstance(rule, methods.Rule):
+        weights = methods.apply_weighting(rule, products)
+    elif call.shards is None:
+        weights = rule(products)
+    else:  # the same op on every rank, one that owns nothing included
+        weights = select(products.device.type).op("weights")(products, *rule)
     if call.rows[0]:
         call.combine(weights)
     return Projection(products, weights, call.backend.name if call.rows[0] else "none")

@@ -261,7 +261,7 @@ class Projector:
         spread = self._spread(parameters)
         # Ranks may differ in which gradients are None, and so in whether a kept Gram still holds, but not in their
         # collectives: rows that are spread make one, of all products.
-        alone = all(v is None for v in spread.values()) and not distributed.meshes([grads])
+        alone = all(v is None for v in spread.values()) and not distributed.any_dtensor(grads)
         known = self._directions.gram(grads, parameters) if alone and len(rows) > 1 else None
         return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread)
 
