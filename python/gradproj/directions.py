@@ -65,7 +65,7 @@ class Directions:
         rows: list[list[Tensor | None]] = []
         for direction in self._stored:
             row = [direction.get(p) for p in parameters]
-            if all(t is None for t in row):
+            if direction and all(t is None for t in row):
                 raise RuntimeError(
                     "a protected direction belongs to none of the optimizer's parameters: they were replaced after "
                     "protect(); call unprotect() and protect() again"

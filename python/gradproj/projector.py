@@ -91,7 +91,7 @@ class Projector:
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block; the block is inside another one, or inside a
+            RuntimeError: no parameter received a gradient inside the block, and there is no ``group``; the block is inside another one, or inside a
                 closure of ``step()``; a parameter is stepped during the backward pass.
             NotImplementedError: a gradient is sparse.
         """
@@ -111,7 +111,7 @@ class Projector:
                 yield
         finally:
             self._protecting = False
-        if not taken:
+        if not taken and self.group is None:  # in a group, this rank may own nothing
             raise RuntimeError(
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
