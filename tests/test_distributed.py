@@ -32,7 +32,7 @@ def pool(request, pools):
     return pools[request.param]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "hsdp", "tp", "fsdp2_tp"])
+@pytest.mark.parametrize("way", ["ddp", "ddp_bucket_view", "fsdp2", "hsdp", "tp", "fsdp2_tp"])
 @pytest.mark.parametrize("method", ["orthogonal", "conflict"])
 def test_training_equals_the_single_process(pool, way, method):
     """Projected gradients of five steps and the parameters after them."""
@@ -57,6 +57,11 @@ def test_pipeline_stages_with_a_tied_parameter(pool, method):
     assert max(pool(checks.stages, pool.world, method)) <= checks.TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["orthogonal", "conflict"])
+def test_fsdp1(pool, method):
+    assert max(pool(checks.fsdp1, pool.world, method)) <= checks.TOLERANCE
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "tp"])
 def test_one_call_form(pool, way):
     assert max(pool(checks.one_call_form, pool.world, way)) <= 1e-5  # its eps of 1e-8, in float32
@@ -78,6 +83,11 @@ def test_rank_that_owns_nothing_takes_part(pool):
     results = pool(checks.empty_rank, pool.world)
     assert all(r == results[0] for r in results)
     assert results[0] == [n * (pool.world - 1) for n in (5.0, 3.0, 3.0, 9.0)] + [1.0, pytest.approx(-1 / 3)]
+
+
+def test_wrapper_on_a_rank_that_owns_nothing(pool):
+    """It raised there that nothing had received a gradient, and the others waited."""
+    assert len(set(pool(checks.wrapper_on_empty_rank, pool.world))) == 1
 
 
 def test_conflict_is_decided_once_for_all_ranks(pool):

@@ -90,9 +90,10 @@ class Shards:
         The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
         average): the gradient stays Partial and stands for the projected one, without another rounding.
         """
-        untouched = (weights[0] == 1) & ~(weights[1:] != 0).any()
-        for local, value, carries in self._reduced:
-            local.copy_(torch.where(untouched.to(local.device), local, value if carries else torch.zeros_like(value)))
+        if self._reduced:
+            untouched = ((weights[0] == 1) & ~(weights[1:] != 0).any()).to(self._reduced[0].local.device)
+            for local, value, carries in self._reduced:
+                local.copy_(torch.where(untouched, local, value if carries else torch.zeros_like(value)))
         torch.autograd.graph.increment_version(self._written)
 
 
