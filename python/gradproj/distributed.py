@@ -33,6 +33,15 @@ class Spread(NamedTuple):
     counted: Sequence[bool] | None = None
 
 
+class Share(NamedTuple):
+    """This rank's part of a Gram: the sum over the group is the Gram.
+
+    Ranks may keep shares and compute them anew as each sees fit, since no collective comes of it.
+    """
+
+    gram: Tensor
+
+
 class _Reduced(NamedTuple):
     """A Partial gradient. Kernels work on the sum, ``value``; this rank's ``local`` carries it, or zeros, afterwards."""
 
@@ -56,14 +65,26 @@ class Shards:
         self.rows, self.weights, self.group = rows, weights, group
         self._written, self._reduced = written, reduced
 
-    def gram(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | None) -> Tensor:
+    def gram(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | Share | None) -> Tensor:
         """[R, R] Gram of the whole rows. Every rank of the group must call it, one that owns nothing included.
 
         Args:
-            part: the [R, R] Gram over some columns of ``rows``, given ``known``.
-            known: [R - 1, R - 1] Gram of the whole rows 1.., if it is known already.
-        One collective of R (R + 1) / 2 float64 numbers, or of R with ``known``.
+            part: the [R, R] Gram over some columns of ``rows``, given that of rows 1.. if it is known.
+            known: [R - 1, R - 1] Gram of the whole rows 1.., or this rank's share of it, if it is known already.
+        One collective of R (R + 1) / 2 float64 numbers, or of R if the Gram of the whole rows 1.. is known.
         """
+        total = self.share(part, known.gram if isinstance(known, Share) else known)
+        if self.group is None:
+            return total
+        if isinstance(known, Tensor):
+            total[0] = total[:, 0] = all_reduce(total[0], self.group)
+        else:
+            i, j = torch.triu_indices(*total.shape, device=total.device)
+            total[i, j] = total[j, i] = all_reduce(total[i, j], self.group)
+        return total
+
+    def share(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | None) -> Tensor:
+        """[R, R] this rank's part of the Gram, but for rows 1.. if that is ``known``. No collective."""
         num_rows = len(self.rows)
         some = next((t for t in chain(*self.rows) if t is not None), None)
         device = some.device if some is not None else torch.device("cpu") if self.group is None else _device(self.group)
@@ -76,12 +97,7 @@ class Shards:
             if weight and any(row[i] is not None for i in columns for row in self.rows):
                 total += weight * part(columns, known)
         if known is not None:
-            row = total[0].clone()
-            total[0] = total[:, 0] = row if self.group is None else all_reduce(row, self.group)
             total[1:, 1:] = known
-        elif self.group is not None:
-            i, j = torch.triu_indices(num_rows, num_rows, device=device)
-            total[i, j] = total[j, i] = all_reduce(total[i, j], self.group)
         return total
 
     def written(self, weights: Tensor) -> None:
@@ -302,10 +318,6 @@ def _carries(op: str, name: str, t: "DTensor") -> bool:
     return carries
 
 
-def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
-    return bool(_dtensor_types(tensors))
-
-
 def settled(t: Tensor) -> Tensor:
     """``t``, or its sum if it is a Partial DTensor: who will read it often reduces it once."""
     if not _is_dtensor(t) or t.placements == _reduced(t):
@@ -330,7 +342,7 @@ def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:
 
 
 def _is_dtensor(t) -> "TypeGuard[DTensor]":
-    return any_dtensor([t])
+    return bool(_dtensor_types([t]))
 
 
 def _reduced(t: "DTensor") -> "tuple[Placement, ...]":

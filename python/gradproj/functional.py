@@ -74,15 +74,19 @@ def gram(
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    if not rows:
-        raise ValueError("gram: pass at least one list of tensors")
-    names = [f"rows[{r}]" for r in range(len(rows))]
-    lists = _same_length("gram", rows, names)
-    spread = distributed.Spread(group, plain, _per_column("gram", counted, len(lists[0])))
-    call = _Call("gram", lists, names, range(len(lists[0])), False, spread)
-    if call.shards is None and all(t is None for row in lists for t in row):
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    return call.gram(known)
+    return _gram_call("gram", rows, distributed.Spread(group, plain, counted)).gram(known)
+
+
+def share(
+    *rows: Buffers,
+    known: distributed.Share | None = None,
+    group=None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
+) -> distributed.Share:
+    """This rank's part of :func:`gram`, which it is alone to compute: no collective, except to reduce Partial buffers."""
+    call = _gram_call("share", rows, distributed.Spread(group, plain, counted))
+    return distributed.Share(call.share(None if known is None else known.gram))
 
 
 def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:
@@ -110,7 +114,7 @@ def project_(
     method: methods.Method = "orthogonal",
     eps: float = 0.0,
     group=None,
-    known: Tensor | None = None,
+    known: Tensor | distributed.Share | None = None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> Projection:
@@ -126,7 +130,8 @@ def project_(
         eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
         group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
             included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
-        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already.
+        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already, or this rank's
+            :func:`share` of it.
         plain: what the other ranks of the group hold of a plain tensor: ``"replicated"``, the same (DDP), or ``"sharded"``,
             other parts (FSDP1, ZeRO, pipeline stages). DTensors say it themselves, on any meshes, but for ranks of the group
             that are not in their mesh.
@@ -144,7 +149,8 @@ def project_(
     rule = methods.parse(method, eps)
     call = _prepare("project_", grads, directions, distributed.Spread(group, plain, counted))
     if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
-        products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, known))
+        whole = known.gram if isinstance(known, distributed.Share) else known  # nothing is spread: they are the same
+        products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, whole))
         return Projection(products, weights, call.backend.name)
 
     if call.rows[0] or call.shards is not None:
@@ -213,6 +219,15 @@ def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list
     return lists
 
 
+def _gram_call(op: str, rows: Sequence[Buffers], spread: distributed.Spread) -> "_Call":
+    if not rows:
+        raise ValueError(f"{op}: pass at least one list of tensors")
+    names = [f"rows[{r}]" for r in range(len(rows))]
+    lists = _same_length(op, rows, names)
+    _per_column(op, spread.counted, len(lists[0]))
+    return _Call(op, lists, names, range(len(lists[0])), False, spread)
+
+
 def _per_column(op: str, counted: Sequence[bool] | None, columns: int) -> Sequence[bool] | None:
     if counted is not None and len(counted) != columns:
         raise ValueError(f"{op}: counted has {len(counted)} entries for {columns} buffers; pass one bool for each")
@@ -276,15 +291,22 @@ class _Call:
     def check(self) -> None:
         validate.check(self.public, self.rows, self.names, self.kept, self.written)
 
-    def gram(self, known: Tensor | None) -> Tensor:
+    def gram(self, known: Tensor | distributed.Share | None) -> Tensor:
         """[R, R] Gram of the rows, of all ranks if they are spread."""
         if self.shards is None:
-            return self("gram", lambda op, r: op(_flat(r), len(r), known))
+            return self.share(known.gram if isinstance(known, distributed.Share) else known)
+        return self.shards.gram(self._part, known)
 
-        def part(columns: list[int], known: Tensor | None) -> Tensor:
-            return self("gram", lambda op, r: op(_flat([[row[i] for i in columns] for row in r]), len(r), known))
+    def share(self, known: Tensor | None) -> Tensor:
+        """[R, R] what this rank adds to the Gram of the rows: all of it if they are not spread."""
+        if self.shards is not None:
+            return self.shards.share(self._part, known)
+        if all(t is None for row in self.rows for t in row):
+            return torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
+        return self("gram", lambda op, r: op(_flat(r), len(r), known))
 
-        return self.shards.gram(part, known)
+    def _part(self, columns: list[int], known: Tensor | None) -> Tensor:
+        return self("gram", lambda op, r: op(_flat([[row[i] for i in columns] for row in r]), len(r), known))
 
     def combine(self, weights: Tensor) -> None:
         """Row 0 <- weights times the rows."""
