@@ -120,6 +120,7 @@ def test_saved_before_the_first_step(wrapping):
     twin_opt, twin_projector = wrapping(INNER["adamw"](twin.parameters()))
     twin_opt.load_state_dict(through_a_file(opt.state_dict()))
     assert number_protected(twin_projector) == 1
+    assert not twin_opt.state
     assert_same(train(model, opt, None, x[2:]), train(twin, twin_opt, None, x[2:]))
 
 

@@ -1,11 +1,13 @@
 """What people look at: opt.last, and log_to."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gradproj
+from gradproj import diagnostics
 from training import WRAPPINGS, loss, model_and_batches, protect, stored, train
 
 NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
@@ -56,6 +58,20 @@ def test_a_callable_gets_floats(wrapping):
     assert values.keys() == NAMES and all(type(v) is float for v in values.values())
     assert values["cosine/2"] == projector.last.cosine[1] and values["weight/0"] == projector.last.weights[0]
     assert values["removed"] == projector.last.removed and values["applied"] == 1.0
+
+
+def test_a_projection_in_parts_has_the_part_in_its_names():
+    parts = SimpleNamespace(
+        removed=torch.tensor([0.1, 0.2]),
+        applied=torch.tensor(True),
+        cosine=torch.tensor([[0.3, 0.4], [0.5, 0.6]], dtype=torch.float64),
+        weights=torch.tensor([[1.0, 0.7, 0.8], [1.0, 0.9, 1.1]], dtype=torch.float64),
+    )
+    values = diagnostics.scalars(parts)
+    assert values.keys() == {"removed/0", "removed/1", "applied"} | {
+        f"{name}/{p}/{k}" for p in range(2) for name, ks in (("cosine", (1, 2)), ("weight", (0, 1, 2))) for k in ks
+    }
+    assert values["cosine/1/1"] == 0.5 and values["weight/1/2"] == 1.1 and values["applied"] == 1.0
 
 
 @pytest.mark.parametrize(("every", "start", "steps"), [(3, 0, [0, 3]), (4, 10, [12])])

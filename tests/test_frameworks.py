@@ -63,7 +63,7 @@ def test_lightning_automatic_optimization(clip, wrapping, tmp_path):
             return loss(self.model, batch[1])
 
         def configure_optimizers(self):
-            opt, self.projector = wrapping(torch.optim.AdamW(self.model.parameters(), lr=0.01))
+            opt, self.projector = wrapping(torch.optim.AdamW(self.model.parameters(), lr=0.01), save_directions=True)
             gradproj.log_to(self.projector, lambda values, step: self.logged.append(values["applied"]))
             return {"optimizer": opt, "lr_scheduler": torch.optim.lr_scheduler.StepLR(opt, 1)}
 
@@ -81,6 +81,9 @@ def test_lightning_automatic_optimization(clip, wrapping, tmp_path):
     )
     trainer.fit(module, torch.utils.data.DataLoader(pairs, batch_size=None))
     assert module.logged == [1.0] * 6
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    saved = torch.load(tmp_path / "checkpoint", weights_only=False)["optimizer_states"][0]["state"][0]
+    assert saved.keys() == {"step", "exp_avg", "exp_avg_sq", "protected_0"}
 
     plain = torch.optim.AdamW(twin.parameters(), lr=0.01)
     for x, y in zip(batches[::2], batches[1::2], strict=True):

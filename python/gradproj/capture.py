@@ -108,18 +108,22 @@ def _watch(parameters: list[Tensor]) -> list[RemovableHandle]:
     """Hooks behind the users' own ones that find a parameter stepped, or its gradient freed, during a backward pass."""
     watches = []
     for i, p in enumerate(parameters):
-        message = (
-            f"protect(): parameter {i} with shape {tuple(p.shape)} is stepped during the backward pass (optimizer-in-backward); a "
-            f"projection needs the gradients of all parameters at once: remove that hook and call step() after backward()"
-        )
         if hasattr(p, "_in_backward_optimizers"):
-            raise RuntimeError(message)
+            raise _stepped(i, p)
         if not p._post_accumulate_grad_hooks:
             continue
 
-        def check(p, version=p._version, message=message):
+        def check(p, i=i, version=p._version):
             if p.grad is None or p._version != version:
-                raise RuntimeError(message)
+                raise _stepped(i, p)
 
         watches.append(p.register_post_accumulate_grad_hook(check))
     return watches
+
+
+def _stepped(i: int, p: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"protect(): parameter {i} with shape {tuple(p.shape)} is stepped, or its gradient freed, during the backward pass "
+        f"(optimizer-in-backward); a projection needs the gradients of all parameters at once: remove that hook and call "
+        f"step() after backward()"
+    )

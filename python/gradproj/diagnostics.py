@@ -1,5 +1,6 @@
 """What the projections of a run did, as numbers for a log."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,20 @@ def scalars(projection: Projection) -> dict[str, float]:
 
     Returns:
         ``removed`` and ``applied``; ``cosine/k`` and ``weight/k`` for direction k = 1.., oldest first; ``weight/0`` of the
-        gradient.
+        gradient. Of a projection in parts, part p's are ``removed/p``, ``cosine/p/k`` and so on.
     """
-    k = projection.cosine.shape[0]
-    names = ["removed", "applied", *(f"cosine/{i + 1}" for i in range(k)), *(f"weight/{i}" for i in range(k + 1))]
-    parts = (projection.removed, projection.applied, projection.cosine, projection.weights)
-    values = torch.cat([part.reshape(-1).to(torch.float64) for part in parts]).tolist()
+    fields = (
+        ("removed", projection.removed, 0),
+        ("applied", projection.applied, 0),
+        ("cosine", projection.cosine, 1),  # numbered as the weights are, of which the first is the gradient's
+        ("weight", projection.weights, 0),
+    )
+    names = [
+        "/".join(map(str, (name, *at[:-1], *(last + first for last in at[-1:]))))
+        for name, t, first in fields
+        for at in itertools.product(*map(range, t.shape))
+    ]
+    values = torch.cat([t.reshape(-1).to(torch.float64) for _, t, _ in fields]).tolist()
     return dict(zip(names, values, strict=True))
 
 

@@ -221,6 +221,12 @@ def attach(
         return args, {**kwargs, "closure": wrapped}
 
     optimizer.register_step_pre_hook(before)
+    optimizer_state = optimizer.__getstate__
+
+    def getstate():
+        projector.warn_of_a_copy()
+        return optimizer_state()
+
     loading: dict[str, Any] = {}
 
     def before_load(_, state_dict):
@@ -231,6 +237,8 @@ def attach(
         projector.load_state_dict(loading)
         loading.clear()
 
+    # Copying and pickling go through it, and torch leaves out both the hooks and this, so that only the copy is unprotected.
+    optimizer.__getstate__ = getstate  # type: ignore[method-assign]
     optimizer.register_step_post_hook(lambda *_: projector.after_step())
     optimizer.register_load_state_dict_pre_hook(before_load)
     optimizer.register_load_state_dict_post_hook(after_load)

@@ -238,6 +238,16 @@ class Projector:
         for observer in self._observers:
             observer(self.last if self._directions else None)
 
+    def warn_of_a_copy(self) -> None:
+        """To call when the optimizer that this is attached to, or this object itself, is copied or pickled."""
+        if self._directions:
+            warnings.warn(
+                f"what attach() put on an optimizer is being copied, but its hooks do not go with it: the copy steps without its "
+                f"{len(self)} protected directions until attach() is called again on it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def _project_once(self) -> None:
         done = self._projected() if self._projected is not None else None
         if done is not None and any(p.grad is done for p in self.parameters()):
@@ -336,13 +346,8 @@ class Projector:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if self._attached and self._directions:
-            warnings.warn(
-                "a Projector with protected directions is being copied, but the step hooks that attach() registered do not "
-                "go with the optimizer: call attach() again on the copy",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if self._attached:
+            self.warn_of_a_copy()
         state["param_groups"] = None  # the owner knows
         state["_projected"] = state["_before"] = state["_unread"] = None  # references do not survive a copy
         state["_observers"] = []
