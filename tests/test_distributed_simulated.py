@@ -104,7 +104,7 @@ def test_refused_by_name(four_ranks):
     cases = [
         ([ones(2)], [ones(2)], {"group": world}, r'grads\[0\] is a plain tensor.*"replicated".*"sharded"'),
         ([sharded, ones(2)], [sharded, ones(2)], {}, r'grads\[1\] is a plain tensor.*"replicated".*"sharded"'),
-        ([half], [half], {}, r"2 of 4 ranks: pass group="),
+        ([half], [half], {}, r"has 2 of 4 ranks: pass group="),
         ([half], [half], {"group": world}, r"grads\[0\] is on a mesh with 2 of the 4 ranks of the group.*plain="),
         ([None, sharded], [None, replicated], {}, r"directions\[0\]\[1\] and grads\[1\] are not laid out alike"),
         ([sharded], [on_square], {}, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradproj import functional
+from gradproj.distributed import Share, Spread
 
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
 
 
 class _Known(NamedTuple):
-    """The Gram of the directions ``serials`` over the parameters ``columns``."""
+    """This rank's share of the Gram of the directions ``serials`` over ``columns``: how they are spread, and parameters."""
 
     serials: tuple[int, ...]
-    columns: tuple[int, ...]
+    columns: tuple
     gram: Tensor
 
 
@@ -65,7 +66,7 @@ class Directions:
         rows: list[list[Tensor | None]] = []
         for direction in self._stored:
             row = [direction.get(p) for p in parameters]
-            if all(t is None for t in row):
+            if direction and all(t is None for t in row):
                 raise RuntimeError(
                     "a protected direction belongs to none of the optimizer's parameters: they were replaced after "
                     "protect(); call unprotect() and protect() again"
@@ -73,15 +74,17 @@ class Directions:
             rows.append(row)
         return rows
 
-    def gram(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-        """[K, K] Gram of the directions where there is a gradient; of rows that are not spread over ranks.
+    def share(self, grads: Sequence[Tensor | None], parameters: Sequence[Tensor], spread: Spread) -> Share:
+        """[K, K] this rank's share of the directions' Gram where there is a gradient.
 
         It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
         products instead of (K + 1)(K + 2) / 2.
         """
         columns = [i for i, g in enumerate(grads) if g is not None]
+        if spread.counted is not None:
+            spread = spread._replace(counted=[spread.counted[i] for i in columns])
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = tuple(id(parameters[i]) for i in columns)
+        key = (spread, *(id(parameters[i]) for i in columns))
         rows = [[row[i] for i in columns] for row in self.rows(parameters)]
         serials = tuple(self._serials)
         products, kept = None, 0
@@ -90,12 +93,12 @@ class Directions:
             products = self._known.gram[start:, start:].contiguous()
             kept = len(products)
         if products is None:
-            products, kept = functional.gram(*rows), len(rows)
+            products, kept = functional.share(*rows, **spread._asdict()).gram, len(rows)
         for r in range(kept, len(rows)):
-            # The new one goes last.
-            products = functional.gram(rows[r], *rows[:r], known=products).roll((-1, -1), (0, 1))
+            extended = functional.share(rows[r], *rows[:r], known=Share(products), **spread._asdict()).gram
+            products = extended.roll((-1, -1), (0, 1))  # the new one goes last
         self._known = _Known(serials, key, products)
-        return products
+        return Share(products)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}  # ids do not survive a copy

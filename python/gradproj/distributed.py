@@ -4,7 +4,7 @@ Kernels run on local shards and nothing is gathered. A buffer that several ranks
 1 / holders, so that the sum over the group counts it once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, cast
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 Rows = Sequence[Sequence[Tensor | None]]
+Part = Callable[[list[int], Tensor | None], Tensor]
 Plain = Literal["replicated", "sharded"]
 
 PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
@@ -41,6 +42,15 @@ class Spread(NamedTuple):
                 f"{op}: counted has {len(self.counted)} entries for {columns} buffers; pass one bool for each"
             )
         return self if kept is None else self._replace(counted=[self.counted[i] for i in kept])
+
+
+class Share(NamedTuple):
+    """This rank's part of a Gram: the sum over the group is the Gram.
+
+    Ranks may keep shares and compute them anew as each sees fit, since no collective comes of it.
+    """
+
+    gram: Tensor
 
 
 class _Reduced(NamedTuple):
@@ -66,37 +76,39 @@ class Shards:
         self.rows, self.weights, self.group = rows, weights, group
         self._written, self._reduced = written, reduced
 
-    def gram(
-        self,
-        part: Callable[[list[int], Tensor | None], Tensor],
-        known: Tensor | None,
-        shape: tuple[int, ...],
-    ) -> Tensor:
+    def gram(self, part: Part, known: Tensor | Share | None, shape: tuple[int, ...]) -> Tensor:
         """Gram of the whole rows. Every rank of the group must call it, one that owns nothing included.
 
         Args:
-            part: the Gram over some columns of ``rows``, given ``known``.
-            known: Gram of the whole rows 1.., if it is known already.
-            shape: [R, R] or [P, R, R], of the result and of what ``part`` returns.
-        One collective of P R (R + 1) / 2 float64 numbers, or of P R with ``known``.
+            part: the Gram over some columns of ``rows``, given that of rows 1.. if it is known.
+            known: Gram of the whole rows 1.., or this rank's share of it, if it is known already.
+            shape: of the result and of what ``part`` returns: [R, R], or [P, R, R] with P parts.
+        One collective of P R (R + 1) / 2 float64 numbers, or of P R if the Gram of the whole rows 1.. is known.
         """
+        total = self.share(part, known.gram if isinstance(known, Share) else known, shape)
+        if self.group is None:
+            return total
+        if isinstance(known, Tensor):
+            total[..., 0, :] = total[..., 0] = all_reduce(total[..., 0, :], self.group)
+        else:
+            i, j = torch.triu_indices(shape[-1], shape[-1], device=total.device)
+            total[..., i, j] = total[..., j, i] = all_reduce(total[..., i, j], self.group)
+        return total
+
+    def share(self, part: Part, known: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """This rank's part of the Gram, but for rows 1.. if that is ``known``. No collective."""
         some = next((t for t in chain(*self.rows) if t is not None), None)
         device = some.device if some is not None else torch.device("cpu") if self.group is None else _device(self.group)
         total = torch.zeros(shape, dtype=torch.float64, device=device)
         known = None if known is None else known.to(device, torch.float64).contiguous()
         by_weight: dict[float, list[int]] = {}
         for i, weight in enumerate(self.weights):
-            if weight and any(row[i] is not None for row in self.rows):
-                by_weight.setdefault(weight, []).append(i)
+            by_weight.setdefault(weight, []).append(i)
         for weight, columns in by_weight.items():
-            total += weight * part(columns, known)
+            if weight and any(row[i] is not None for i in columns for row in self.rows):
+                total += weight * part(columns, known)
         if known is not None:
-            row = total[..., 0, :].clone()
-            total[..., 0, :] = total[..., 0] = row if self.group is None else all_reduce(row, self.group)
             total[..., 1:, 1:] = known
-        elif self.group is not None:
-            i, j = torch.triu_indices(shape[-1], shape[-1], device=device)
-            total[..., i, j] = total[..., j, i] = all_reduce(total[..., i, j], self.group)
         return total
 
     def written(self, weights: Tensor) -> None:
@@ -105,9 +117,11 @@ class Shards:
         The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
         average): the gradient stays Partial and stands for the projected one, without another rounding.
         """
-        untouched = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
-        for local, value, carries in self._reduced:
-            local.copy_(torch.where(untouched.to(local.device), local, value if carries else torch.zeros_like(value)))
+        if self._reduced:
+            kept = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
+            untouched = kept.to(self._reduced[0].local.device)
+            for local, value, carries in self._reduced:
+                local.copy_(torch.where(untouched, local, value if carries else torch.zeros_like(value)))
         torch.autograd.graph.increment_version(self._written)
 
 
@@ -118,7 +132,6 @@ def shards(
     indices: Sequence[int],
     written: bool,
     spread: Spread | None,
-    scaled: Sequence[bool] = (),
 ) -> Shards | None:
     """This rank's part of ``rows``; None if nothing says that they are distributed.
 
@@ -129,7 +142,6 @@ def shards(
         indices: the user's index of each column.
         written: row 0 is going to be modified.
         spread: ``counted`` has an entry per column of ``rows``. None if there will be no inner products.
-        scaled: which rows are float8 codes: always of this rank's shards.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
     Communicates only to reduce Partial buffers: one all_reduce each.
@@ -137,8 +149,8 @@ def shards(
     group, plain, counted = spread or Spread()
     if plain not in (None, "replicated", "sharded"):
         raise ValueError(f'{op}: plain must be "replicated" or "sharded", got {plain!r}')
-    found = meshes(rows)
-    if group is None and counted is None and not found:
+    kinds = _dtensor_types(chain(*rows))
+    if group is None and counted is None and not kinds:
         return None
     if group is not None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -146,136 +158,176 @@ def shards(
         )
     if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
-    if group is None and found and spread is not None:
-        group = _infer_group(op, found)
 
-    reader = _Reader(op, names, written, group, plain, scaled)
-    held: list[list[Tensor | None]] = [[] for _ in rows]
-    weights = []
-    for c, (i, column) in enumerate(zip(indices, zip(*rows, strict=True), strict=True)):
-        tensors, weight = reader.read(i, column)
-        for row, t in zip(held, tensors, strict=True):
-            row.append(t)
-        weights.append(weight if counted is None or counted[c] else 0.0)
-    return Shards(held, weights, group, [t for t in rows[0] if _is_dtensor(t)] if written else [], reader.reduced)
+    reader = _Reader(op, rows, names, indices, kinds)
+    if group is None and kinds and spread is not None:
+        group = _infer_group(op, reader.meshes)
+    weights = reader.weights(group, plain, counted)
+    held = [[_local(t) if type(t) in kinds else t for t in row] for row in rows]  # type: ignore[arg-type]
+    reduced = reader.reduce_partial(held, written)
+    return Shards(held, weights, group, [t for t in rows[0] if type(t) in kinds] if written else [], reduced)
+
+
+class _Layout:
+    """How a buffer lies over the ranks; compared by identity.
+
+    Attributes:
+        mesh: None for a plain tensor.
+        placements: with Replicate for Partial.
+        partial: whether it was Partial.
+    """
+
+    def __init__(
+        self, mesh: "DeviceMesh | None" = None, placements: "tuple[Placement, ...]" = (), partial: bool = False
+    ):
+        self.mesh, self.placements, self.partial = mesh, placements, partial
+
+    def is_like(self, other: "_Layout") -> bool:
+        return self is other or (self.mesh == other.mesh and self.placements == other.placements)
+
+
+_PLAIN = _Layout()
 
 
 class _Reader:
-    """Turns columns of the caller's tensors into plain tensors and weights."""
+    """Finds out how the columns of a call lie over the ranks.
 
-    def __init__(
-        self, op: str, names: Sequence[str], written: bool, group, plain: Plain | None, scaled: Sequence[bool]
-    ):
-        self.scaled = scaled
-        self.op, self.names, self.written, self.group, self.plain = op, names, written, group, plain
-        self.reduced: list[_Reduced] = []
-        self._weights: dict[tuple, float] = {}  # of a mesh and placements
+    Raises:
+        ValueError: the buffers of a column do not lie alike.
+    """
 
-    def read(self, i: int, column: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], float]:
-        first = next((r for r, t in enumerate(column) if t is not None), None)
-        if first is None:
-            return column, 0.0
-        name, like = f"{self.names[first]}[{i}]", column[first]
-        if not _is_dtensor(like):
-            for r, t in enumerate(column):
-                if _is_dtensor(t):
-                    raise ValueError(self._unlike(f"{self.names[r]}[{i}]", name))
-            return column, 1.0 if self.group is None else self._share(name, "is a plain tensor", 1)
-        mesh, target = like.device_mesh, _reduced(like)
-        tensors: list[Tensor | None] = []
-        for r, t in enumerate(column):
-            if t is None or (r < len(self.scaled) and self.scaled[r]):
-                tensors.append(t)
-            elif _is_dtensor(t) and t.device_mesh == mesh and _reduced(t) == target:
-                tensors.append(_local(t) if t.placements == target else self._sum(t, r, i, target))
-            else:
-                raise ValueError(self._unlike(f"{self.names[r]}[{i}]", name))
-        if self.group is None:
-            return tensors, 1.0
-        if (mesh, target) not in self._weights:
-            self._weights[mesh, target] = self._weight(mesh, target, name)
-        return tensors, self._weights[mesh, target]
-
-    def _sum(self, t: "DTensor", row: int, i: int, target: "tuple[Placement, ...]") -> Tensor:
-        """A Partial buffer, reduced; if it is the gradient, with a note on how to write it."""
-        from torch.distributed.tensor import Partial
-
-        value = _local(cast("DTensor", settled(t)))
-        if row == 0 and self.written:
-            coordinate = t.device_mesh.get_coordinate() or [0] * len(target)
-            carries = True
-            for p, at in zip(t.placements, coordinate, strict=True):
-                if not p.is_partial():
-                    continue
-                if p not in (Partial("sum"), Partial("avg")):
-                    raise NotImplementedError(
-                        f"{self.op}: {self.names[0]}[{i}] is {p}, which cannot be written in place; replace it first: "
-                        f"p.grad = p.grad.redistribute(placements={list(target)})"
-                    )
-                carries &= at == 0 or p == Partial("avg")
-            self.reduced.append(_Reduced(_local(t), value, carries))
-        return value
-
-    def _weight(self, mesh: "DeviceMesh", placements: "tuple[Placement, ...]", name: str) -> float:
-        """1 / how many ranks of the group hold each element of this rank's shard."""
-        group_ranks = set(dist.get_process_group_ranks(self.group))
-        mesh_ranks = mesh.mesh.flatten().tolist()
-        replicated = [p.is_replicate() for p in placements]
-        inside = len(group_ranks.intersection(mesh_ranks))
-        if inside == len(mesh_ranks):
-            holders = prod(mesh.size(d) for d, r in enumerate(replicated) if r)
+    def __init__(self, op: str, rows: Rows, names: Sequence[str], indices: Sequence[int], kinds: set[type]):
+        self._op, self._rows, self._names, self._indices, self._kinds = op, rows, names, indices, kinds
+        self._layouts: dict[tuple, _Layout] = {}
+        self._partial: list[tuple[int, int]] = []  # row, column
+        columns = zip(*rows, strict=True)
+        if kinds:
+            self._columns = [self._common(c, column) for c, column in enumerate(columns)]
         else:
-            here = mesh.get_coordinate()
-            if here is None:  # outside of the mesh, where there is nothing to count
-                return 1.0
-            shards = mesh.mesh[tuple(at if r else slice(None) for r, at in zip(replicated, here, strict=True))]
-            if not group_ranks.issuperset(shards.flatten().tolist()):
+            self._columns = [_PLAIN if any(t is not None for t in column) else None for column in columns]
+
+    @property
+    def meshes(self) -> "list[DeviceMesh]":
+        return [layout.mesh for layout in self._layouts.values() if layout.mesh is not None]
+
+    def weights(self, group, plain: Plain | None, counted: Sequence[bool] | None) -> list[float]:
+        """Per column, the weight of this rank's inner products."""
+        known: dict[_Layout | None, float] = {None: 0.0}
+        for c, layout in enumerate(self._columns):
+            if layout is not None and layout not in known:
+                name = self._name(next(r for r, row in enumerate(self._rows) if row[c] is not None), c)
+                known[layout] = 1.0 if group is None else _weight(self._op, name, layout, group, plain)
+        weights = [known[layout] for layout in self._columns]
+        return weights if counted is None else [w if c else 0.0 for w, c in zip(weights, counted, strict=True)]
+
+    def reduce_partial(self, held: list[list[Tensor | None]], written: bool) -> list[_Reduced]:
+        """Put the sums of Partial buffers into ``held``; for gradients that will be ``written``, what brings them back."""
+        back = []
+        for r, c in self._partial:
+            t = cast("DTensor", self._rows[r][c])
+            value = _local(cast("DTensor", settled(t)))
+            if r == 0 and written:
+                back.append(_Reduced(_local(t), value, _carries(self._op, self._name(r, c), t)))
+            held[r][c] = value
+        return back
+
+    def _name(self, row: int, column: int) -> str:
+        return f"{self._names[row]}[{self._indices[column]}]"
+
+    def _common(self, c: int, column: Sequence[Tensor | None]) -> _Layout | None:
+        like, first = None, 0
+        for r, t in enumerate(column):
+            if t is None:
+                continue
+            layout = self._layout(t)
+            if layout.partial:
+                self._partial.append((r, c))
+            if like is None:
+                like, first = layout, r
+            elif not layout.is_like(like):
                 raise ValueError(
-                    f"{self.op}: {name} has shards on ranks {shards.flatten().tolist()}, but group has ranks "
-                    f"{sorted(group_ranks)} only; pass a group that has them all, such as torch.distributed.group.WORLD"
+                    f"{self._op}: {self._name(r, c)} and {self._name(first, c)} are not laid out alike over the ranks; pass "
+                    f"both as DTensors with the same mesh and placements (redistribute one of them), or both as local tensors"
                 )
-            copies = mesh.mesh[tuple(slice(None) if r else at for r, at in zip(replicated, here, strict=True))]
-            holders = len(group_ranks.intersection(copies.flatten().tolist()))
-        if inside == len(group_ranks):
-            return 1.0 / holders
-        return (
-            self._share(name, f"is on a mesh with {inside} of the {len(group_ranks)} ranks of the group", inside)
-            / holders
-        )
+        return like
 
-    def _share(self, name: str, why: str, inside: int) -> float:
-        """What ``plain`` says of a buffer that tells nothing of any but ``inside`` ranks of the group."""
-        if self.plain is None:
+    def _layout(self, t: Any) -> _Layout:
+        if type(t) not in self._kinds:
+            return _PLAIN
+        key = id(t.device_mesh), t.placements
+        layout = self._layouts.get(key)
+        if layout is None:
+            placements = _reduced(t)
+            layout = self._layouts[key] = _Layout(t.device_mesh, placements, placements != t.placements)
+        return layout
+
+
+def _weight(op: str, name: str, layout: _Layout, group, plain: Plain | None) -> float:
+    """1 / how many ranks of the group hold each element of this rank's buffer."""
+    if layout.mesh is None:
+        return _share(op, name, "is a plain tensor", 1, group, plain)
+    mesh, ranks = layout.mesh, set(dist.get_process_group_ranks(group))
+    replicated = [p.is_replicate() for p in layout.placements]
+    mesh_ranks = mesh.mesh.flatten().tolist()
+    inside = len(ranks.intersection(mesh_ranks))
+    if inside == len(mesh_ranks):
+        holders = prod(mesh.size(d) for d, r in enumerate(replicated) if r)
+    else:
+        here = mesh.get_coordinate()
+        if here is None:  # outside of the mesh, where there is nothing to count
+            return 1.0
+        pieces = mesh.mesh[tuple(at if r else slice(None) for r, at in zip(replicated, here, strict=True))]
+        if not ranks.issuperset(pieces.flatten().tolist()):
             raise ValueError(
-                f"{self.op}: {name} {why}, and only the caller knows what the other ranks hold: pass "
-                f'plain="replicated" if they hold the same (DDP, parameters left out of FSDP or of tensor parallelism), or '
-                f'plain="sharded" if they hold other parts (FSDP1, ZeRO, pipeline stages)'
+                f"{op}: {name} has shards on ranks {pieces.flatten().tolist()}, but group has ranks {sorted(ranks)} only; pass "
+                f"a group that has them all, such as torch.distributed.group.WORLD"
             )
-        return 1.0 if self.plain == "sharded" else inside / dist.get_world_size(self.group)
+        copies = mesh.mesh[tuple(slice(None) if r else at for r, at in zip(replicated, here, strict=True))]
+        holders = len(ranks.intersection(copies.flatten().tolist()))
+    if inside == len(ranks):
+        return 1.0 / holders
+    why = f"is on a mesh with {inside} of the {len(ranks)} ranks of the group"
+    return _share(op, name, why, inside, group, plain) / holders
 
-    def _unlike(self, name: str, other: str) -> str:
-        return (
-            f"{self.op}: {name} and {other} are not laid out alike over the ranks; pass both as DTensors with the same mesh and "
-            f"placements (redistribute one of them), or both as local tensors"
+
+def _share(op: str, name: str, why: str, inside: int, group, plain: Plain | None) -> float:
+    """What ``plain`` says of a buffer that tells nothing of any but ``inside`` ranks of the group."""
+    if plain is None:
+        raise ValueError(
+            f"{op}: {name} {why}, and only the caller knows what the other ranks hold: pass "
+            f'plain="replicated" if they hold the same (DDP, parameters left out of FSDP or of tensor parallelism), or '
+            f'plain="sharded" if they hold other parts (FSDP1, ZeRO, pipeline stages)'
         )
+    return 1.0 if plain == "sharded" else inside / dist.get_world_size(group)
 
 
 def _infer_group(op: str, meshes: "Sequence[DeviceMesh]"):
     """The world, where one mesh covers it. The ranks outside of a smaller one may hold copies, or the rest of the model."""
-    if any(mesh.size() == dist.get_world_size() for mesh in meshes):
+    largest, world = max(mesh.size() for mesh in meshes), dist.get_world_size()
+    if largest == world:
         return dist.group.WORLD
     raise ValueError(
-        f"{op}: the mesh of a DTensor has {meshes[0].size()} of {dist.get_world_size()} ranks: pass group=, the ranks over which "
-        f"one gradient is spread (torch.distributed.group.WORLD if the other ranks hold other parameters of the same "
-        f"model, mesh.get_group() of a 1-D mesh if they hold copies of these)"
+        f"{op}: the largest mesh of a DTensor has {largest} of {world} ranks: pass group=, the ranks over which one gradient is "
+        f"spread (torch.distributed.group.WORLD if the other ranks hold other parameters of the same model, "
+        f"mesh.get_group() of a 1-D mesh if they hold copies of these)"
     )
 
 
-def meshes(rows: Rows) -> "list[DeviceMesh]":
-    """The meshes of the DTensors among ``rows``."""
-    if set(map(type, chain(*rows))) <= PLAIN_TYPES:
-        return []
-    return list(dict.fromkeys(t.device_mesh for t in chain(*rows) if _is_dtensor(t)))
+def _carries(op: str, name: str, t: "DTensor") -> bool:
+    """Whether this rank's memory of a Partial gradient is where the reduced value goes."""
+    from torch.distributed.tensor import Partial
+
+    carries = True
+    for p, at in zip(t.placements, t.device_mesh.get_coordinate() or [0] * t.device_mesh.ndim, strict=True):
+        if not p.is_partial():
+            continue
+        if p not in (Partial("sum"), Partial("avg")):
+            raise NotImplementedError(
+                f"{op}: {name} is {p}, which cannot be written in place; replace it first: p.grad = p.grad.redistribute("
+                f"placements={list(_reduced(t))})"
+            )
+        carries &= at == 0 or p == Partial("avg")
+    return carries
 
 
 def settled(t: Tensor) -> Tensor:
@@ -291,12 +343,18 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [_local(t) if _is_dtensor(t) else t for t in tensors]
 
 
-def _is_dtensor(t) -> "TypeGuard[DTensor]":
-    if type(t) in PLAIN_TYPES or not dist.is_available():
-        return False
+def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:
+    """Which of the tensors' types are DTensors, without a look at every tensor."""
+    kinds = set(map(type, tensors)) - PLAIN_TYPES
+    if not kinds or not dist.is_available():
+        return set()
     from torch.distributed.tensor import DTensor  # slow to import, and who holds one has done it
 
-    return isinstance(t, DTensor)
+    return {kind for kind in kinds if issubclass(kind, DTensor)}
+
+
+def _is_dtensor(t) -> "TypeGuard[DTensor]":
+    return bool(_dtensor_types([t]))
 
 
 def _reduced(t: "DTensor") -> "tuple[Placement, ...]":
@@ -308,16 +366,18 @@ def _reduced(t: "DTensor") -> "tuple[Placement, ...]":
     return tuple(Replicate() if p.is_partial() else p for p in t.placements)
 
 
-@torch.no_grad()  # then to_local() is the DTensor's own memory
 def _local(t: "DTensor") -> Tensor:
+    """This rank's memory. Not ``to_local()``, which makes a view through autograd."""
+    local = t._local_tensor
+    if type(local) is Tensor:
+        return local
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-    local = t.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def all_reduce(numbers: Tensor, group) -> Tensor:
-    """Sum of a float64 tensor of n numbers over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
+    """Sum of n float64 numbers over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
 
     The numbers travel on a device that the group communicates on, if theirs is not. A device without float64 carries their
     bits, 8 n bytes per rank, and every rank adds them up in the same order.

@@ -87,11 +87,24 @@ def gram(
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    if not rows:
-        raise ValueError("gram: pass at least one list of tensors")
-    call = _Call.of("gram", rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
-    call.spread(distributed.Spread(group, plain, counted).of_columns("gram", len(call.rows[0])))
-    return call.gram(known)
+    return _gram_call("gram", rows, base, parts, distributed.Spread(group, plain, counted)).gram(known)
+
+
+def share(
+    *rows: Row,
+    known: distributed.Share | None = None,
+    parts: Sequence[int] | None = None,
+    group=None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
+) -> distributed.Share:
+    """What this rank adds to :func:`gram`, which is the sum of all ranks' shares. No collective.
+
+    To keep the Gram of directions that stay: :func:`project_` takes it as ``known`` and adds the ranks' shares up in its one
+    collective. Arguments as of :func:`gram`; ``known`` is this rank's share of the Gram of rows 1...
+    """
+    call = _gram_call("share", rows, None, parts, distributed.Spread(group, plain, counted))
+    return distributed.Share(call.share(None if known is None else known.gram))
 
 
 def combine_(
@@ -129,7 +142,7 @@ def project_(
     method: methods.Method = "orthogonal",
     eps: float = 0.0,
     group=None,
-    known: Tensor | None = None,
+    known: Tensor | distributed.Share | None = None,
     base: Buffers | None = None,
     parts: Sequence[int] | None = None,
     plain: distributed.Plain | None = None,
@@ -148,7 +161,8 @@ def project_(
         eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and callables.
         group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
             included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
-        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already.
+        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already, or this rank's
+            :func:`share` of it.
         base: a list like ``grads``: parameters before an optimizer's step, of which ``grads`` are then the parameters after.
             What is projected is ``base - grads``, what the step took off, and the result is written as parameters again.
         parts: the number of the part that each column belongs to, from 0. Every part is projected by itself, in the same
@@ -171,11 +185,17 @@ def project_(
     rule = methods.parse(method, eps)
     call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
     if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
-        products, weights = call.project(rule, known)
+        whole = known.gram if isinstance(known, distributed.Share) else known  # nothing is spread: they are the same
+        products, weights = call.project(rule, whole)
         return Projection(products, weights, call.backend.name)
 
     products = call.gram(known)
-    weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
+    if not isinstance(rule, methods.Rule):
+        weights = methods.apply_weighting(rule, products)
+    elif call.shards is None:
+        weights = rule(products)
+    else:  # the same op on every rank, one that owns nothing included
+        weights = select(products.device.type).op("weights")(products, *rule)
     if call.rows[0]:
         call.combine(weights)
     return Projection(products, weights, call.backend.name if call.rows[0] else "none")
@@ -213,6 +233,14 @@ def orthogonal_gradient_projection(
     direction = gradient(capability_loss)
     grads = gradient(safety_loss)
     return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
+
+
+def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread) -> "_Call":
+    if not rows:
+        raise ValueError(f"{op}: pass at least one list of tensors")
+    call = _Call.of(op, rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
+    call.spread(spread.of_columns(op, len(call.rows[0])))
+    return call
 
 
 def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts, spread) -> "_Call":
@@ -347,9 +375,7 @@ class _Call:
             ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
         """
         names = [*self.names, "base"]
-        self.shards = distributed.shards(
-            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled()
-        )
+        self.shards = distributed.shards(self.public, self.all_rows, names, self.kept, self.written, spread)
         if self.shards is not None:
             rows = self.shards.rows
             self.rows, self.base = rows[: len(self.rows)], None if self.base is None else rows[-1]
@@ -385,14 +411,27 @@ class _Call:
         self._per_device = [self.columns(indices) for indices in where.values()]
         return self._per_device
 
-    def gram(self, known: Tensor | None) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Gram."""
+        return (*self.lead, len(self.rows), len(self.rows))
+
+    def gram(self, known: Tensor | distributed.Share | None) -> Tensor:
         """[R, R] or [P, R, R] Gram of the rows, of all ranks if they are spread."""
-        shape = (*self.lead, len(self.rows), len(self.rows))
         if self.shards is not None:
-            return self.shards.gram(lambda columns, known: self.columns(columns)._gram(known), known, shape)
+            return self.shards.gram(self._of_columns, known, self.shape)
+        return self.share(known.gram if isinstance(known, distributed.Share) else known)
+
+    def share(self, known: Tensor | None) -> Tensor:
+        """What this rank adds to the Gram of the rows: all of it if they are not spread."""
+        if self.shards is not None:
+            return self.shards.share(self._of_columns, known, self.shape)
         if all(t is None for row in self.rows for t in row):
-            return torch.zeros(shape, dtype=torch.float64)
+            return torch.zeros(self.shape, dtype=torch.float64)
         return self._gram(known)
+
+    def _of_columns(self, columns: list[int], known: Tensor | None) -> Tensor:
+        return (self if len(columns) == len(self.kept) else self.columns(columns))._gram(known)
 
     def _gram(self, known: Tensor | None) -> Tensor:
         try:

@@ -91,7 +91,7 @@ class Projector:
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block; the block is inside another one, or inside a
+            RuntimeError: no parameter received a gradient inside the block, and there is no ``group``; the block is inside another one, or inside a
                 closure of ``step()``; a parameter is stepped during the backward pass.
             NotImplementedError: a gradient is sparse.
         """
@@ -111,7 +111,7 @@ class Projector:
                 yield
         finally:
             self._protecting = False
-        if not taken:
+        if not taken and self.group is None:  # in a group, this rank may own nothing
             raise RuntimeError(
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
@@ -269,16 +269,13 @@ class Projector:
         self._follow(parameters)
         rows = self._directions.rows(parameters)
         spread = self._spread(parameters)
-        # Ranks may differ in which gradients are None, and so in whether a kept Gram still holds, but not in their
-        # collectives: rows that are spread make one, of all products.
-        alone = all(v is None for v in spread.values()) and not distributed.meshes([grads])
-        known = self._directions.gram(grads, parameters) if alone and len(rows) > 1 else None
-        return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread)
+        known = self._directions.share(grads, parameters, spread) if len(rows) > 1 else None
+        return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread._asdict())
 
-    def _spread(self, parameters: list[Tensor]) -> dict[str, Any]:
-        """How the rows are spread over ranks, as :func:`project_` and :func:`gram` take it."""
+    def _spread(self, parameters: list[Tensor]) -> distributed.Spread:
+        """How the rows are spread over ranks."""
         counted = None if self.counted is None else [bool(self.counted(p)) for p in parameters]
-        return {"group": self.group, "plain": self.plain, "counted": counted}
+        return distributed.Spread(self.group, self.plain, counted)
 
     @torch.no_grad()
     def _project_update(self, before: list[Tensor]) -> Projection:
@@ -292,7 +289,7 @@ class Projector:
         torch._foreach_sub_(local, origin)
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0
-        products = gram(parameters, *rows, **self._spread(self.parameters()))
+        products = gram(parameters, *rows, **self._spread(self.parameters())._asdict())
         sign = sign.to(products.device)
         products = products * sign * sign[:, None]
         rule = methods.parse(self.method, self.eps)

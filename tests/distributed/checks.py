@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -96,6 +97,19 @@ def stages(rank: int, world: int, method) -> float:
         for p, ranks in zip(everything, owners, strict=True):
             dist.broadcast(p.data, min(ranks))
     return distance([p.detach() for p in everything], expected)
+
+
+def fsdp1(rank: int, world: int, method) -> float:
+    """Parameters after five steps. Every rank has flat parts of some parameters, and nothing of others."""
+    spread = models.Spread(
+        FullyShardedDataParallel(models.build(), use_orig_params=True, device_id=torch.device("cpu")),
+        lambda x: x.chunk(world)[rank],
+        {"group": dist.group.WORLD, "plain": "sharded"},
+    )
+    models.train(spread, method)
+    expected = models.train(models.alone(0, 1), method)[-1]
+    with FullyShardedDataParallel.summon_full_params(spread.model):
+        return distance([p.detach().clone() for p in spread.model.parameters()], expected)
 
 
 def one_call_form(rank: int, world: int, way: str) -> float:
@@ -243,6 +257,22 @@ def empty_rank(rank: int, world: int) -> list[float]:
     return [*info.gram.flatten().tolist(), *info.weights.tolist()]
 
 
+def wrapper_on_empty_rank(rank: int, world: int) -> tuple[float, ...]:
+    """FSDP1 and ZeRO leave ranks whose parameters have no elements and no gradients: they protect and step like all others."""
+    owns = rank < world - 1
+    parameter = torch.nn.Parameter(torch.zeros(2 if owns else 0))
+    inner = torch.optim.SGD([parameter], lr=1.0)
+    opt = gradproj.ProjectedOptimizer(inner, directions=2, group=dist.group.WORLD, plain="sharded")
+    for direction in ([1.0, 0.0], [2.0, 1.0]):
+        with opt.protect():
+            if owns:
+                parameter.grad = torch.tensor(direction) * (rank + 1)
+    parameter.grad = torch.tensor([1.0, 2.0]) if owns else None
+    opt.step()
+    assert opt.last.applied and opt.last.backend == ("cpu" if owns else "none")
+    return tuple(opt.last.gram.flatten().tolist())
+
+
 def disagreeing_shards(rank: int, world: int) -> list[float]:
     """Shard-local inner products of either sign: decided locally, some ranks would project and others not."""
     g, d = [torch.tensor([1.0])], [torch.tensor([-5.0 if rank == 0 else 1.0])]
@@ -378,6 +408,17 @@ def micro_batches(rank: int, world: int, way: str) -> None:
             models.loss(model(x), 1).backward()
 
     x = part(models.batch(0, 1))
+    if way == "fsdp2":  # what was not reduced is not in p.grad at all
+        try:
+            with opt.protect():
+                backward(x, False)
+        except RuntimeError as error:
+            assert "no parameter of the optimizer received a gradient" in str(error), error
+        else:
+            raise AssertionError("protected nothing")
+        model.set_requires_gradient_sync(True)
+        models.loss(model(x), 1).backward()  # brings out what had been kept back
+        opt.zero_grad()
     with opt.protect():
         backward(x, False)
         backward(x, True)

@@ -80,6 +80,12 @@ def ddp(rank: int, world: int) -> Spread:
     return Spread(model, lambda x: _rows(x, world, rank), {"group": dist.group.WORLD, "plain": "replicated"})
 
 
+def ddp_bucket_view(rank: int, world: int) -> Spread:
+    """Its next backward pass writes into the memory of the last one's gradients."""
+    model = nn.parallel.DistributedDataParallel(build(), gradient_as_bucket_view=True)
+    return Spread(model, lambda x: _rows(x, world, rank), {"group": dist.group.WORLD, "plain": "replicated"})
+
+
 def fsdp2(rank: int, world: int) -> Spread:
     model, mesh = build(), init_device_mesh("cpu", (world,))
     for module in (model.up, model.down, model.head):
@@ -119,7 +125,7 @@ def fsdp2_tp(rank: int, world: int) -> Spread:
     return Spread(model, lambda x: _rows(x, 2, mesh.get_local_rank("dp")), {"plain": "replicated"})
 
 
-WAYS = {w.__name__: w for w in (ddp, fsdp2, hsdp, tp, fsdp2_tp)}
+WAYS = {w.__name__: w for w in (ddp, ddp_bucket_view, fsdp2, hsdp, tp, fsdp2_tp)}
 
 
 def train(spread: Spread, method, steps: int = 5, directions: int = 2) -> list[list[Tensor]]:
@@ -136,7 +142,7 @@ def train(spread: Spread, method, steps: int = 5, directions: int = 2) -> list[l
         loss(model(part(batch(step, 0))), 0).backward()
         if opt.projector.space == "gradient":
             opt.project()
-            history.append([whole(p.grad) for p in parameters])
+            history.append([whole(p.grad) for p in parameters if p.grad is not None])
         opt.step()
         opt.zero_grad()
     return [*history, [whole(p) for p in parameters]]
