@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,7 +14,26 @@
 #include "plan.h"
 #include "weights.h"
 
+// Null where there is no Python in the process.
+extern "C" int PyGILState_Ensure() __attribute__((weak));
+extern "C" void PyGILState_Release(int) __attribute__((weak));
+
 namespace gradproj {
+
+// Giving back the last reference that C++ holds to a tensor that Python holds too takes the interpreter's lock. Held around
+// a list it is taken once, not once per tensor: 300 tensors of a row, 10 us.
+class HoldInterpreter {
+ public:
+  HoldInterpreter() : state_(PyGILState_Ensure ? PyGILState_Ensure() : 0) {}
+  HoldInterpreter(const HoldInterpreter&) = delete;
+  HoldInterpreter& operator=(const HoldInterpreter&) = delete;
+  ~HoldInterpreter() {
+    if (PyGILState_Release) PyGILState_Release(state_);
+  }
+
+ private:
+  int state_;
+};
 
 // The tensors of one `Tensor[]` or `Tensor?[]` argument. Owns a reference to each until it goes out of scope. It works on
 // the raw handles: a shared_ptr per tensor would cost as much as everything else that a small buffer needs.
@@ -36,6 +56,7 @@ class TensorList {
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
   ~TensorList() {
+    const HoldInterpreter hold;
     for (AtenTensorHandle h : handles_)
       if (h) aoti_torch_delete_tensor_object(h);
   }
@@ -54,7 +75,7 @@ struct Where {
 // Appends the buffers of a list. All tensors must be strided, floating, and on one device, which is noted in `where`.
 inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
-                       bf16 = aoti_torch_dtype_bfloat16(), strided = aoti_torch_layout_strided();
+                       bf16 = aoti_torch_dtype_bfloat16(), f8 = aoti_torch_dtype_float8_e4m3fn();
   for (size_t i = 0; i < list.size(); ++i) {
     buffers.emplace_back();
     const AtenTensorHandle h = list[i];
@@ -63,27 +84,29 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     auto refuse = [&](const char* what) {
       throw PlanError("gradproj: buffer " + std::to_string(buffers.size() - 1) + ": " + what);
     };
-    int32_t dtype, layout, type, index;
+    int32_t dtype, type, index;
     int64_t ndim;
     int64_t *sizes, *strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(h, &layout));
-    if (layout != strided) refuse("not a dense tensor");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
-    if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16) refuse("dtype without a kernel");
+    if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16 && dtype != f8) refuse("dtype without a kernel");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
     if (where.type < 0) where = {type, index};
     if (type != where.type || index != where.index) refuse("on another device than the first");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(h, &b.contiguous));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
     b.sizes = sizes;
     b.strides = strides;
     b.ndim = static_cast<int32_t>(ndim);
     b.numel = 1;
-    for (int32_t d = 0; d < b.ndim; ++d) b.numel *= sizes[d];
-    b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : DType::bf16;
+    b.contiguous = true;
+    for (int32_t d = b.ndim; d-- > 0;) {
+      b.contiguous = b.contiguous && (sizes[d] == 1 || strides[d] == b.numel);
+      b.numel *= sizes[d];
+    }
+    b.contiguous = b.contiguous || b.numel == 0;
+    b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : dtype == bf16 ? DType::bf16 : DType::f8;
     b.present = true;
     if (b.numel > 0) {
       void* data;
@@ -94,17 +117,115 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
   }
 }
 
+// What every op on rows takes besides them; see python/gradproj/ops.py.
+struct Extras {
+  std::optional<StableListHandle> base, scales;
+  StableListHandle parts;
+  int64_t num_parts;
+};
+
+// The rows of one op call as plan.h wants them. Owns the tensors.
+class Rows {
+ public:
+  // One list of all rows: a Gram.
+  Rows(StableListHandle rows, int64_t num_rows, const Extras& extras) {
+    add(rows, true);
+    finish(num_rows, 0, extras);
+  }
+  // Gradients and directions: an op that writes the gradients.
+  Rows(StableListHandle grads, StableListHandle directions, const Extras& extras) {
+    const size_t n = add(grads, false), rest = add(directions, true);
+    if (n == 0 || rest % n != 0) throw PlanError("gradproj: rows of different length");
+    finish(1 + static_cast<int64_t>(rest / n), n, extras);
+  }
+  const std::vector<Buffer>& buffers() const { return buffers_; }
+  const Layout& layout() const { return layout_; }
+  const Where& where() const { return where_; }
+  int gram_rows() const { return layout_.rows - layout_.base; }
+  // [R] or [P, R]; [R, R] or [P, R, R].
+  std::vector<int64_t> shape(int dims) const {
+    std::vector<int64_t> s(static_cast<size_t>(dims), gram_rows());
+    if (batched_) s.insert(s.begin(), layout_.parts);
+    return s;
+  }
+
+ private:
+  size_t add(StableListHandle list, bool optional) {
+    lists_.push_back(std::make_unique<TensorList>(list, optional));
+    buffers_.reserve(buffers_.size() + lists_.back()->size());
+    append_buffers(*lists_.back(), buffers_, where_);
+    return lists_.back()->size();
+  }
+  void finish(int64_t num_rows, size_t unscaled, const Extras& extras) {
+    const size_t given = buffers_.size();
+    if (num_rows < 1 || given % static_cast<size_t>(num_rows) != 0) throw PlanError("gradproj: rows of different length");
+    if (extras.scales) add_scales(*extras.scales, unscaled);
+    for (const Buffer& b : buffers_)
+      if (b.dtype == DType::f8 && b.numel > 0 && !b.scale) throw PlanError("gradproj: a float8 buffer without its scales");
+    layout_.rows = static_cast<int>(num_rows);
+    if (extras.base) {
+      add(*extras.base, true);
+      layout_.base = true;
+      ++layout_.rows;
+      if ((buffers_.size() - given) * static_cast<size_t>(num_rows) != given)
+        throw PlanError("gradproj: base: one tensor per buffer of row 0");
+    }
+    size_t count = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(extras.parts, &count));
+    for (size_t i = 0; i < count; ++i) {
+      StableIValue item;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(extras.parts, i, &item));
+      layout_.part.push_back(static_cast<int32_t>(torch::stable::detail::to<int64_t>(item)));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(extras.parts));
+    batched_ = extras.num_parts > 0;
+    if (batched_ == layout_.part.empty() && given > 0) throw PlanError("gradproj: parts and num_parts go together");
+    layout_.parts = batched_ ? static_cast<int>(extras.num_parts) : 1;
+  }
+  void add_scales(StableListHandle list, size_t first) {
+    lists_.push_back(std::make_unique<TensorList>(list, true));
+    const TensorList& scales = *lists_.back();
+    if (first + scales.size() != buffers_.size()) throw PlanError("gradproj: scales: one entry per buffer");
+    std::vector<Buffer> facts;
+    append_buffers(scales, facts, where_);
+    for (size_t i = 0; i < facts.size(); ++i) {
+      Buffer& b = buffers_[first + i];
+      const Buffer& s = facts[i];
+      if (s.present != (b.present && b.dtype == DType::f8)) throw PlanError("gradproj: scales belong to float8 buffers");
+      if (!s.present || b.numel == 0) continue;
+      if (s.dtype != DType::f32 || !s.contiguous || s.numel != (b.numel + kScaleBlock - 1) / kScaleBlock)
+        throw PlanError("gradproj: scales must be contiguous float32, one per 512 elements");
+      if (detail::extent_bytes(b) != b.numel) throw PlanError("gradproj: a float8 buffer has gaps");
+      b.scale = reinterpret_cast<const float*>(s.data);
+    }
+  }
+
+  std::vector<std::unique_ptr<TensorList>> lists_;
+  std::vector<Buffer> buffers_;
+  Layout layout_{};
+  Where where_;
+  bool batched_ = false;
+};
+
 inline Rule parse_rule(const std::string& method, double gamma, double eps) {
   if (method == "orthogonal") return {Method::orthogonal, gamma, eps};
   if (method == "conflict") return {Method::conflict, gamma, eps};
   if (method == "mix") return {Method::mix, gamma, eps};
+  if (method == "pcgrad") return {Method::pcgrad, gamma, eps};
   throw PlanError("gradproj: unknown method " + method);
 }
 
-// Rows of an op that takes gradients and directions: 1 + K.
-inline int count_rows(size_t grads, size_t directions) {
-  if (grads == 0 || directions % grads != 0) throw PlanError("gradproj: rows of different length");
-  return 1 + static_cast<int>(directions / grads);
+struct GramShape {
+  int64_t parts;
+  int rows;
+};
+
+// Of [rows, rows], or of one such matrix per part: [parts, rows, rows].
+inline GramShape gram_shape(const torch::stable::Tensor& gram) {
+  const int64_t ndim = gram.dim();
+  if ((ndim != 2 && ndim != 3) || gram.size(ndim - 1) < 1 || gram.size(ndim - 2) != gram.size(ndim - 1))
+    throw PlanError("gradproj: gram must have shape [rows, rows] or [parts, rows, rows]");
+  return {ndim == 3 ? gram.size(0) : 1, static_cast<int>(gram.size(ndim - 1))};
 }
 
 }  // namespace gradproj

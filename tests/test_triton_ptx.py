@@ -27,7 +27,9 @@ OTHERS = [
     ("gram_finish", 2, "fp32", False),
     ("gram_finish", 9, "fp32", True),
     ("combine_strided", 2, "bf16", False),
-    ("weights", 2, "fp32", False),
+    ("weights_one", 2, "fp32", False),
+    ("weights_many", 9, "fp32", False),
+    ("weights_many", 65, "fp32", False),
 ]
 
 

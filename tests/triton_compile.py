@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 from gradproj.triton_kernels.combine import combine_kernel, combine_strided_kernel
 from gradproj.triton_kernels.gram import gram_finish_kernel, gram_kernel, gram_strided_kernel
 from gradproj.triton_kernels.table import BLOCK
-from gradproj.triton_kernels.weights import weights_kernel
+from gradproj.triton_kernels.weights import many_directions_kernel, one_direction_kernel
 
 KERNELS = {
     "gram": gram_kernel,
@@ -19,7 +19,8 @@ KERNELS = {
     "gram_finish": gram_finish_kernel,
     "combine": combine_kernel,
     "combine_strided": combine_strided_kernel,
-    "weights": weights_kernel,
+    "weights_one": one_direction_kernel,
+    "weights_many": many_directions_kernel,
 }
 ARGUMENTS = {
     "table": "*i64", "line": "*i64", "partial": "*fp64", "gram": "*fp64", "weights": "*fp64",
@@ -38,9 +39,10 @@ def ptx(kernel: str, rows: int, dtype: str, row_only: bool) -> str:
         "row_only": row_only,
         "compute": tl.float32,
         "pairs": triton.next_power_of_2(count),
-        "block": BLOCK,
+        "block": triton.next_power_of_2(rows - 1) if kernel == "weights_many" else BLOCK,
         "ndim": 3,
-        "conflict": True,
+        "method": "conflict",
+        "eps": 1e-9,
     }
     signature = {n: ARGUMENTS.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): available[n] for n in names if signature[n] == "constexpr"}

@@ -5,47 +5,85 @@
 namespace gradproj::cpu {
 namespace {
 
+// Sums of one task and one part have a slot of their own, number task + part. No two share one: tasks and parts both ascend
+// along the plan, so of two neighbouring pairs at least one number is larger.
+class Partials {
+ public:
+  Partials(const Plan& plan, const Tasks& tasks, int64_t pairs)
+      : tasks_(tasks), pairs_(pairs), sums_(static_cast<size_t>((tasks.count + plan.parts) * pairs)) {
+    range_.assign(static_cast<size_t>(plan.parts) * 2, 0);
+    for (size_t p = plan.pieces.size(); p-- > 0;) {
+      int64_t* range = &range_[static_cast<size_t>(plan.pieces[p].part) * 2];
+      range[0] = tasks.starts[p];
+      if (range[1] == 0) range[1] = tasks.starts[p + 1];
+    }
+  }
+  double* slot(int64_t task, int part) { return &sums_[static_cast<size_t>((task + part) * pairs_)]; }
+  double sum(int part, int64_t pair) {
+    const int64_t begin = range_[static_cast<size_t>(part) * 2], end = range_[static_cast<size_t>(part) * 2 + 1];
+    double total = 0.0;
+    for (int64_t t = begin / tasks_.elements; begin < end && t <= (end - 1) / tasks_.elements; ++t) total += slot(t, part)[pair];
+    return total;
+  }
+
+ private:
+  const Tasks& tasks_;
+  int64_t pairs_;
+  std::vector<double> sums_;
+  std::vector<int64_t> range_;  // of every part: first and past the last element
+};
+
 template <typename T>
 void gram_typed(const Plan& plan, const double* known, double* gram) {
-  const int R = plan.rows;
+  const int R = plan.gram_rows();
   const bool row_only = known != nullptr;
   const int64_t pairs = row_only ? R : int64_t{R} * (R + 1) / 2;
   const Tasks tasks = make_tasks(plan, pairs * 8);
-  std::vector<double> partial(static_cast<size_t>(tasks.count * pairs));
+  Partials partials(plan, tasks, pairs);
 
   for_each_task(tasks, false, [&](int64_t task) {
     std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
     std::vector<const T*> rows(static_cast<size_t>(R));
     std::vector<const BF16*> halves(static_cast<size_t>(R));
     TileReader<T> reader(plan);
+    int part = -1;
+    auto finish_part = [&] {
+      for (int64_t p = 0; part >= 0 && p < pairs; ++p) {
+        double total = 0.0;
+        for (int l = 0; l < kLanes; ++l) total += acc[static_cast<size_t>(p * kLanes + l)];
+        partials.slot(task, part)[p] = total;
+      }
+      std::fill(acc.begin(), acc.end(), 0.0);
+    };
     for_each_tile(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
+      if (plan.pieces[piece].part != part) {
+        finish_part();
+        part = plan.pieces[piece].part;
+      }
       if constexpr (sizeof(T) == 4)
         if (stored_as<BF16>(plan, piece)) {
           for (int r = 0; r < R; ++r)
             halves[static_cast<size_t>(r)] = reinterpret_cast<const BF16*>(plan.row_views(piece)[r].data) + start;
           return row_kernels<T, BF16>().gram(halves.data(), R, n, row_only, acc.data());
         }
-      for (int r = 0; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, start, n);
+      rows[0] = reader.gradient(piece, start, n);
+      for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, start, n);
       row_kernels<T, T>().gram(rows.data(), R, n, row_only, acc.data());
     });
-    for (int64_t p = 0; p < pairs; ++p) {
-      double total = 0.0;
-      for (int l = 0; l < kLanes; ++l) total += acc[static_cast<size_t>(p * kLanes + l)];
-      partial[static_cast<size_t>(task * pairs + p)] = total;
-    }
+    finish_part();
   });
 
-  int64_t p = 0;
-  for (int i = 0; i < R; ++i)
-    for (int j = i; j < R; ++j) {
-      double total = 0.0;
-      if (row_only && i > 0)
-        total = known[(i - 1) * (R - 1) + j - 1];
-      else
-        for (int64_t t = 0; t < tasks.count; ++t) total += partial[static_cast<size_t>(t * pairs + p)];
-      gram[i * R + j] = gram[j * R + i] = total;
-      ++p;
-    }
+  for (int part = 0; part < plan.parts; ++part) {
+    int64_t p = 0;
+    for (int i = 0; i < R; ++i)
+      for (int j = i; j < R; ++j) {
+        const double total = row_only && i > 0 ? known[(i - 1) * (R - 1) + j - 1] : partials.sum(part, p);
+        gram[i * R + j] = gram[j * R + i] = total;
+        ++p;
+      }
+    gram += int64_t{R} * R;
+    if (known) known += int64_t{R - 1} * (R - 1);
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "../tensors.h"
 #include "combine.h"
 #include "gram.h"
+#include "weights.h"
 
 namespace gradproj::cpu {
 namespace {
@@ -24,62 +25,49 @@ const double* small(const Tensor& t, int64_t numel, const char* name) {
   return static_cast<const double*>(t.const_data_ptr());
 }
 
-const double* known_gram(const std::optional<Tensor>& known, int rows) {
-  return known ? small(*known, int64_t{rows - 1} * (rows - 1), "known") : nullptr;
+const double* known_gram(const std::optional<Tensor>& known, const Rows& rows) {
+  const int64_t k = rows.gram_rows() - 1;
+  return known ? small(*known, rows.layout().parts * k * k, "known") : nullptr;
 }
 
-void solve(Rule rule, const double* gram, int rows, double* weights) {
-  std::vector<double> scratch(static_cast<size_t>(weights_scratch(rows)));
-  solve_weights(rule, gram, rows, weights, scratch.data());
-}
-
-Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known) {
-  const TensorList tensors(list, true);
-  std::vector<Buffer> buffers;
-  buffers.reserve(tensors.size());
-  Where where;
-  append_buffers(tensors, buffers, where);
-  const int rows = static_cast<int>(num_rows);
-  Tensor result = new_tensor({num_rows, num_rows});
-  gram(make_plan(buffers, rows), known_gram(known, rows), data(result));
+Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known, std::optional<StableListHandle> base,
+               std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(list, num_rows, {base, scales, parts, num_parts});
+  Tensor result = new_tensor(rows.shape(2));
+  gram(make_plan(rows.buffers(), rows.layout()), known_gram(known, rows), data(result));
   return result;
 }
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
-  const int rows = static_cast<int>(gram.dim() == 2 ? gram.size(0) : 0);
-  if (rows < 1) throw PlanError("gradproj: gram must have shape [rows, rows]");
-  Tensor result = new_tensor({rows});
-  solve(parse_rule(method, gamma, eps), small(gram, int64_t{rows} * rows, "gram"), rows, data(result));
+  const auto [parts, rows] = gram_shape(gram);
+  Tensor result = gram.dim() == 2 ? new_tensor({rows}) : new_tensor({parts, rows});
+  solve_parts(parse_rule(method, gamma, eps), small(gram, parts * rows * rows, "gram"), parts, rows, data(result));
   return result;
 }
 
-// The plan of an op that writes its first list, refused if that list may not be written.
-Plan plan_to_write(const TensorList& grads, const TensorList& directions) {
-  std::vector<Buffer> buffers;
-  buffers.reserve(grads.size() + directions.size());
-  Where where;
-  append_buffers(grads, buffers, where);
-  append_buffers(directions, buffers, where);
-  const int rows = count_rows(grads.size(), directions.size());
-  Plan plan = make_plan(buffers, rows);
-  check_writable(buffers, rows);
+// The plan of an op that writes row 0, refused if that row may not be written.
+Plan plan_to_write(const Rows& rows) {
+  Plan plan = make_plan(rows.buffers(), rows.layout());
+  check_writable(rows.buffers(), rows.layout().rows);
   return plan;
 }
 
-void combine_op(StableListHandle grad_list, StableListHandle direction_list, Tensor weights) {
-  const TensorList grads(grad_list, false), directions(direction_list, true);
-  const Plan plan = plan_to_write(grads, directions);
-  combine(plan, small(weights, plan.rows, "weights"));
+void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, std::optional<StableListHandle> base,
+                std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {base, scales, parts, num_parts});
+  const Plan plan = plan_to_write(rows);
+  combine(plan, small(weights, int64_t{plan.parts} * plan.gram_rows(), "weights"));
 }
 
-std::tuple<Tensor, Tensor> project_op(StableListHandle grad_list, StableListHandle direction_list, std::string method,
-                                      double gamma, double eps, std::optional<Tensor> known) {
-  const TensorList grads(grad_list, false), directions(direction_list, true);
+std::tuple<Tensor, Tensor> project_op(StableListHandle grads, StableListHandle directions, std::string method, double gamma,
+                                      double eps, std::optional<Tensor> known, std::optional<StableListHandle> base,
+                                      std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {base, scales, parts, num_parts});
   const Rule rule = parse_rule(method, gamma, eps);
-  const Plan plan = plan_to_write(grads, directions);
-  Tensor products = new_tensor({plan.rows, plan.rows}), weights = new_tensor({plan.rows});
-  gram(plan, known_gram(known, plan.rows), data(products));
-  solve(rule, data(products), plan.rows, data(weights));
+  const Plan plan = plan_to_write(rows);
+  Tensor products = new_tensor(rows.shape(2)), weights = new_tensor(rows.shape(1));
+  gram(plan, known_gram(known, rows), data(products));
+  solve_parts(rule, data(products), plan.parts, plan.gram_rows(), data(weights));
   combine(plan, data(weights));
   return {products, weights};
 }

@@ -246,9 +246,22 @@ void store_f16(const T* s, uint16_t* out, int64_t n) {
 #endif
 }
 
+// e4m3fn: rebased by a multiplication like float16; no infinity, one NaN. Scales are the caller's.
+template <typename T>
+void load_f8(const uint8_t* s, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = static_cast<uint32_t>(s[i] & 0x7fu) << 20;
+    const float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, 0x7b800000u);  // 2^120
+    const uint32_t nan = magnitude == 0x07f00000u ? 0x7fc00000u : 0u;
+    out[i] = static_cast<T>(
+        __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | nan | static_cast<uint32_t>(s[i] & 0x80u) << 24));
+  }
+}
+
 template <typename T>
 void load_tile(const char* source, DType dtype, T* out, int64_t n) {
   switch (dtype) {
+    case DType::f8: return load_f8<T>(reinterpret_cast<const uint8_t*>(source), out, n);
     case DType::f32: return convert<T, float>(source, out, n);
     case DType::f64: return convert<T, double>(source, out, n);
     case DType::f16: return load_f16<T>(reinterpret_cast<const uint16_t*>(source), out, n);
@@ -262,6 +275,7 @@ void load_tile(const char* source, DType dtype, T* out, int64_t n) {
 template <typename T>
 void store_tile(const T* source, char* out, DType dtype, int64_t n) {
   switch (dtype) {
+    case DType::f8: return;  // read only: check_writable refuses it
     case DType::f32: {
       float* o = reinterpret_cast<float*>(out);
       for (int64_t i = 0; i < n; ++i) o[i] = static_cast<float>(source[i]);

@@ -106,7 +106,9 @@ class TileReader {
       for_each_run(plan_, piece, row, start, n, [&](int64_t offset, int64_t stride, int64_t done, int64_t count) {
         const char* from = view.data + offset * size;
         char* to = gathered_ + done * size;
-        if (size == 2)
+        if (size == 1)
+          copy_run(reinterpret_cast<const uint8_t*>(from), stride, reinterpret_cast<uint8_t*>(to), 1, count);
+        else if (size == 2)
           copy_run(reinterpret_cast<const uint16_t*>(from), stride, reinterpret_cast<uint16_t*>(to), 1, count);
         else if (size == 4)
           copy_run(reinterpret_cast<const uint32_t*>(from), stride, reinterpret_cast<uint32_t*>(to), 1, count);
@@ -118,6 +120,17 @@ class TileReader {
     }
     T* out = buffer(row);
     converters_.load(dense, view.dtype, out, n);
+    if (view.dtype == DType::f8) apply_scales(piece, row, view.scale, start, n, out);
+    return out;
+  }
+
+  // What row 0 stands for: itself, or base - row 0.
+  const T* gradient(size_t piece_index, int64_t start, int64_t n) {
+    const T* row0 = read(piece_index, 0, start, n);
+    if (!plan_.base) return row0;
+    const T* base = read(piece_index, plan_.rows - 1, start, n);
+    T* out = buffer(0);
+    for (int64_t i = 0; i < n; ++i) out[i] = base[i] - row0[i];
     return out;
   }
 
@@ -151,6 +164,18 @@ class TileReader {
   }
 
  private:
+  void apply_scales(const Piece& piece, int row, const float* scale, int64_t start, int64_t n, T* out) {
+    auto run = [&](int64_t offset, int64_t stride, int64_t done, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) out[done + i] *= static_cast<T>(scale[(offset + i * stride) / kScaleBlock]);
+    };
+    if (piece.ndim > 0) return for_each_run(plan_, piece, row, start, n, run);
+    for (int64_t done = 0; done < n;) {
+      const int64_t offset = start + done, count = std::min(n - done, kScaleBlock - offset % kScaleBlock);
+      const T factor = static_cast<T>(scale[offset / kScaleBlock]);
+      for (int64_t i = 0; i < count; ++i) out[done + i] *= factor;
+      done += count;
+    }
+  }
   const T* zeros() {
     if (zeros_.empty()) zeros_.assign(kTile, T(0));
     return zeros_.data();
@@ -163,10 +188,10 @@ class TileReader {
   alignas(64) char gathered_[kTile * 8];
 };
 
-// Whether every row of a dense piece is present and stores S: then kernels read them in place.
+// Whether every row of a dense piece is present and stores S, and row 0 is meant as it is: then kernels read them in place.
 template <typename S>
 bool stored_as(const Plan& plan, size_t piece) {
-  if (plan.pieces[piece].ndim > 0) return false;
+  if (plan.pieces[piece].ndim > 0 || plan.base) return false;
   const RowView* views = plan.row_views(piece);
   for (int r = 0; r < plan.rows; ++r)
     if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;

@@ -1,6 +1,6 @@
 """Gradient projection at the speed of memory, on any sharding, without ever building a flat gradient."""
 
-from gradproj import reference
+from gradproj import float8, reference
 from gradproj.backends import backends, use_backend
 from gradproj.diagnostics import log_to
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
@@ -14,6 +14,7 @@ __all__ = [
     "attach",
     "backends",
     "combine_",
+    "float8",
     "gram",
     "log_to",
     "orthogonal_gradient_projection",

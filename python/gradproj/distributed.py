@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[Tensor | None]]
 Plain = Literal["replicated", "sharded"]
+Part = Callable[[list[int], Tensor | None], Tensor]
 
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
 
@@ -31,6 +32,16 @@ class Spread(NamedTuple):
     group: Any = None
     plain: Plain | None = None
     counted: Sequence[bool] | None = None
+
+    def of_columns(self, op: str, columns: int, kept: Sequence[int] | None = None) -> "Spread":
+        """The same with ``counted`` checked, and cut to the columns that are kept, if not all are."""
+        if self.counted is None:
+            return self
+        if len(self.counted) != columns:
+            raise ValueError(
+                f"{op}: counted has {len(self.counted)} entries for {columns} buffers; pass one bool for each"
+            )
+        return self if kept is None else self._replace(counted=[self.counted[i] for i in kept])
 
 
 class Share(NamedTuple):
@@ -65,30 +76,30 @@ class Shards:
         self.rows, self.weights, self.group = rows, weights, group
         self._written, self._reduced = written, reduced
 
-    def gram(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | Share | None) -> Tensor:
-        """[R, R] Gram of the whole rows. Every rank of the group must call it, one that owns nothing included.
+    def gram(self, part: Part, known: Tensor | Share | None, shape: tuple[int, ...]) -> Tensor:
+        """Gram of the whole rows. Every rank of the group must call it, one that owns nothing included.
 
         Args:
-            part: the [R, R] Gram over some columns of ``rows``, given that of rows 1.. if it is known.
-            known: [R - 1, R - 1] Gram of the whole rows 1.., or this rank's share of it, if it is known already.
-        One collective of R (R + 1) / 2 float64 numbers, or of R if the Gram of the whole rows 1.. is known.
+            part: the Gram over some columns of ``rows``, given that of rows 1.. if it is known.
+            known: Gram of the whole rows 1.., or this rank's share of it, if it is known already.
+            shape: [R, R] or [P, R, R], of the result and of what ``part`` returns.
+        One collective of P R (R + 1) / 2 float64 numbers, or of P R if the Gram of the whole rows 1.. is known.
         """
-        total = self.share(part, known.gram if isinstance(known, Share) else known)
+        total = self.share(part, known.gram if isinstance(known, Share) else known, shape)
         if self.group is None:
             return total
         if isinstance(known, Tensor):
-            total[0] = total[:, 0] = all_reduce(total[0], self.group)
+            total[..., 0, :] = total[..., 0] = all_reduce(total[..., 0, :], self.group)
         else:
-            i, j = torch.triu_indices(*total.shape, device=total.device)
-            total[i, j] = total[j, i] = all_reduce(total[i, j], self.group)
+            i, j = torch.triu_indices(shape[-1], shape[-1], device=total.device)
+            total[..., i, j] = total[..., j, i] = all_reduce(total[..., i, j], self.group)
         return total
 
-    def share(self, part: Callable[[list[int], Tensor | None], Tensor], known: Tensor | None) -> Tensor:
-        """[R, R] this rank's part of the Gram, but for rows 1.. if that is ``known``. No collective."""
-        num_rows = len(self.rows)
+    def share(self, part: Part, known: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """This rank's part of that Gram, but for rows 1.. if that is ``known``. No collective."""
         some = next((t for t in chain(*self.rows) if t is not None), None)
         device = some.device if some is not None else torch.device("cpu") if self.group is None else _device(self.group)
-        total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
         known = None if known is None else known.to(device, torch.float64).contiguous()
         by_weight: dict[float, list[int]] = {}
         for i, weight in enumerate(self.weights):
@@ -97,7 +108,7 @@ class Shards:
             if weight and any(row[i] is not None for i in columns for row in self.rows):
                 total += weight * part(columns, known)
         if known is not None:
-            total[1:, 1:] = known
+            total[..., 1:, 1:] = known
         return total
 
     def written(self, weights: Tensor) -> None:
@@ -107,7 +118,9 @@ class Shards:
         average): the gradient stays Partial and stands for the projected one, without another rounding.
         """
         if self._reduced:
-            untouched = ((weights[0] == 1) & ~(weights[1:] != 0).any()).to(self._reduced[0].local.device)
+            untouched = ((weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()).to(
+                self._reduced[0].local.device
+            )
             for local, value, carries in self._reduced:
                 local.copy_(torch.where(untouched, local, value if carries else torch.zeros_like(value)))
         torch.autograd.graph.increment_version(self._written)
@@ -120,6 +133,7 @@ def shards(
     indices: Sequence[int],
     written: bool,
     spread: Spread | None,
+    scaled: Sequence[bool] = (),
 ) -> Shards | None:
     """This rank's part of ``rows``; None if nothing says that they are distributed.
 
@@ -130,6 +144,7 @@ def shards(
         indices: the user's index of each column.
         written: row 0 is going to be modified.
         spread: ``counted`` has an entry per column of ``rows``. None if there will be no inner products.
+        scaled: which rows are float8 codes: always of this rank's shards.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
     Communicates only to reduce Partial buffers: one all_reduce each.
@@ -147,7 +162,7 @@ def shards(
     if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
 
-    reader = _Reader(op, rows, names, indices, kinds)
+    reader = _Reader(op, rows, names, indices, kinds, scaled)
     if group is None and kinds and spread is not None:
         group = _infer_group(op, reader.meshes)
     weights = reader.weights(group, plain, counted)
@@ -184,8 +199,17 @@ class _Reader:
         ValueError: the buffers of a column do not lie alike.
     """
 
-    def __init__(self, op: str, rows: Rows, names: Sequence[str], indices: Sequence[int], kinds: set[type]):
+    def __init__(
+        self,
+        op: str,
+        rows: Rows,
+        names: Sequence[str],
+        indices: Sequence[int],
+        kinds: set[type],
+        scaled: Sequence[bool],
+    ):
         self._op, self._rows, self._names, self._indices, self._kinds = op, rows, names, indices, kinds
+        self._local = {r for r, codes in enumerate(scaled) if codes}
         self._layouts: dict[tuple, _Layout] = {}
         self._partial: list[tuple[int, int]] = []  # row, column
         columns = zip(*rows, strict=True)
@@ -223,9 +247,12 @@ class _Reader:
         return f"{self._names[row]}[{self._indices[column]}]"
 
     def _common(self, c: int, column: Sequence[Tensor | None]) -> _Layout | None:
-        like, first = None, 0
+        like, first, local = None, 0, None
         for r, t in enumerate(column):
             if t is None:
+                continue
+            if r in self._local:
+                local = _PLAIN
                 continue
             layout = self._layout(t)
             if layout.partial:
@@ -237,7 +264,7 @@ class _Reader:
                     f"{self._op}: {self._name(r, c)} and {self._name(first, c)} are not laid out alike over the ranks; pass "
                     f"both as DTensors with the same mesh and placements (redistribute one of them), or both as local tensors"
                 )
-        return like
+        return like or local
 
     def _layout(self, t: Any) -> _Layout:
         if type(t) not in self._kinds:
@@ -333,7 +360,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:
     """Which of the tensors' types are DTensors, without a look at every tensor."""
-    kinds = set(map(type, tensors)) - _PLAIN_TYPES
+    kinds = set(map(type, tensors)) - PLAIN_TYPES
     if not kinds or not dist.is_available():
         return set()
     from torch.distributed.tensor import DTensor  # slow to import, and who holds one has done it
@@ -365,7 +392,7 @@ def _local(t: "DTensor") -> Tensor:
 
 
 def all_reduce(numbers: Tensor, group) -> Tensor:
-    """Sum of a [n] float64 tensor over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
+    """Sum of a float64 tensor of n numbers over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
 
     The numbers travel on a device that the group communicates on, if theirs is not. A device without float64 carries their
     bits, 8 n bytes per rank, and every rank adds them up in the same order.
@@ -375,10 +402,10 @@ def all_reduce(numbers: Tensor, group) -> Tensor:
         total = numbers.to(device, copy=True)
         dist.all_reduce(total, group=group)
         return total.to(numbers.device)
-    bits = numbers.view(torch.int32).to(device)
+    bits = numbers.reshape(-1).view(torch.int32).to(device)
     gathered = bits.new_empty(dist.get_world_size(group) * len(bits))
     dist.all_gather_into_tensor(gathered, bits, group=group)
-    return gathered.to(numbers.device).view(torch.float64).view(-1, len(numbers)).sum(0)
+    return gathered.to(numbers.device).view(torch.float64).view(-1, *numbers.shape).sum(0)
 
 
 def _device(group, preferred: torch.device | None = None) -> torch.device:

@@ -1,8 +1,10 @@
 """Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`.
 
-Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter.
+Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter; a
+direction may also be a :class:`gradproj.float8.Float8Row`.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -12,12 +14,16 @@ from torch import Tensor
 
 from gradproj import distributed, methods, validate
 from gradproj.backends import Backend, select
+from gradproj.float8 import Float8Row
 
 Buffers = Sequence[Tensor | None]
+Row = Buffers | Float8Row
 
 
 class Projection(NamedTuple):
     """What a projection did, as tensors on the device of the gradients: reading one synchronises, making it did not.
+
+    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about all.
 
     Attributes:
         gram: [K + 1, K + 1] float64 inner products before the projection.
@@ -32,16 +38,18 @@ class Projection(NamedTuple):
     @property
     def cosine(self) -> Tensor:
         """[K] cosine between the gradient, before, and each direction. NaN where one of them is zero."""
-        length = self.gram.diagonal().sqrt()
-        return self.gram[0, 1:] / (length[0] * length[1:])
+        length = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        return self.gram[..., 0, 1:] / (length[..., :1] * length[..., 1:])
 
     @property
     def removed(self) -> Tensor:
         """0-d: length of the change over length of the gradient; 0 is untouched, 1 is all of it for a projection."""
         change = self.weights.clone()
-        change[0] -= 1.0
-        gram = torch.where(self.gram.isfinite().all(), self.gram, torch.eye(len(change)).to(self.gram))
-        return (change @ gram @ change).clamp(min=0).sqrt() / gram[0, 0].sqrt()
+        change[..., 0] -= 1.0
+        finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
+        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1], dtype=torch.float64, device=change.device))
+        square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
+        return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
 
     @property
     def finite(self) -> Tensor:
@@ -51,12 +59,14 @@ class Projection(NamedTuple):
     @property
     def applied(self) -> Tensor:
         """0-d bool: whether the gradient was written. False for a non-finite Gram and where nothing conflicts."""
-        return (self.weights[0] != 1) | (self.weights[1:] != 0).any()
+        return (self.weights[..., 0] != 1).any() | (self.weights[..., 1:] != 0).any()
 
 
 def gram(
-    *rows: Buffers,
+    *rows: Row,
     known: Tensor | None = None,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
     group=None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
@@ -67,54 +77,71 @@ def gram(
         rows: R >= 1 lists of the same length; any shapes, strides and floating or complex dtypes, equal shapes within a
             column. None counts as zeros. Not modified.
         known: [R - 1, R - 1] Gram of rows 1.., if it is known already: then only the products with row 0 are computed.
+        base: a list like row 0, which then stands for ``base - row 0``, taken in the kernels.
+        parts: the number of the part that each column belongs to, from 0; every part gets a Gram of its own.
         group, plain, counted: of rows that are spread over ranks; see :func:`project_`. ``known`` is of the whole rows.
     Returns:
-        [R, R] float64 on the rows' device (CPU, or the group's device, if there is no tensor); the same on every rank.
+        [R, R] float64, or [P, R, R] with P parts, on the rows' device (CPU, or the group's device, if there is no tensor); the
+        same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    return _gram_call("gram", rows, distributed.Spread(group, plain, counted)).gram(known)
+    return _gram_call("gram", rows, base, parts, distributed.Spread(group, plain, counted)).gram(known)
 
 
 def share(
-    *rows: Buffers,
+    *rows: Row,
     known: distributed.Share | None = None,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
     group=None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> distributed.Share:
-    """This rank's part of :func:`gram`, which it is alone to compute: no collective, except to reduce Partial buffers."""
-    call = _gram_call("share", rows, distributed.Spread(group, plain, counted))
+    """This rank's part of :func:`gram`, which it is free to compute when it likes: no collective but those for Partial."""
+    call = _gram_call("share", rows, base, parts, distributed.Spread(group, plain, counted))
     return distributed.Share(call.share(None if known is None else known.gram))
 
 
-def combine_(grads: Buffers, directions: Sequence[Buffers], weights: Tensor) -> None:
+def combine_(
+    grads: Buffers,
+    directions: Sequence[Row],
+    weights: Tensor,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
+) -> None:
     """``grads <- weights[0] grads + sum_k weights[1 + k] directions[k]`` in one pass, in place.
 
     Args:
         grads: one tensor or None per parameter. Modified; where it is None nothing is written.
         directions: K lists like ``grads``. Not modified. None counts as zeros.
-        weights: [K + 1] tensor. A weight of exactly 0 means that its row is not read; (1, 0, .., 0) touches nothing.
+        weights: [K + 1] tensor, or [P, K + 1] with P parts. A weight of exactly 0 means that its row is not read; (1, 0, ..,
+            0) touches nothing.
+        base: a list like ``grads``, which then stands for ``base - grads``, and becomes ``base`` minus the combination.
+        parts: the number of the part that each column belongs to, from 0.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    call = _prepare("combine_", grads, directions)
-    if not isinstance(weights, Tensor) or weights.shape != (len(call.rows),):
+    call = _prepare("combine_", grads, directions, base, parts, None)
+    expected = (*call.lead, len(call.rows))
+    if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"combine_: weights must be a tensor of shape ({len(call.rows)},), got {shape}")
+        raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
     if call.rows[0]:
         call.combine(weights.detach())
 
 
 def project_(
     grads: Buffers,
-    *directions: Buffers,
+    *directions: Row,
     method: methods.Method = "orthogonal",
     eps: float = 0.0,
     group=None,
     known: Tensor | distributed.Share | None = None,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> Projection:
@@ -125,13 +152,18 @@ def project_(
         directions: K lists like ``grads``. Not modified. None counts as zeros, and so does a whole direction where
             ``grads`` is None, so that the result is exactly orthogonal on what can be written.
         method: ``"orthogonal"`` removes the whole span of the directions; ``"conflict"`` takes the nearest vector with no
-            negative inner product; ``("mix", gamma)`` adds gamma times every direction; a callable maps the [K + 1, K + 1]
-            float64 Gram to [K + 1] weights.
-        eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
+            negative inner product; ``"pcgrad"`` projects every row, ``grads`` and the directions, off the rows that it
+            conflicts with, in ascending order, and sums them; ``("mix", gamma)`` adds gamma times every direction; a
+            callable, such as a ``torchjd.aggregation.*Weighting``, maps the [K + 1, K + 1] float64 Gram to [K + 1] weights.
+        eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and callables.
         group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
             included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
         known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already, or this rank's
             :func:`share` of it.
+        base: a list like ``grads``: parameters before an optimizer's step, of which ``grads`` are then the parameters after.
+            What is projected is ``base - grads``, what the step took off, and the result is written as parameters again.
+        parts: the number of the part that each column belongs to, from 0. Every part is projected by itself, in the same
+            passes and the same collective; ``known`` then is [P, K, K].
         plain: what the other ranks of the group hold of a plain tensor: ``"replicated"``, the same (DDP), or ``"sharded"``,
             other parts (FSDP1, ZeRO, pipeline stages). DTensors say it themselves, on any meshes, but for ranks of the group
             that are not in their mesh.
@@ -144,22 +176,17 @@ def project_(
     Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one all_reduce of
     (K + 1)(K + 2) / 2 float64 numbers, of K + 1 with ``known``. Partial DTensors are reduced first, one all_reduce and one
     copy each; a gradient stays Partial and its first rank holds the result, the others zeros.
-    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
+    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict"; Yu
+    et al. 2020 (PCGrad).
     """
     rule = methods.parse(method, eps)
-    call = _prepare("project_", grads, directions, distributed.Spread(group, plain, counted))
+    call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
     if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
-        whole = known.gram if isinstance(known, distributed.Share) else known  # nothing is spread: they are the same
-        products, weights = call("project_", lambda op, r: op(r[0], _flat(r[1:]), *rule, whole))
+        # Nothing is spread, and a share is the whole.
+        products, weights = call.project(rule, known.gram if isinstance(known, distributed.Share) else known)
         return Projection(products, weights, call.backend.name)
 
-    if call.rows[0] or call.shards is not None:
-        products = call.gram(known)
-    else:
-        first = next((t for t in _flat((grads, *directions)) if isinstance(t, Tensor)), None)
-        products = torch.zeros(
-            len(call.rows), len(call.rows), dtype=torch.float64, device=None if first is None else first.device
-        )
+    products = call.gram(known)
     if not isinstance(rule, methods.Rule):
         weights = methods.apply_weighting(rule, products)
     elif call.shards is None:
@@ -205,127 +232,280 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
-def _same_length(op: str, rows: Sequence[Buffers], names: Sequence[str]) -> list[list[Tensor | None]]:
-    lists = []
-    for row, name in zip(rows, names, strict=True):
-        if isinstance(row, Tensor):
-            raise TypeError(f"{op}: {name} is a tensor; pass a list of tensors, one per parameter")
-        lists.append(list(row))
-        if len(lists[-1]) != len(lists[0]):
-            raise ValueError(
-                f"{op}: {name} has {len(lists[-1])} entries but {names[0]} has {len(lists[0])}; pass gradients of the same "
-                f"parameters in the same order, with None where there is no gradient"
-            )
-    return lists
-
-
-def _gram_call(op: str, rows: Sequence[Buffers], spread: distributed.Spread) -> "_Call":
+def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread) -> "_Call":
     if not rows:
         raise ValueError(f"{op}: pass at least one list of tensors")
-    names = [f"rows[{r}]" for r in range(len(rows))]
-    lists = _same_length(op, rows, names)
-    _per_column(op, spread.counted, len(lists[0]))
-    return _Call(op, lists, names, range(len(lists[0])), False, spread)
+    call = _Call.of(op, rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
+    call.spread(spread.of_columns(op, len(call.rows[0])))
+    return call
 
 
-def _per_column(op: str, counted: Sequence[bool] | None, columns: int) -> Sequence[bool] | None:
-    if counted is not None and len(counted) != columns:
-        raise ValueError(f"{op}: counted has {len(counted)} entries for {columns} buffers; pass one bool for each")
-    return counted
-
-
-def _prepare(
-    op: str, grads: Buffers, directions: Sequence[Buffers], spread: distributed.Spread | None = None
-) -> "_Call":
+def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts, spread) -> "_Call":
     """A call on the rows without the columns where the gradient is None."""
-    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
-    lists = _same_length(op, (grads, *directions), names)
-    counted = _per_column(op, spread.counted if spread else None, len(lists[0]))
-    kept: Sequence[int] = range(len(lists[0]))
-    if type(None) in set(map(type, lists[0])):
-        kept = [i for i, g in enumerate(lists[0]) if g is not None]
-        lists = [[row[i] for i in kept] for row in lists]
-        if spread and counted is not None:
-            spread = spread._replace(counted=[counted[i] for i in kept])
-    return _Call(op, lists, names, kept, True, spread)
+    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
+    call = _Call.of(op, (grads, *directions), names, base, parts, written=True)
+    types = set(map(type, call.rows[0]))
+    kept = None
+    if type(None) in types:
+        kept = [i for i, g in enumerate(call.rows[0]) if g is not None]
+    if spread is not None:
+        spread = spread.of_columns(op, len(call.rows[0]), kept)
+    if kept is not None:
+        call = call.columns(kept)
+    # Gradients that are all plain, and nothing said of other ranks: directions are not looked at one by one for that. Where
+    # one is a DTensor after all, an op refuses it.
+    if types <= distributed.PLAIN_TYPES and (spread is None or not any(spread)):
+        return call
+    call.spread(spread)
+    return call
 
 
 def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
     return list(itertools.chain.from_iterable(rows))
 
 
+def _device_of(column: Sequence[Tensor | None]) -> torch.device | None:
+    return next((t.device for t in column if t is not None), None)
+
+
+class _SeveralDevices(Exception):
+    """The columns of a call are on several devices: it has to be run for each of them."""
+
+
+@dataclasses.dataclass(eq=False)
 class _Call:
     """Runs ops for one public function under the rules of the package: precise errors, no autograd, versions bumped.
 
     The native ops check their input themselves, so that a good call costs nothing per buffer here; when one refuses,
     nothing has been written, and the slow path finds out why.
+
+    Attributes:
+        public: the function's name, for messages.
+        rows: R lists of the same length; of a float8 row its codes.
+        names: how the user knows each row.
+        kept: the user's index of each column.
+        written: whether row 0 is.
+        scales: per row, the scales of a float8 row; None if no row is one.
+        base, part: one entry per column, or None.
+        num_parts: 0 without parts.
+        shards: what this rank has of rows that are spread over ranks; ``rows`` and ``base`` are then local. None if they are not.
     """
 
-    def __init__(
-        self,
-        public: str,
-        rows: list[list[Tensor | None]],
-        names: Sequence[str],
-        kept: Sequence[int],
-        written: bool,
-        spread: distributed.Spread | None,
-    ):
-        self.shards = distributed.shards(public, rows, names, kept, written, spread)
-        self.public, self.names, self.kept, self.written = public, names, kept, written
-        self.rows = rows if self.shards is None else self.shards.rows
-        self._backend: Backend | None = None
+    public: str
+    rows: list[list[Tensor | None]]
+    names: Sequence[str]
+    kept: Sequence[int]
+    written: bool
+    scales: list[list[Tensor | None]] | None = None
+    base: list[Tensor | None] | None = None
+    part: list[int] | None = None
+    num_parts: int = 0
+    shards: distributed.Shards | None = None
+    # Not functools.cached_property: torch.compile does not trace its lock (Python < 3.12).
+    _backend: Backend | None = dataclasses.field(default=None, init=False)
+    _per_device: list["_Call"] | None = dataclasses.field(default=None, init=False)
+
+    @classmethod
+    def of(cls, public: str, rows: Sequence[Row], names: Sequence[str], base, parts, written: bool) -> "_Call":
+        lists: list[list[Tensor | None]] = []
+        scales: list[list[Tensor | None]] | None = None
+        for row, name in zip(rows, names, strict=True):
+            if isinstance(row, Tensor):
+                raise TypeError(f"{public}: {name} is a tensor; pass a list of tensors, one per parameter")
+            if isinstance(row, Float8Row):
+                if written and not lists:
+                    raise TypeError(
+                        f"{public}: {name} is a Float8Row, which is read, not written; pass a list of tensors"
+                    )
+                scales = scales or [[None] * len(rows[0]) for _ in rows]
+                scales[len(lists)] = list(row.scales)
+                row = row.codes
+            lists.append(list(row))
+        call = cls(public, lists, names, range(len(lists[0])), written, scales)
+        if base is not None:
+            call.base = list(base)
+        if parts is not None:
+            call.part = [int(p) for p in parts]
+            call.num_parts = max(call.part, default=0) + 1
+            if min(call.part, default=0) < 0:
+                raise ValueError(f"{public}: parts must be numbers from 0, got {min(call.part)}")
+        call._check_lengths()
+        return call
+
+    def _check_lengths(self) -> None:
+        lists = [*zip(self.names, self.rows, strict=True)]
+        if self.base is not None:
+            lists.append(("base", self.base))
+        if self.scales is not None:
+            lists += [(f"{name}.scales", s) for name, s in zip(self.names, self.scales, strict=True)]
+        if self.part is not None:
+            lists.append(("parts", self.part))  # type: ignore[arg-type]
+        for name, entries in lists:
+            if len(entries) != len(self.rows[0]):
+                raise ValueError(
+                    f"{self.public}: {name} has {len(entries)} entries but {self.names[0]} has {len(self.rows[0])}; pass "
+                    f"gradients of the same parameters in the same order, with None where there is no gradient"
+                )
+
+    def columns(self, wanted: Sequence[int]) -> "_Call":
+        """The same call on some of the columns."""
+
+        def pick(row):
+            return None if row is None else [row[i] for i in wanted]
+
+        return dataclasses.replace(
+            self,
+            rows=[[row[i] for i in wanted] for row in self.rows],
+            kept=[self.kept[i] for i in wanted],
+            scales=None if self.scales is None else [[row[i] for i in wanted] for row in self.scales],
+            base=pick(self.base),
+            part=pick(self.part),
+            shards=None,
+        )
+
+    def spread(self, spread: distributed.Spread | None) -> None:
+        """Go over to this rank's part of the rows, if they are spread over ranks. None: there will be no inner products.
+
+        Raises:
+            ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
+        """
+        names = [*self.names, "base"]
+        self.shards = distributed.shards(
+            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled()
+        )
+        if self.shards is not None:
+            rows = self.shards.rows
+            self.rows, self.base = rows[: len(self.rows)], None if self.base is None else rows[-1]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions of Gram and weights."""
+        return (self.num_parts,) if self.num_parts else ()
+
+    @property
+    def all_rows(self) -> list[list[Tensor | None]]:
+        return self.rows if self.base is None else [*self.rows, self.base]
 
     @property
     def backend(self) -> Backend:
-        if (
-            self._backend is None
-        ):  # not functools.cached_property: torch.compile does not trace its lock (Python < 3.12)
+        if self._backend is None:
             first = next(t for row in self.rows for t in row if t is not None)
             if not isinstance(first, Tensor):
                 self.check()
             self._backend = select(first.device.type)
         return self._backend
 
-    def check(self) -> None:
-        validate.check(self.public, self.rows, self.names, self.kept, self.written)
+    def by_device(self) -> list["_Call"]:
+        """One call per device, after everything that any of them would refuse has been looked for."""
+        if self._per_device is not None:
+            return self._per_device
+        self.check()
+        where: dict[torch.device, list[int]] = {}
+        for i, column in enumerate(zip(*self.rows, strict=True)):
+            device = _device_of(column)
+            if device is not None:
+                where.setdefault(device, []).append(i)
+        self._per_device = [self.columns(indices) for indices in where.values()]
+        return self._per_device
 
     def gram(self, known: Tensor | distributed.Share | None) -> Tensor:
-        """[R, R] Gram of the rows, of all ranks if they are spread."""
-        if self.shards is None:
-            return self.share(known.gram if isinstance(known, distributed.Share) else known)
-        return self.shards.gram(self._part, known)
+        """[R, R] or [P, R, R] Gram of the rows, of all ranks if they are spread."""
+        if self.shards is not None:
+            return self.shards.gram(self._part, known, self._shape)
+        return self.share(known.gram if isinstance(known, distributed.Share) else known)
 
     def share(self, known: Tensor | None) -> Tensor:
-        """[R, R] what this rank adds to the Gram of the rows: all of it if they are not spread."""
+        """What this rank adds to that Gram: all of it if the rows are not spread."""
         if self.shards is not None:
-            return self.shards.share(self._part, known)
+            return self.shards.share(self._part, known, self._shape)
         if all(t is None for row in self.rows for t in row):
-            return torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
-        return self("gram", lambda op, r: op(_flat(r), len(r), known))
+            return torch.zeros(self._shape, dtype=torch.float64)
+        return self._gram(known)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (*self.lead, len(self.rows), len(self.rows))
 
     def _part(self, columns: list[int], known: Tensor | None) -> Tensor:
-        return self("gram", lambda op, r: op(_flat([[row[i] for i in columns] for row in r]), len(r), known))
+        return self.columns(columns)._gram(known)
+
+    def _gram(self, known: Tensor | None) -> Tensor:
+        try:
+            return self._run("gram", lambda op, c: op(_flat(c.rows), len(c.rows), c._here(known), *c._extras(0)))
+        except _SeveralDevices:
+            first, *others = [call._gram(known) for call in self.by_device()]
+            for products in others:
+                first += products.to(first.device)
+            if known is not None:
+                first[..., 1:, 1:] = known
+            return first
 
     def combine(self, weights: Tensor) -> None:
         """Row 0 <- weights times the rows."""
-        self("combine_", lambda op, r: op(r[0], _flat(r[1:]), weights.to(r[0][0].device, torch.float64)))
+        try:
+            self._run("combine_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), c._here(weights), *c._extras(1)))
+        except _SeveralDevices:
+            for call in self.by_device():
+                call.combine(weights)
         if self.shards is not None:
             self.shards.written(weights)
 
-    def __call__(self, name: str, run: Callable):
+    def project(self, rule: methods.Rule, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        try:
+            return self._run(
+                "project_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), *rule, c._here(known), *c._extras(1))
+            )
+        except _SeveralDevices:
+            products = self.gram(known)
+            weights = rule(products)
+            self.combine(weights)
+            return products, weights
+
+    def _here(self, t: Tensor | None) -> Tensor | None:
+        """A small tensor as the kernels read it, on the device of the buffers."""
+        if t is None:
+            return None
+        first = next(b for row in self.rows for b in row if b is not None)
+        return t.to(first.device, torch.float64).contiguous()
+
+    def _extras(self, first: int) -> tuple:
+        """The ops' last arguments; ``first``: the first row that may have scales."""
+        if self.base is None and self.scales is None and not self.num_parts:
+            return ()
+        scales = None if self.scales is None else _flat(self.scales[first:])
+        return self.base, scales, self.part or [], self.num_parts
+
+    def _scaled(self) -> list[bool]:
+        """Which rows are float8 codes."""
+        return [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
+
+    def check(self) -> None:
+        if self.shards is None:
+            self.spread(None)  # refuses a DTensor among plain tensors
+        backend = self._backend.name if self._backend else ""  # not self.backend: choosing one may lead here
+        names = [*self.names, "base"]
+        validate.check(self.public, self.all_rows, names, self.kept, self.written, self._scaled(), backend)
+        if self.scales is not None:
+            validate.check_scales(self.public, self.rows, self.scales, self.names, self.kept)
+
+    def _run(self, name: str, run: Callable):
+        if self._per_device is not None and len(self._per_device) > 1:
+            raise _SeveralDevices
         op = self.backend.op(name)
         if self.backend.namespace != "gradproj":
             self._take_real_views()
-            self.check()
+            if len(self.by_device()) > 1:
+                raise _SeveralDevices
         try:
             with torch.no_grad():
-                result = run(op, self.rows)
+                result = run(op, self)
         except RuntimeError:
             if self._take_real_views():
-                return self(name, run)
-            self.check()
+                return self._run(name, run)
+            if len(self.by_device()) > 1:
+                raise _SeveralDevices from None
             raise
         if name != "gram" and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(cast(list[Tensor], self.rows[0]))  # no None: _prepare left them out
@@ -333,7 +513,7 @@ class _Call:
 
     def _take_real_views(self) -> bool:
         """Replace complex tensors by real views of their memory; a direction's lazy conjugation is carried out first."""
-        if not any(isinstance(t, Tensor) and t.is_complex() for row in self.rows for t in row):
+        if not any(isinstance(t, Tensor) and t.is_complex() for row in self.all_rows for t in row):
             return False
         for i, g in zip(self.kept, self.rows[0], strict=True):
             if self.written and isinstance(g, Tensor) and g.is_conj():
@@ -341,8 +521,12 @@ class _Call:
                     f"{self.public}: {self.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a "
                     f"tensor of its own: {self.names[0]}[{i}].resolve_conj()"
                 )
-        self.rows = [
-            [torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row]
-            for row in self.rows
-        ]
+
+        def real(row):
+            return [
+                torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t for t in row
+            ]
+
+        self.rows = [real(row) for row in self.rows]
+        self.base = None if self.base is None else real(self.base)
         return True

@@ -11,25 +11,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.float8 import BLOCK, DTYPE
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_DIMS = {"cuda": 8, "triton": 8}  # what the kernels for strided buffers take, after merging
+MAX_ROWS = {"cuda": 65}
 
 
 def _name(where: Sequence[str], row: int, index: int) -> str:
     return f"{where[row]}[{index}]"
 
 
-def check_buffer(op: str, name: str, t: Tensor) -> None:
+def _what(t: Tensor) -> str:
+    return f"(shape {tuple(t.shape)}, {t.dtype}, {t.device})"
+
+
+def check_buffer(op: str, name: str, t: Tensor, scaled: bool) -> None:
     """Refuse what no kernel takes: not a tensor, not strided, not of a floating dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is a {type(t).__name__}; pass a tensor or None")
     if t.layout != torch.strided:
         raise NotImplementedError(f"{op}: {name} has layout {t.layout}; make it dense first (t.to_dense())")
-    if t.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} has dtype {t.dtype}; supported: {', '.join(str(d) for d in FLOATS)} and complex")
+    if scaled and t.dtype != DTYPE:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; the codes of a Float8Row are {DTYPE}")
+    if t.dtype not in FLOATS and not scaled:
+        raise TypeError(
+            f"{op}: {name} has dtype {t.dtype} {_what(t)}; supported: {', '.join(str(d) for d in FLOATS)}, complex, and "
+            f"gradproj.float8.quantize(..) of a direction"
+        )
 
 
 def check(
-    op: str, rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], indices: Sequence[int], written: bool
+    op: str,
+    rows: Sequence[Sequence[Tensor | None]],
+    names: Sequence[str],
+    indices: Sequence[int],
+    written: bool,
+    scaled: Sequence[bool] = (),
+    backend: str = "",
 ):
     """Raise the first error of ``rows``, or return.
 
@@ -39,15 +58,19 @@ def check(
         names: how the user knows each row.
         indices: the user's index of each column.
         written: row 0 is modified, so it may overlap neither itself nor, in part, another row.
+        scaled: which rows are float8 codes.
+        backend: which one would run, for limits of its own.
     Raises:
         ValueError, TypeError, NotImplementedError: naming row, index, shape, dtype or device.
     """
+    if len(rows) > MAX_ROWS.get(backend, len(rows)):
+        raise ValueError(f"{op}: {len(rows) - 1} directions; backend {backend!r} takes up to {MAX_ROWS[backend] - 1}")
     for i, column in zip(indices, zip(*rows, strict=True), strict=True):
         first = None
         for row, t in enumerate(column):
             if t is None:
                 continue
-            check_buffer(op, _name(names, row, i), t)
+            check_buffer(op, _name(names, row, i), t, row < len(scaled) and scaled[row])
             if first is None:
                 first = row, t
                 continue
@@ -62,24 +85,50 @@ def check(
                     f"{op}: {_name(names, row, i)} is on {t.device} but {_name(names, other, i)} is on {like.device}; "
                     f"move it there first"
                 )
-    _check_one_device(op, rows, names, indices)
+        if first is not None and backend in MAX_DIMS:
+            dims = merged_dims([t for t in column if t is not None])
+            if dims > MAX_DIMS[backend]:
+                raise NotImplementedError(
+                    f"{op}: {_name(names, first[0], i)} {_what(first[1])} needs {dims} dimensions after merging; backend "
+                    f"{backend!r} takes {MAX_DIMS[backend]}: make it contiguous"
+                )
     if written:
         _check_overlap(op, rows, names, indices)
 
 
-def _check_one_device(op, rows, names, indices) -> None:
-    first: tuple[str, torch.device] | None = None
-    for row, buffers in enumerate(rows):
-        for i, t in zip(indices, buffers, strict=True):
-            if t is None:
-                continue
+def check_scales(op: str, rows, scales, names: Sequence[str], indices: Sequence[int]) -> None:
+    """Every float8 buffer has the scales of its blocks, beside it."""
+    for row, (buffers, found) in enumerate(zip(rows, scales, strict=True)):
+        for i, codes, scale in zip(indices, buffers, found, strict=True):
             name = _name(names, row, i)
-            if first is None:
-                first = name, t.device
-            elif t.device != first[1]:
-                raise ValueError(
-                    f"{op}: {name} is on {t.device} but {first[0]} is on {first[1]}; call it once per device"
-                )
+            if codes is None or codes.dtype != DTYPE:
+                if scale is not None:
+                    raise ValueError(f"{op}: {name} has scales but is {'absent' if codes is None else codes.dtype}")
+                continue
+            blocks = -(-codes.numel() // BLOCK)
+            if (
+                scale is None
+                or scale.dtype != torch.float32
+                or scale.shape != (blocks,)
+                or scale.device != codes.device
+            ):
+                what = "none" if scale is None else _what(scale)
+                raise ValueError(f"{op}: {name} {_what(codes)} needs ({blocks},) float32 scales beside it, got {what}")
+            start, stop = _span(codes) if codes.numel() else (0, 0)
+            if stop - start != codes.numel():
+                raise ValueError(f"{op}: {name} {_what(codes)} has gaps in memory; use gradproj.float8.quantize()")
+
+
+def merged_dims(column: Sequence[Tensor]) -> int:
+    """Dimensions that are left of a column when those that every tensor walks as one are merged."""
+    first = column[0]
+    merged: list[int] = []
+    for d in sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride, reverse=True):
+        if not merged or any(t.stride(merged[-1]) != t.stride(d) * t.shape[d] for t in column):
+            merged.append(d)
+        else:
+            merged[-1] = d
+    return len(merged)
 
 
 def _span(t: Tensor) -> tuple[int, int]:
