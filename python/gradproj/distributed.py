@@ -134,6 +134,7 @@ def shards(
     written: bool,
     spread: Spread | None,
     scaled: Sequence[bool] = (),
+    like: Sequence[Tensor | None] | None = None,
 ) -> Shards | None:
     """This rank's part of ``rows``; None if nothing says that they are distributed.
 
@@ -144,7 +145,8 @@ def shards(
         indices: the user's index of each column.
         written: row 0 is going to be modified.
         spread: ``counted`` has an entry per column of ``rows``. None if there will be no inner products.
-        scaled: which rows are float8 codes: always of this rank's shards.
+        scaled: which rows are float8 codes: always of this rank's shards, and mute about how those lie.
+        like: a list that lies over the ranks as the rows do, if they might all be mute.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
     Communicates only to reduce Partial buffers: one all_reduce each.
@@ -152,7 +154,8 @@ def shards(
     group, plain, counted = spread or Spread()
     if plain not in (None, "replicated", "sharded"):
         raise ValueError(f'{op}: plain must be "replicated" or "sharded", got {plain!r}')
-    kinds = _dtensor_types(chain(*rows))
+    telling = rows if like is None else [*rows, like]
+    kinds = _dtensor_types(chain(*telling))
     if group is None and counted is None and not kinds:
         return None
     if group is not None and not (dist.is_available() and dist.is_initialized()):
@@ -162,7 +165,7 @@ def shards(
     if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
 
-    reader = _Reader(op, rows, names, indices, kinds, scaled)
+    reader = _Reader(op, telling, [*names[: len(rows)], "like"], indices, kinds, scaled)
     if group is None and kinds and spread is not None:
         group = _infer_group(op, reader.meshes)
     weights = reader.weights(group, plain, counted)
@@ -234,13 +237,18 @@ class _Reader:
 
     def reduce_partial(self, held: list[list[Tensor | None]], written: bool) -> list[_Reduced]:
         """Put the sums of Partial buffers into ``held``; for gradients that will be ``written``, what brings them back."""
+        carries = {
+            c: _carries(self._op, self._name(r, c), cast("DTensor", self._rows[r][c]))
+            for r, c in self._partial
+            if r == 0 and written
+        }
         back = []
         for r, c in self._partial:
-            t = cast("DTensor", self._rows[r][c])
-            value = _local(cast("DTensor", settled(t)))
-            if r == 0 and written:
-                back.append(_Reduced(_local(t), value, _carries(self._op, self._name(r, c), t)))
-            held[r][c] = value
+            if r < len(held):  # not those of like
+                t = cast("DTensor", self._rows[r][c])
+                held[r][c] = value = _local(cast("DTensor", settled(t)))
+                if r == 0 and written:
+                    back.append(_Reduced(_local(t), value, carries[c]))
         return back
 
     def _name(self, row: int, column: int) -> str:

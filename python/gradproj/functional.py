@@ -93,14 +93,18 @@ def gram(
 def share(
     *rows: Row,
     known: distributed.Share | None = None,
+    like: Buffers | None = None,
     base: Buffers | None = None,
     parts: Sequence[int] | None = None,
     group=None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> distributed.Share:
-    """This rank's part of :func:`gram`, which it is free to compute when it likes: no collective but those for Partial."""
-    call = _gram_call("share", rows, base, parts, distributed.Spread(group, plain, counted))
+    """This rank's part of :func:`gram`, which it is free to compute when it likes: no collective but those for Partial.
+
+    ``like`` is a list that lies over the ranks as the rows do: float8 rows do not tell.
+    """
+    call = _gram_call("share", rows, base, parts, distributed.Spread(group, plain, counted), like)
     return distributed.Share(call.share(None if known is None else known.gram))
 
 
@@ -232,11 +236,11 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
-def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread) -> "_Call":
+def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread, like=None) -> "_Call":
     if not rows:
         raise ValueError(f"{op}: pass at least one list of tensors")
     call = _Call.of(op, rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
-    call.spread(spread.of_columns(op, len(call.rows[0])))
+    call.spread(spread.of_columns(op, len(call.rows[0])), like)
     return call
 
 
@@ -365,7 +369,7 @@ class _Call:
             shards=None,
         )
 
-    def spread(self, spread: distributed.Spread | None) -> None:
+    def spread(self, spread: distributed.Spread | None, like: Buffers | None = None) -> None:
         """Go over to this rank's part of the rows, if they are spread over ranks. None: there will be no inner products.
 
         Raises:
@@ -373,7 +377,7 @@ class _Call:
         """
         names = [*self.names, "base"]
         self.shards = distributed.shards(
-            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled()
+            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled(), like
         )
         if self.shards is not None:
             rows = self.shards.rows
