@@ -21,7 +21,9 @@ def weights_kernel(gram, weights, conflict: tl.constexpr):
 
 
 def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
-    """[R] float64."""
+    """[R] float64, or [P, R] of a [P, R, R] Gram."""
+    if gram.dim() == 3:
+        return torch.stack([weights(part, method, gamma, eps) for part in gram])
     # A float argument of a Triton kernel is a float32: an eps goes the other way.
     if gram.shape[0] != 2 or method not in ("orthogonal", "conflict") or eps:
         return methods.solve(gram, method, gamma, eps)
