@@ -8,6 +8,8 @@ from torch import Tensor
 from gradproj.triton_kernels.table import Rows, programs_for, small
 from gradproj.triton_kernels.walk import find_segment, load_row, places_of, row_pointer
 
+GROUP = tl.constexpr(8)  # rows whose loads are in flight together
+
 
 @triton.jit
 def is_unchanged(weights, ids: tl.constexpr):
@@ -16,6 +18,16 @@ def is_unchanged(weights, ids: tl.constexpr):
     for r in tl.static_range(1, len(ids)):
         unchanged = unchanged & (tl.load(weights + ids[r]) == 0.0)
     return unchanged
+
+
+@triton.jit
+def any_nonzero(weights, first: tl.constexpr, ids: tl.constexpr):
+    """Whether one of a group of rows has to be read."""
+    found = tl.load(weights + ids[first]) != 0.0
+    for k in tl.static_range(1, GROUP):
+        if first + k < len(ids):
+            found = found | (tl.load(weights + ids[first + k]) != 0.0)
+    return found
 
 
 @triton.jit
@@ -41,13 +53,17 @@ def combine_block(
     total = tl.zeros([block], dtype=compute)
     if base:
         origin = load_row(line, count - 1, start, numel, dtypes, parts, ndim, width, full, compute, block)
-    for r in tl.static_range(len(ids)):
-        w = tl.load(weights + ids[r])
-        if w != 0.0:
-            x = load_row(line, r, start, numel, dtypes, parts, ndim, width, full, compute, block)
-            if base and r == 0:
-                x = origin - x
-            total += w.to(compute) * x
+    for first in tl.static_range(0, len(ids), GROUP):
+        if first == 0 or any_nonzero(weights, first, ids):
+            for k in tl.static_range(GROUP):
+                if first + k < len(ids):
+                    w = tl.load(weights + ids[first + k])
+                    x = load_row(
+                        line, first + k, start, numel, dtypes, parts, ndim, width, full, compute, block, w
+                    )  # fmt: skip
+                    if base and first + k == 0:
+                        x = tl.where(w != 0.0, origin - x, 0.0)
+                    total += w.to(compute) * x
     if base:
         total = origin - total
     pointer = row_pointer(line, 0, dtypes[0], full)

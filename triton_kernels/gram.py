@@ -11,6 +11,7 @@ from gradproj.triton_kernels.walk import find_segment, load_gradient, load_row
 
 PASS_ROWS = 9  # rows whose products one pass accumulates
 FINISH = 2048  # doubles that the finish takes at a time
+CLOSED_FORMS = ("orthogonal", "conflict", "mix")  # at K = 1
 
 
 @triton.jit
@@ -27,17 +28,12 @@ def add_products(
 ):  # fmt: skip
     """Products of a block in ``compute``, summed over the block, added to float64 ``sums`` of the pass's ``rows``."""
     index = tl.arange(0, pairs)
+    values = (load_gradient(line, start, numel, dtypes, base, parts, ndim, width, full, compute, block),)
+    for a in tl.static_range(1, len(ids)):
+        values = values + (load_row(line, a, start, numel, dtypes, parts, ndim, width, full, compute, block),)
     for a in tl.static_range(1 if row_only else len(ids)):
-        if a == 0:
-            x = load_gradient(line, start, numel, dtypes, base, parts, ndim, width, full, compute, block)
-        else:
-            x = load_row(line, a, start, numel, dtypes, parts, ndim, width, full, compute, block)
         for b in tl.static_range(a, len(ids)):
-            if b == 0:
-                y = x
-            else:
-                y = load_row(line, b, start, numel, dtypes, parts, ndim, width, full, compute, block)
-            product = tl.sum(x * y, axis=0).to(tl.float64)
+            product = tl.sum(values[a] * values[b], axis=0).to(tl.float64)
             sums += tl.where(index == pair_number(ids[a], ids[b], rows), product, 0.0)
     return sums
 
@@ -184,7 +180,7 @@ def products(rows: Rows, known: Tensor | None, rule: Rule | None = None) -> tupl
     count = rows.num_rows
     gram = torch.empty(*rows.lead, count, count, dtype=torch.float64, device=rows.device)
     weights = None
-    if rule is not None and count == 2:
+    if rule is not None and rule.name in CLOSED_FORMS and count == 2:
         weights = torch.empty(*rows.lead, 2, dtype=torch.float64, device=rows.device)
     else:
         rule = None

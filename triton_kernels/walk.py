@@ -60,29 +60,49 @@ def decode(codes, dtype: tl.constexpr):
 
 
 @triton.jit
+def is_nonzero(weight, size: tl.constexpr):
+    """[size] mask. Broadcast first, for triton's interpreter: it broadcasts a comparison as a number."""
+    return tl.zeros([size], dtype=tl.float64) + weight != 0.0
+
+
+@triton.jit
+def load_where(pointers, mask):
+    """Zeros where the mask is not set, or there is none."""
+    if mask is None:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
 def load_row(
     line, r: tl.constexpr, start, numel, dtypes: tl.constexpr, parts: tl.constexpr, ndim: tl.constexpr,
-    width: tl.constexpr, full: tl.constexpr, compute: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, full: tl.constexpr, compute: tl.constexpr, block: tl.constexpr, weight=None,
 ):  # fmt: skip
-    """A block of row ``r`` from element ``start``. Full: 16 bytes at a time, no mask; else masked, from any address."""
+    """A block of row ``r`` from element ``start``. Full: 16 bytes at a time; else element by element, from any address. With
+    a ``weight`` of 0 the row is not read, and zeros: no branch, so that the loads of several rows are in flight together."""
     rows: tl.constexpr = len(dtypes)
     dtype: tl.constexpr = dtypes[r]
     pointer = row_pointer(line, r, dtype, full)
     index = start + tl.arange(0, block)
     places = places_of(line, r, index, rows, width, ndim)
-    if full:
-        values = tl.load(pointer + places)
-    else:
-        values = tl.load(pointer + places, mask=index < numel, other=0.0)
+    mask = None
+    if weight is not None:
+        mask = is_nonzero(weight, block)
+    if not full:
+        mask = (index < numel) if mask is None else (index < numel) & mask
+    values = load_where(pointer + places, mask)
     if dtype == tl.uint8 or dtype == tl.float8e4nv:
         scales = row_pointer(line, rows + 3 + parts + r, tl.float32, False)
         values = decode(values, dtype).to(compute)
         if full:
             groups: tl.constexpr = block // GROUP
-            scale = tl.load(scales + (start + tl.arange(0, groups) * GROUP) // SCALE_BLOCK).to(compute)
-            values = tl.reshape(tl.reshape(values, [groups, GROUP]) * scale[:, None], [block])
+            place = scales + (start + tl.arange(0, groups) * GROUP) // SCALE_BLOCK
+            scale = load_where(place, None if weight is None else is_nonzero(weight, groups))
+            values = tl.reshape(tl.reshape(values, [groups, GROUP]) * scale.to(compute)[:, None], [block])
         else:
-            values *= tl.load(scales + places // SCALE_BLOCK, mask=index < numel, other=0.0).to(compute)
+            values *= load_where(scales + places // SCALE_BLOCK, mask).to(compute)
     return values.to(compute)
 
 
