@@ -181,6 +181,17 @@ def test_weights_of_one_direction_come_with_the_gram(rule, sign):
     torch.testing.assert_close(weights.cpu(), torch.from_numpy(expected), rtol=1e-14, atol=0.0)
 
 
+def test_known_gram_comes_through_more_than_one_pass():
+    lists = [[randn(200, seed=r)] for r in range(12)]
+    flat = [t for row in lists for t in row]
+    known = randn(2, 11, 11, dtype=torch.float64)
+    result = gram.gram(flat, 12, known, None, None, (1,), 2)
+    assert torch.equal(result[:, 1:, 1:], known) and torch.equal(result[:, 0], result[:, :, 0])
+    assert not result[0, 0].any()  # no column is in part 0
+    expected = torch.from_numpy(reference.oracle_gram(*lists)[0])
+    torch.testing.assert_close(result[1, 0].cpu(), expected, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [tl.uint8, tl.float8e4nv], ids=str)
 def test_both_ways_to_decode_float8(monkeypatch, dtype):
     """All codes: from the bits, and by triton's type, which targets before sm_89 do not have."""

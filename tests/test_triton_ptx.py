@@ -50,7 +50,11 @@ def listings(tmp_path_factory):
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     cases = [*CASES, *OTHERS]
     done = subprocess.run(
-        [sys.executable, str(COMPILE), str(folder), *cases], check=False, capture_output=True, text=True, env=environment
+        [sys.executable, str(COMPILE), str(folder), *cases],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return {case: (folder / f"{case}.ptx").read_text() for case in cases}

@@ -80,13 +80,11 @@ def combine_kernel(
     table, segments, blocks, weights, num_rows, ids: tl.constexpr, dtypes: tl.constexpr, base: tl.constexpr,
     parts: tl.constexpr, ndim: tl.constexpr, width: tl.constexpr, compute: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Reads the rows whose weight is not 0 once and writes row 0, 16 bytes at a time in aligned full blocks; weights
-    (1, 0, .., 0) of a part read and write nothing in it. Walks backwards: what a Gram pass read
-    last is still in L2."""
+    """Reads the rows whose weight is not 0 once, and the base, and writes row 0, 16 bytes at a time in aligned full blocks;
+    weights (1, 0, .., 0) of a part read and write nothing in it. Walks backwards: what a Gram pass read last is still in L2."""
     count: tl.constexpr = len(dtypes)
-    if not parts:
-        if is_unchanged(weights, ids):
-            return
+    if not parts and is_unchanged(weights, ids):
+        return
     programs = tl.num_programs(0).to(tl.int64)
     program = programs - 1 - tl.program_id(0)
     first, last = program * blocks // programs, (program + 1) * blocks // programs
@@ -108,15 +106,8 @@ def combine_kernel(
             w = weights
             changed = True
         if changed:
-            if ndim == 0:
-                if (start + block <= numel) & (tl.load(line + count + 2) != 0):
-                    combine_block(
-                        line, start, numel, w, True, ids, dtypes, base, parts, ndim, width, compute, block
-                    )  # fmt: skip
-                else:
-                    combine_block(
-                        line, start, numel, w, False, ids, dtypes, base, parts, ndim, width, compute, block
-                    )  # fmt: skip
+            if ndim == 0 and (start + block <= numel) & (tl.load(line + count + 2) != 0):
+                combine_block(line, start, numel, w, True, ids, dtypes, base, parts, ndim, width, compute, block)
             else:
                 combine_block(line, start, numel, w, False, ids, dtypes, base, parts, ndim, width, compute, block)
 

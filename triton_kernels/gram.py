@@ -70,22 +70,44 @@ def gram_kernel(
         numel = tl.load(line + count)
         begin = tl.load(line + count + 1) - (numel + block - 1) // block
         start = tl.multiple_of((b - begin) * block, block)
-        if ndim == 0:
-            if (start + block <= numel) & (tl.load(line + count + 2) != 0):
-                sums = add_products(
-                    sums, line, start, numel, rows, row_only, True, ids, dtypes, base, parts, ndim, width, compute, pairs,
-                    block,
-                )  # fmt: skip
-            else:
-                sums = add_products(
-                    sums, line, start, numel, rows, row_only, False, ids, dtypes, base, parts, ndim, width, compute, pairs,
-                    block,
-                )  # fmt: skip
+        if ndim == 0 and (start + block <= numel) & (tl.load(line + count + 2) != 0):
+            sums = add_products(
+                sums,
+                line,
+                start,
+                numel,
+                rows,
+                row_only,
+                True,
+                ids,
+                dtypes,
+                base,
+                parts,
+                ndim,
+                width,
+                compute,
+                pairs,
+                block,
+            )
         else:
             sums = add_products(
-                sums, line, start, numel, rows, row_only, False, ids, dtypes, base, parts, ndim, width, compute, pairs,
+                sums,
+                line,
+                start,
+                numel,
+                rows,
+                row_only,
+                False,
+                ids,
+                dtypes,
+                base,
+                parts,
+                ndim,
+                width,
+                compute,
+                pairs,
                 block,
-            )  # fmt: skip
+            )
     if parts:
         place += part
     tl.store(partial + place * pairs + index, sums)

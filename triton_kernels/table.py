@@ -134,21 +134,20 @@ class Rows:
         dtypes = tuple(map(attrgetter("dtype"), present))
         self.compute = tl.float64 if torch.float64 in dtypes else tl.float32
         absent = tuple(i for i, t in enumerate(everything) if t is None) if len(present) < len(everything) else ()
-        # Dispatch has seen to it that an address means this device.
-        key = (
+        # An address is one device's: the first buffer's is enough.
+        self._key = (
             self.device, num_rows, base is None, scales is None, num_parts, block, tuple(parts), absent, dtypes,
             tuple(map(Tensor.data_ptr, present)), tuple(map(attrgetter("shape"), present)),
             tuple(map(Tensor.stride, present)),
         )  # fmt: skip
-        entry = _cache.get(key)
+        entry = _cache.get(self._key)
+        if entry is None or (written and not entry.writable):
+            self._check(written)
         if entry is None:
             entry = _Entry()
-            self._check(written)
-            _cache[key] = entry
-        elif written and not entry.writable:
-            self._check(written)
+        else:
+            _cache.move_to_end(self._key)
         entry.writable = entry.writable or written
-        _cache.move_to_end(key)
         self._entry = entry
 
     @classmethod
@@ -177,6 +176,7 @@ class Rows:
                     "CUDA graph is captured; run one step with the same buffers before the capture"
                 )
             found = self._entry.passes[wanted] = self._build(wanted)
+            _cache[self._key] = self._entry
             while len(_cache) > 1 and sum(entry.bytes for entry in _cache.values()) > CACHE_BYTES:
                 _cache.popitem(last=False)
         if capturing:  # the capture began with a synchronisation, so that the upload is done
