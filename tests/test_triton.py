@@ -256,6 +256,16 @@ def test_too_many_dimensions():
     d = randn(*[2] * 9)
     with pytest.raises(RuntimeError, match=r"row 0: buffer\[0\] .* needs 9 dimensions"):
         gram.gram([g, d], 2)
+    with gradproj.use_backend("triton"), pytest.raises(NotImplementedError, match=r"grads\[0\] .* needs 9 dimensions"):
+        gradproj.project_([g], [d])
+
+
+def test_directions_that_are_absent_in_places_with_more_than_one_pass():
+    """A pass of one row against others leaves out what that row does not have."""
+    lists = [[None if (r + i) % 3 == 0 else randn(30 + i, seed=10 * r + i) for i in range(3)] for r in range(11)]
+    result = gram.gram([t for row in lists for t in row], 11)
+    expected = torch.from_numpy(reference.oracle_gram(*lists))
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_new_buffers_during_capture_are_refused(monkeypatch):

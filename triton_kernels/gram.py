@@ -47,7 +47,7 @@ def gram_kernel(
 ):  # fmt: skip
     """Reads each row once, 16 bytes at a time in aligned full blocks; writes ``pairs`` doubles per program and part that it
     meets. A program takes neighbouring blocks, in order: same grid, same bits. Programs and parts both ascend along the
-    table, so no two pairs of them have the same sum, and each has the slot of that number."""
+    table, so program + part is another number for every two that meet: that of their slot."""
     count: tl.constexpr = len(dtypes)
     index = tl.arange(0, pairs)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
@@ -72,42 +72,12 @@ def gram_kernel(
         start = tl.multiple_of((b - begin) * block, block)
         if ndim == 0 and (start + block <= numel) & (tl.load(line + count + 2) != 0):
             sums = add_products(
-                sums,
-                line,
-                start,
-                numel,
-                rows,
-                row_only,
-                True,
-                ids,
-                dtypes,
-                base,
-                parts,
-                ndim,
-                width,
-                compute,
-                pairs,
-                block,
-            )
+                sums, line, start, numel, rows, row_only, True, ids, dtypes, base, parts, ndim, width, compute, pairs, block
+            )  # fmt: skip
         else:
             sums = add_products(
-                sums,
-                line,
-                start,
-                numel,
-                rows,
-                row_only,
-                False,
-                ids,
-                dtypes,
-                base,
-                parts,
-                ndim,
-                width,
-                compute,
-                pairs,
-                block,
-            )
+                sums, line, start, numel, rows, row_only, False, ids, dtypes, base, parts, ndim, width, compute, pairs, block
+            )  # fmt: skip
     if parts:
         place += part
     tl.store(partial + place * pairs + index, sums)
@@ -169,8 +139,8 @@ def gram_finish_kernel(
             dd = tl.load(known)
         else:
             dd = tl.sum(tl.where(index == 2, total, 0.0), axis=0)
-        wide = tl.full([], gamma, tl.float64)
-        weight = closed_form(gg, gd, dd, wide, tl.full([], eps, tl.float64), method)
+        # As tensors: triton's interpreter makes a float32 of a number.
+        weight = closed_form(gg, gd, dd, tl.full([], gamma, tl.float64), tl.full([], eps, tl.float64), method)
         tl.store(weights + part * 2, tl.full([], 1.0, tl.float64))
         tl.store(weights + part * 2 + 1, weight)
 

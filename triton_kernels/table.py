@@ -261,6 +261,8 @@ class Rows:
             tensors = [self.rows[place] for _, place in places]
             if not tensors or tensors[0].numel() == 0:
                 continue
+            if wanted[0] > 0 and places[0][0] > 0:
+                continue  # a pass of one direction against others: nothing to multiply where it is absent
             scales = [None if self.scales is None else self.scales[place] for _, place in places]
             base = self.base is not None and wanted[places[0][0]] == 0
             if base:

@@ -6,7 +6,7 @@ import triton.language as tl
 from gradproj.float8 import BLOCK
 
 SCALE_BLOCK = tl.constexpr(BLOCK)
-GROUP = tl.constexpr(8)  # neighbours that share one load of their scale in a full block
+GROUP = tl.constexpr(8)  # neighbours that share one load of their scale in a full block: what a thread has
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def is_nonzero(weight, size: tl.constexpr):
 
 @triton.jit
 def load_where(pointers, mask):
-    """Zeros where the mask is not set, or there is none."""
+    """Zeros where the mask is not set; without a mask, everything."""
     if mask is None:
         values = tl.load(pointers)
     else:
