@@ -2,10 +2,11 @@
 
 import pytest
 
-from harness import Row, machine, table
+from harness import Row, heading, machine, table
 
 _rows: list[Row] = []
 _host_cost: list[float] = []
+_tables: dict[str, list[str]] = {}
 
 
 @pytest.fixture
@@ -19,6 +20,12 @@ def host_cost() -> list[float]:
     return _host_cost
 
 
+@pytest.fixture
+def tables() -> dict[str, list[str]]:
+    """Title -> lines of markdown, for what has columns of its own."""
+    return _tables
+
+
 def pytest_terminal_summary(terminalreporter):
     if _rows:
         terminalreporter.section(
@@ -30,3 +37,6 @@ def pytest_terminal_summary(terminalreporter):
             f"\nhost cost: {seconds * 1e6:.2f} us per buffer (300 tensors of 64 elements, K = 1: 600 buffers, one call, "
             f"everything included)"
         )
+    for title, lines in _tables.items():
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join([heading(machine()), "", *lines]))

@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,15 +106,31 @@ def make_rows(case: Case, device: str) -> Rows:
     return Rows(rows[0], rows[1:], flat, parameters)
 
 
-def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.ndarray:
-    """float64 weights from float64 inner products, tensor by tensor."""
-    rows = [grads, *directions]
+def exact_gram(rows: list[list[Tensor]]) -> Tensor:
+    """float64 inner products, tensor by tensor."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for column in zip(*rows, strict=True):
         for part in zip(*(t.view(-1).split(1 << 22) for t in column), strict=True):
             m = torch.stack([t.double() for t in part])
             gram += (m @ m.T).cpu()
-    return reference.oracle_weights(gram.numpy())
+    return gram
+
+
+def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.ndarray:
+    """float64 weights from float64 inner products."""
+    return reference.oracle_weights(exact_gram([grads, *directions]).numpy())
+
+
+def relative_error(result: list[Tensor], rows: list[list[Tensor]], weights: Sequence[float]) -> float:
+    """Length of (result - what the weights make of the rows) over the length of the latter."""
+    error = scale = 0.0
+    for r, column in zip(result, zip(*rows, strict=True), strict=True):
+        wanted = torch.zeros_like(r, dtype=torch.float32)
+        for w, t in zip(weights, column, strict=True):
+            wanted.add_(t, alpha=float(w))
+        scale += float(wanted.square().sum(dtype=torch.float64))
+        error += float(wanted.sub_(r).square_().sum(dtype=torch.float64))
+    return (error / scale) ** 0.5
 
 
 def is_right(
@@ -123,14 +139,7 @@ def is_right(
     """Whether ``run`` leaves what the weights say, up to the rounding of the dtype."""
     copies = [t.clone() for t in grads]
     run(copies, directions)
-    error = scale = 0.0
-    for i, (result, g) in enumerate(zip(copies, grads, strict=True)):
-        wanted = weights[0] * g.float()
-        for w, d in zip(weights[1:], directions, strict=True):
-            wanted += float(w) * d[i].float()
-        error += float((result.float() - wanted).square().sum(dtype=torch.float64))
-        scale += float(wanted.square().sum(dtype=torch.float64))
-    return error**0.5 <= TOLERANCE[case.dtype] * scale**0.5
+    return relative_error(copies, [grads, *directions], weights.tolist()) <= TOLERANCE[case.dtype]
 
 
 def synchronize(device: str) -> None:
@@ -268,13 +277,21 @@ def _on(backend: str | None, run: Callable) -> Callable:
     return on_backend
 
 
+def heading(header: dict[str, str]) -> str:
+    return f"{header['machine']}; torch {header['torch']}; {header['date']}; commit {header['commit']}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds > 2e-3 else f"{seconds * 1e6:.0f} us"
+
+
 def table(rows: list[Row], header: dict[str, str]) -> str:
     """Markdown."""
 
     def show(value, form):
         return "" if value is None else form.format(value)
 
-    lines = [f"{header['machine']}; torch {header['torch']}; {header['date']}; commit {header['commit']}", ""]
+    lines = [heading(header), ""]
     lines += [
         "| case | time | x naive | x best torch | of the limit | extra memory | naive's |",
         "| --- " + "| ---: " * 6 + "|",
@@ -283,12 +300,11 @@ def table(rows: list[Row], header: dict[str, str]) -> str:
         if r.seconds is None:
             lines.append(f"| {r.case} | wrong result: {', '.join(r.wrong)} | | | | | |")
             continue
-        time_text = f"{r.seconds * 1e3:.1f} ms" if r.seconds > 2e-3 else f"{r.seconds * 1e6:.0f} us"
         best = f"{r.times_best_torch:.2f} ({r.best_torch})" if r.times_best_torch else ""
         extra = "" if r.extra_bytes is None else f"{r.extra_bytes / 2**20:.2f} MiB"
         other = "" if r.naive_extra_bytes is None else f"{r.naive_extra_bytes / 2**20:.0f} MiB"
         lines.append(
-            f"| {r.case} | {time_text} | {show(r.times_naive, '{:.1f}')} | {best} | "
+            f"| {r.case} | {duration(r.seconds)} | {show(r.times_naive, '{:.1f}')} | {best} | "
             f"{show(r.share_of_limit, '{:.0%}')} | {extra} | {other} |"
         )
         if r.wrong:

@@ -143,7 +143,7 @@ inline bool coalesce(const Buffer* column, int rows, int64_t stride_between_rows
 struct Layout {
   int rows;  // with the base, if there is one
   bool base = false;
-  std::vector<int32_t> part;
+  std::vector<int32_t> part = {};
   int parts = 1;
 };
 

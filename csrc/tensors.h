@@ -14,7 +14,26 @@
 #include "plan.h"
 #include "weights.h"
 
+// Null where there is no Python in the process.
+extern "C" int PyGILState_Ensure() __attribute__((weak));
+extern "C" void PyGILState_Release(int) __attribute__((weak));
+
 namespace gradproj {
+
+// Giving back the last reference that C++ holds to a tensor that Python holds too takes the interpreter's lock. Held around
+// a list it is taken once, not once per tensor: 300 tensors of a row, 10 us.
+class HoldInterpreter {
+ public:
+  HoldInterpreter() : state_(PyGILState_Ensure ? PyGILState_Ensure() : 0) {}
+  HoldInterpreter(const HoldInterpreter&) = delete;
+  HoldInterpreter& operator=(const HoldInterpreter&) = delete;
+  ~HoldInterpreter() {
+    if (PyGILState_Release) PyGILState_Release(state_);
+  }
+
+ private:
+  int state_;
+};
 
 // The tensors of one `Tensor[]` or `Tensor?[]` argument. Owns a reference to each until it goes out of scope. It works on
 // the raw handles: a shared_ptr per tensor would cost as much as everything else that a small buffer needs.
@@ -37,6 +56,7 @@ class TensorList {
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
   ~TensorList() {
+    const HoldInterpreter hold;
     for (AtenTensorHandle h : handles_)
       if (h) aoti_torch_delete_tensor_object(h);
   }
@@ -55,8 +75,7 @@ struct Where {
 // Appends the buffers of a list. All tensors must be strided, floating, and on one device, which is noted in `where`.
 inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
-                       bf16 = aoti_torch_dtype_bfloat16(), f8 = aoti_torch_dtype_float8_e4m3fn(),
-                       strided = aoti_torch_layout_strided();
+                       bf16 = aoti_torch_dtype_bfloat16(), f8 = aoti_torch_dtype_float8_e4m3fn();
   for (size_t i = 0; i < list.size(); ++i) {
     buffers.emplace_back();
     const AtenTensorHandle h = list[i];
@@ -65,11 +84,9 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     auto refuse = [&](const char* what) {
       throw PlanError("gradproj: buffer " + std::to_string(buffers.size() - 1) + ": " + what);
     };
-    int32_t dtype, layout, type, index;
+    int32_t dtype, type, index;
     int64_t ndim;
     int64_t *sizes, *strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(h, &layout));
-    if (layout != strided) refuse("not a dense tensor");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
     if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16 && dtype != f8) refuse("dtype without a kernel");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
@@ -78,13 +95,17 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     if (type != where.type || index != where.index) refuse("on another device than the first");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(h, &b.contiguous));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
     b.sizes = sizes;
     b.strides = strides;
     b.ndim = static_cast<int32_t>(ndim);
     b.numel = 1;
-    for (int32_t d = 0; d < b.ndim; ++d) b.numel *= sizes[d];
+    b.contiguous = true;
+    for (int32_t d = b.ndim; d-- > 0;) {
+      b.contiguous = b.contiguous && (sizes[d] == 1 || strides[d] == b.numel);
+      b.numel *= sizes[d];
+    }
+    b.contiguous = b.contiguous || b.numel == 0;
     b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : dtype == bf16 ? DType::bf16 : DType::f8;
     b.present = true;
     if (b.numel > 0) {
@@ -190,7 +211,21 @@ inline Rule parse_rule(const std::string& method, double gamma, double eps) {
   if (method == "orthogonal") return {Method::orthogonal, gamma, eps};
   if (method == "conflict") return {Method::conflict, gamma, eps};
   if (method == "mix") return {Method::mix, gamma, eps};
+  if (method == "pcgrad") return {Method::pcgrad, gamma, eps};
   throw PlanError("gradproj: unknown method " + method);
+}
+
+struct GramShape {
+  int64_t parts;
+  int rows;
+};
+
+// Of [rows, rows], or of one such matrix per part: [parts, rows, rows].
+inline GramShape gram_shape(const torch::stable::Tensor& gram) {
+  const int64_t ndim = gram.dim();
+  if ((ndim != 2 && ndim != 3) || gram.size(ndim - 1) < 1 || gram.size(ndim - 2) != gram.size(ndim - 1))
+    throw PlanError("gradproj: gram must have shape [rows, rows] or [parts, rows, rows]");
+  return {ndim == 3 ? gram.size(0) : 1, static_cast<int>(gram.size(ndim - 1))};
 }
 
 }  // namespace gradproj

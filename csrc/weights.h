@@ -1,11 +1,19 @@
-// Gram -> weights, for host and device alike: step 3 of the algorithm, a few hundred numbers.
+// Gram -> weights, for host and device alike: step 3 of the algorithm, a few thousand numbers.
 //
 // G is the R x R float64 Gram of row 0 (the gradient g) and rows 1..R-1 (the directions d_k). w[0] scales g, w[k] scales d_k.
-// A non-finite G, or nothing to remove, gives exactly (1, 0, .., 0), which combine leaves bitwise untouched.
-// Both solvers work on cosines, C = S G_dd S with S = diag(G_dd)^-1/2, so the length of a direction changes nothing; a
-// direction of length 0 gets weight 0. A direction whose part outside the span of the others is shorter than
-// sqrt(kRankTolerance) of itself is dependent: the float32 products behind G cannot resolve less.
-// python/gradproj/methods.py holds the same rules in torch operations.
+// A non-finite G gives exactly (1, 0, .., 0), which combine leaves bitwise untouched.
+//
+// "orthogonal" and "conflict" work on cosines, C = S G_dd S with S = diag(G_dd)^-1/2, so the length of a direction changes
+// nothing; a direction of length 0 gets weight 0. Both keep one symmetric tableau and sweep it (Goodnight 1979; principal
+// pivoting): to take direction p into the active set P, or out of it, is one rank-one update of [C b; b' 0]. Swept on P it is
+//
+//     [ -inv(C_PP)            inv(C_PP) C_PN                        inv(C_PP) b_P = x             ]
+//     [       .       C_NN - C_NP inv(C_PP) C_PN           b_N - C_NP x, what is left of b         ]
+//
+// so its diagonal says who is in P (there it is <= -1) and what the others have outside the span of P (squared sines, >= 0),
+// and its last column holds the solution on P and the residual elsewhere. A squared sine of at most kRankTolerance is
+// dependent: the float32 products behind G cannot resolve less.
+// python/gradproj/methods.py and triton_kernels/weights.py hold the same rules.
 #pragma once
 
 #include <cmath>
@@ -19,18 +27,24 @@
 
 namespace gradproj {
 
-enum class Method : int32_t { orthogonal, conflict, mix };
+enum class Method : int32_t { orthogonal, conflict, mix, pcgrad };
 
 struct Rule {
   Method method;
   double gamma;  // mix: weight of every direction
-  double eps;    // added to every <d_k, d_k>; 0 is scale-free
+  double eps;    // added to every squared length that something is divided by; 0 is scale-free
 };
 
 constexpr double kRankTolerance = 1e-8;
 
 // Doubles of scratch that solve_weights needs for R rows.
-GRADPROJ_HD constexpr int64_t weights_scratch(int R) { return 2LL * (R - 1) * (R - 1) + 7LL * (R - 1) + 1; }
+GRADPROJ_HD constexpr int64_t weights_scratch(int R) { return (int64_t{R} + 3) * R; }
+
+// The threads that solve one system together, as a grid of rows x columns. On the host: one.
+struct Alone {
+  static constexpr int row = 0, rows = 1, column = 0, columns = 1;
+  GRADPROJ_HD void sync() const {}
+};
 
 // K = 1 in closed form; no scratch.
 GRADPROJ_HD inline void solve_weights_k1(Rule rule, double gg, double gd, double dd, double* w) {
@@ -41,6 +55,11 @@ GRADPROJ_HD inline void solve_weights_k1(Rule rule, double gg, double gd, double
     w[1] = rule.gamma;
     return;
   }
+  if (rule.method == Method::pcgrad) {
+    w[0] = gd < 0.0 ? 1.0 - gd / (gg + rule.eps) : 1.0;
+    w[1] = gd < 0.0 ? 1.0 - gd / (dd + rule.eps) : 1.0;
+    return;
+  }
   double length2 = dd + rule.eps;
   if (length2 <= 0.0 || (rule.method == Method::conflict && gd >= 0.0)) return;
   w[1] = -gd / length2;
@@ -48,152 +67,186 @@ GRADPROJ_HD inline void solve_weights_k1(Rule rule, double gg, double gd, double
 
 namespace detail {
 
-// Cholesky with diagonal pivoting on the chosen rows of C; solves C_PP x = b_P, x = 0 for rows found dependent.
-// L: K x K scratch. order, left: K scratch each. Reads C and b, writes x.
-GRADPROJ_HD inline void pivoted_solve(const double* C, int K, const double* b, const double* chosen, double* L, double* order,
-                                      double* left, double* x) {
-  int rank = 0, count = 0;
-  for (int k = 0; k < K; ++k) {
-    x[k] = 0.0;
-    if (chosen[k] != 0.0) {
-      order[count] = k;
-      left[count] = C[k * K + k];
-      ++count;
+// Splits `for i < n` among the threads of a team.
+template <typename Team, typename F>
+GRADPROJ_HD inline void each(const Team& team, int n, const F& f) {
+  for (int i = team.row * team.columns + team.column; i < n; i += team.rows * team.columns) f(i);
+}
+
+// A direction of the tableau: in the active set, or how much of it is outside the span of that set.
+GRADPROJ_HD inline bool swept(const double* T, int R, int k) { return T[k * R + k] < -0.5; }
+
+// Takes p into the active set or out of it. T: the first R - 1 rows of the tableau. With row and column p of T set to 0 and
+// -+1 in place of the pivot, every entry of the result is the same T_ij - v_i v_j / pivot, which is symmetric to the bit.
+// On entry no thread may still be reading T; on return all of it is written.
+template <typename Team>
+GRADPROJ_HD inline void sweep(const Team& team, double* T, int R, int p, double* v) {
+  const double pivot = T[p * R + p];
+  team.sync();
+  each(team, R, [&](int j) {
+    v[j] = j == p ? (pivot > 0.0 ? -1.0 : 1.0) : T[p * R + j];
+    T[p * R + j] = 0.0;
+    if (j < R - 1) T[j * R + p] = 0.0;
+  });
+  team.sync();
+  const double inverse = 1.0 / pivot;
+  for (int i = team.row; i < R - 1; i += team.rows) {
+    double* row = T + i * R;
+    for (int j = team.column; j < R; j += team.columns) row[j] -= v[i] * v[j] * inverse;
+  }
+  team.sync();
+}
+
+// y of "orthogonal": all directions enter, the one that has most outside the span of those before it first.
+template <typename Team>
+GRADPROJ_HD inline void solve_all(const Team& team, double* T, int R, double* v, double* y) {
+  for (;;) {
+    int pivot = -1;
+    double most = kRankTolerance;
+    for (int k = 0; k < R - 1; ++k)
+      if (T[k * R + k] > most) {
+        most = T[k * R + k];
+        pivot = k;
+      }
+    if (pivot < 0) break;
+    sweep(team, T, R, pivot, v);
+  }
+  each(team, R - 1, [&](int k) { y[k] = swept(T, R, k) ? T[k * R + R - 1] : 0.0; });
+  team.sync();
+}
+
+// y of "conflict": argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep a step. Whether it got
+// there. y is the best feasible point so far. While some x_k <= 0 in the active set, y moves towards x until its first component
+// reaches 0, and that direction leaves; otherwise y = x, and the most violated direction enters.
+// In exact arithmetic y > 0 on the active set whenever a direction enters, so each entry lowers the objective and no active set
+// comes twice. Rounding cannot loop either: after 10 R steps it stops, and y is feasible at every step.
+template <typename Team>
+GRADPROJ_HD inline bool solve_nonnegative(const Team& team, double* T, int R, double slack, double* v, double* y) {
+  each(team, R - 1, [&](int k) { y[k] = 0.0; });
+  team.sync();
+  for (int limit = 10 * R; limit > 0; --limit) {
+    int leaves = -1, enters = -1;
+    double step = 1.0, most = slack;
+    for (int k = 0; k < R - 1; ++k) {
+      const double value = T[k * R + R - 1];
+      if (swept(T, R, k)) {
+        if (value > 0.0) continue;
+        const double fraction = y[k] > 0.0 ? y[k] / (y[k] - value) : 0.0;
+        if (leaves < 0 || fraction < step) {
+          step = fraction;
+          leaves = k;
+        }
+      } else if (value > most && T[k * R + k] > kRankTolerance) {
+        most = value;
+        enters = k;
+      }
     }
-  }
-  for (; rank < count; ++rank) {
-    int best = rank;
-    for (int i = rank + 1; i < count; ++i)
-      if (left[i] > left[best]) best = i;
-    if (left[best] <= kRankTolerance) break;
-    double t = order[rank];
-    order[rank] = order[best];
-    order[best] = t;
-    t = left[rank];
-    left[rank] = left[best];
-    left[best] = t;
-    for (int j = 0; j < rank; ++j) {
-      t = L[rank * K + j];
-      L[rank * K + j] = L[best * K + j];
-      L[best * K + j] = t;
+    team.sync();
+    each(team, R - 1, [&](int k) {
+      const double moved = (1.0 - step) * y[k] + step * T[k * R + R - 1];
+      y[k] = swept(T, R, k) && k != leaves && moved > 0.0 ? moved : 0.0;
+    });
+    if (leaves < 0 && enters < 0) {
+      team.sync();
+      return true;
     }
-    const double pivot = sqrt(left[rank]);
-    L[rank * K + rank] = pivot;
-    const int p = static_cast<int>(order[rank]);
-    for (int i = rank + 1; i < count; ++i) {
-      double value = C[static_cast<int>(order[i]) * K + p];
-      for (int j = 0; j < rank; ++j) value -= L[i * K + j] * L[rank * K + j];
-      L[i * K + rank] = value / pivot;
-      left[i] -= L[i * K + rank] * L[i * K + rank];
+    sweep(team, T, R, leaves < 0 ? enters : leaves, v);
+  }
+  return false;
+}
+
+// One step of iterative refinement on the active set, with the residual from G itself: sweeps in and out of nearly dependent
+// directions leave rounding behind. u: R - 1 doubles for it.
+template <typename Team>
+GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* T, int R, double eps, const double* s,
+                               double* u, double* w) {
+  each(team, R - 1, [&](int k) {
+    double left = G[(k + 1) * R] + eps * w[k + 1];
+    for (int l = 1; l < R; ++l) left += G[(k + 1) * R + l] * w[l];
+    u[k] = swept(T, R, k) ? -left * s[k] : 0.0;
+  });
+  team.sync();
+  each(team, R - 1, [&](int k) {
+    if (!swept(T, R, k)) return;
+    double change = 0.0;
+    for (int l = 0; l < R - 1; ++l) change -= T[k * R + l] * u[l];
+    w[k + 1] += change * s[k];
+  });
+  team.sync();
+}
+
+// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. Row i is a
+// thread's: P[j R + i] is its inner product with row j as it stands, until j's turn, and then what it took from row j.
+template <typename Team>
+GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double eps, double* w, double* P) {
+  each(team, R, [&](int i) {
+    for (int j = 0; j < R; ++j) P[j * R + i] = G[j * R + i];
+    for (int j = 0; j < R; ++j) {
+      const double product = P[j * R + i];
+      P[j * R + i] = 0.0;
+      if (i == j || !(product < 0.0)) continue;
+      const double taken = product / (G[j * R + j] + eps);
+      P[j * R + i] = taken;
+      for (int l = j + 1; l < R; ++l) P[l * R + i] -= taken * G[j * R + l];
     }
-  }
-  // left is free now: the intermediate of the two triangular solves.
-  for (int i = 0; i < rank; ++i) {
-    double value = b[static_cast<int>(order[i])];
-    for (int j = 0; j < i; ++j) value -= L[i * K + j] * left[j];
-    left[i] = value / L[i * K + i];
-  }
-  for (int i = rank - 1; i >= 0; --i) {
-    double value = left[i];
-    for (int j = i + 1; j < rank; ++j) value -= L[j * K + i] * left[j];
-    left[i] = value / L[i * K + i];
-    x[static_cast<int>(order[i])] = left[i];
-  }
+  });
+  team.sync();
+  each(team, R, [&](int j) {
+    double weight = 1.0;
+    for (int i = 0; i < R; ++i) weight -= P[j * R + i];
+    w[j] = weight;
+  });
 }
 
 }  // namespace detail
 
-// w: R doubles. scratch: weights_scratch(R) doubles.
+// w: R doubles. scratch: weights_scratch(R) doubles, in shared memory on a device. Called by every thread of the team.
 // orthogonal: w_d = -pinv(G_dd) G_dg on the independent directions.
-// conflict: nearest g' with <g', d_k> >= 0 for all k; w_d >= 0 minimises |g + sum_k w_k d_k| (Lopez-Paz & Ranzato 2017, GEM)
-// by the active-set method of Lawson & Hanson 1974, chapter 23.
-GRADPROJ_HD inline void solve_weights(Rule rule, const double* G, int R, double* w, double* scratch) {
-  const int K = R - 1;
-  if (K == 1) return solve_weights_k1(rule, G[0], G[1], G[3], w);
-  w[0] = 1.0;
-  for (int k = 0; k < K; ++k) w[1 + k] = 0.0;
-  for (int i = 0; i < R * R; ++i)
-    if (!std::isfinite(G[i])) return;
-  if (rule.method == Method::mix) {
-    for (int k = 0; k < K; ++k) w[1 + k] = rule.gamma;
+// conflict: nearest g' with <g', d_k> >= 0 for all k; w_d >= 0 minimises |g + sum_k w_k d_k| (Lopez-Paz & Ranzato 2017, GEM).
+// pcgrad: gradient surgery between all rows (Yu et al. 2020), the inner loop in ascending order.
+// O(R^3) operations: a sweep is R (R - 1) of them, and there are at most 10 R, in practice fewer than 2 R.
+template <typename Team>
+GRADPROJ_HD inline void solve_weights(const Team& team, Rule rule, const double* G, int R, double* w, double* scratch) {
+  const bool first = team.row == 0 && team.column == 0;
+  if (R == 2) {
+    if (first) solve_weights_k1(rule, G[0], G[1], G[3], w);
     return;
   }
-  double* C = scratch;
-  double* L = C + K * K;
-  double* b = L + K * K;  // -S G_dg: what has to be made up for
-  double* chosen = b + K;
-  double* order = chosen + K;
-  double* left = order + K;
-  double* x = left + K;
-  double* s = x + K;
-  double* refused = s + K;  // dependent on the chosen rows: no use asking again until those change
-  for (int k = 0; k < K; ++k) {
-    const double length2 = G[(k + 1) * R + k + 1] + rule.eps;
-    s[k] = length2 > 0.0 ? 1.0 / sqrt(length2) : 0.0;
-  }
-  for (int k = 0; k < K; ++k) {
-    b[k] = -G[(k + 1) * R] * s[k];
-    for (int l = 0; l < K; ++l) C[k * K + l] = (G[(k + 1) * R + l + 1] + (k == l ? rule.eps : 0.0)) * s[k] * s[l];
-    chosen[k] = rule.method == Method::orthogonal && s[k] > 0.0 ? 1.0 : 0.0;
-    refused[k] = 0.0;
-  }
-  if (rule.method == Method::orthogonal) {
-    detail::pivoted_solve(C, K, b, chosen, L, order, left, x);
-    for (int k = 0; k < K; ++k) w[1 + k] = x[k] * s[k];
+  double* T = scratch;
+  double* v = T + R * R;
+  double* s = v + R;
+  double* y = s + R;
+  detail::each(team, R, [&](int i) {
+    double zero = 0.0;
+    for (int j = 0; j < R; ++j) zero += 0.0 * G[j * R + i];
+    v[i] = zero;
+    const double length2 = G[i * R + i] + rule.eps;
+    if (i > 0) s[i - 1] = length2 > 0.0 ? 1.0 / sqrt(length2) : 0.0;
+  });
+  team.sync();
+  bool finite = true;
+  for (int i = 0; i < R; ++i) finite = finite && v[i] == 0.0;
+  team.sync();
+  if (!finite || rule.method == Method::mix) {
+    detail::each(team, R, [&](int i) { w[i] = i == 0 ? 1.0 : finite ? rule.gamma : 0.0; });
     return;
   }
+  if (rule.method == Method::pcgrad) return detail::pcgrad(team, G, R, rule.eps, w, T);
 
-  // gradient of the dual at lambda: b - C lambda; positive means that d_k is still conflicted with.
-  double* lambda = w + 1;
-  const double slack = 1e-12 * sqrt(G[0]);  // of |g|: b is in units of |g|
-  for (int iteration = 0; iteration < 3 * K + 1; ++iteration) {
-    int worst = -1;
-    double most = slack;
-    for (int k = 0; k < K; ++k) {
-      if (chosen[k] != 0.0 || refused[k] != 0.0 || s[k] == 0.0) continue;
-      double value = b[k];
-      for (int l = 0; l < K; ++l) value -= C[k * K + l] * lambda[l];
-      if (value > most) {
-        most = value;
-        worst = k;
-      }
-    }
-    if (worst < 0) break;
-    chosen[worst] = 1.0;
-    bool entered = true;
-    for (;;) {
-      detail::pivoted_solve(C, K, b, chosen, L, order, left, x);
-      double step = 1.0;
-      int blocking = -1;
-      for (int k = 0; k < K; ++k) {
-        if (chosen[k] == 0.0 || x[k] > 0.0) continue;
-        const double fraction = lambda[k] <= 0.0 ? 0.0 : lambda[k] / (lambda[k] - x[k]);
-        if (blocking < 0 || fraction < step) {
-          step = fraction;
-          blocking = k;
-        }
-      }
-      if (blocking < 0) {
-        for (int k = 0; k < K; ++k) lambda[k] = x[k];
-        break;
-      }
-      for (int k = 0; k < K; ++k)
-        if (chosen[k] != 0.0) lambda[k] += step * (x[k] - lambda[k]);
-      for (int k = 0; k < K; ++k)
-        if (chosen[k] != 0.0 && (k == blocking || lambda[k] <= 0.0)) {
-          entered = entered && k != worst;
-          chosen[k] = 0.0;
-          lambda[k] = 0.0;
-        }
-      bool any = false;
-      for (int k = 0; k < K; ++k) any = any || chosen[k] != 0.0;
-      if (!any) break;
-    }
-    for (int k = 0; k < K; ++k)
-      if (entered) refused[k] = 0.0;
-    if (!entered) refused[worst] = 1.0;
-  }
-  for (int k = 0; k < K; ++k) lambda[k] *= s[k];
+  for (int i = team.row; i < R - 1; i += team.rows)
+    for (int j = team.column; j < R; j += team.columns)
+      T[i * R + j] = j == R - 1 ? -G[(i + 1) * R] * s[i] : (G[(i + 1) * R + j + 1] + (i == j ? rule.eps : 0.0)) * s[i] * s[j];
+  team.sync();
+  bool settled = true;
+  if (rule.method == Method::orthogonal)
+    detail::solve_all(team, T, R, v, y);
+  else
+    settled = detail::solve_nonnegative(team, T, R, 1e-12 * sqrt(G[0]), v, y);  // b is in units of |g|
+  detail::each(team, R, [&](int i) { w[i] = i == 0 ? 1.0 : y[i - 1] * s[i - 1]; });
+  team.sync();
+  if (settled) detail::refine(team, G, T, R, rule.eps, s, v, w);
+  if (rule.method == Method::conflict)
+    detail::each(team, R, [&](int i) { w[i] = w[i] > 0.0 ? w[i] : 0.0; });
 }
 
 }  // namespace gradproj

@@ -51,6 +51,21 @@ def test_wrong_fused_result_prints_no_time(monkeypatch):
     assert "wrong result: fused" in text and " us" not in text and " ms" not in text
 
 
+def test_torchjd_is_right_and_timed():
+    bench_torchjd = pytest.importorskip("bench_torchjd", reason="torchjd is not installed", exc_type=ImportError)
+    results = bench_torchjd.contest(tiny(directions=3))
+    assert all(r.seconds and r.extra_bytes is not None and r.error < 1e-5 for r in results.values())
+    assert bench_torchjd.line(tiny(), results).count(" x |") == 2
+
+
+def test_wrong_torchjd_result_prints_no_time(monkeypatch):
+    bench_torchjd = pytest.importorskip("bench_torchjd", reason="torchjd is not installed", exc_type=ImportError)
+    monkeypatch.setitem(bench_torchjd.TOLERANCE, "gradproj", 0.0)
+    results = bench_torchjd.contest(tiny(directions=3))
+    assert results["gradproj"].seconds is None
+    assert " x |" not in bench_torchjd.line(tiny(), results)
+
+
 def test_naive_memory_is_seen():
     """The probe sees what the naive version allocates, so a small figure for the fused one means something."""
     case = harness.Case("large", [(1 << 24,)])  # beyond what malloc keeps for the next call

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from cases import DTYPES, LAYOUTS, assert_combined_close, assert_gram_close, make_buffer
-from gradproj import reference
+from gradproj import methods, reference
 
 ROOT = Path(__file__).parent.parent
-GRAM, COMBINE, PROJECT_ONE, GRAM_ROW, PROJECT = range(5)
-METHODS = {"orthogonal": 0, "conflict": 1, ("mix", 0.25): 2}
+GRAM, COMBINE, PROJECT_ONE, GRAM_ROW, PROJECT, WEIGHTS = range(6)
+METHODS = {"orthogonal": 0, "conflict": 1, ("mix", 0.25): 2, "pcgrad": 3}
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 SANITIZERS = {
     "plain": ["-O1"],
@@ -244,6 +244,46 @@ def test_64_directions_read_the_gradient_once_per_group(driver, tmp_path):
     assert row.launches == 2 * 8  # sums, and adding up
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_many_parts(driver, tmp_path, method):
+    """A block per part, all its threads at one tableau: K = 1, K larger than a warp, dependent directions, a part of NaN."""
+    name, binary = driver
+    rng = np.random.default_rng(0)
+    cases, expected = [], []
+    for k in (1, 2, 7, 40) if name == "plain" else (1, 5):
+        rows = rng.standard_normal((3, k + 1, 50)) - 0.2
+        rows[:, 0] *= -1
+        rows[0, k] = rows[0, 1]
+        gram = rows @ rows.transpose(0, 2, 1)
+        gram[2, 0, k] = float("nan")
+        expected.append(gram)
+        out = torch.full((3, k + 1), float("nan"), dtype=torch.float64)
+        cases.append(Case(WEIGHTS, [[out], [torch.from_numpy(gram.copy())]], [0, 0], method=method))
+    for gram, result in zip(expected, run(binary, cases, tmp_path), strict=True):
+        weights = result.grads[0].numpy()
+        assert weights[2].tolist() == [1.0] + [0.0] * (gram.shape[1] - 1)
+        wanted = methods.solve(torch.from_numpy(gram), *methods.parse(method)).numpy()
+        # Of dependent directions the weights are not unique; what they make is.
+        np.testing.assert_allclose(
+            (gram[:2] @ weights[:2, :, None]), gram[:2] @ wanted[:2, :, None], rtol=1e-9, atol=1e-9
+        )
+        assert result.launches == 1
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "conflict", "pcgrad"])
+def test_weights_of_64_directions(driver, tmp_path, method):
+    """As many as the shared memory holds."""
+    name, binary = driver
+    if name == "thread":
+        pytest.skip("ThreadSanitizer has seen every barrier at fewer directions, in a tenth of the time")
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((65, 200)) * 10.0 ** rng.uniform(-6, 6, (65, 1))
+    gram = torch.from_numpy(rows @ rows.T)
+    out = torch.full((1, 65), float("nan"), dtype=torch.float64)
+    result = run(binary, [Case(WEIGHTS, [[out], [gram[None].clone()]], [0, 0], method=method)], tmp_path)[0]
+    np.testing.assert_allclose(result.grads[0][0], methods.solve(gram, *methods.parse(method)), rtol=1e-9, atol=1e-15)
+
+
 def test_neighbours_in_memory_are_one_segment(driver, tmp_path):
     _, binary = driver
     flat = [torch.randn(3000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -292,14 +332,18 @@ def test_error_does_not_grow_with_length(driver, tmp_path):
     assert_gram_close(result.gram, reference.oracle_gram(*rows), 1e-7)
 
 
-def test_the_harness_sees_a_missing_barrier(driver, tmp_path, monkeypatch):
-    """Without __syncthreads the last sum of a block is a race. A harness that cannot see that proves nothing."""
+@pytest.mark.parametrize("operation", [GRAM, WEIGHTS])
+def test_the_harness_sees_a_missing_barrier(driver, tmp_path, monkeypatch, operation):
+    """Without __syncthreads the last sum of a block is a race. A harness that cannot see that proves nothing. "pcgrad", because
+    the loops of the other methods need not end when threads disagree."""
     name, binary = driver
     if name != "thread":
         pytest.skip("ThreadSanitizer's part")
     monkeypatch.setenv("GRADPROJ_WITHOUT_BARRIERS", "1")
+    gram = torch.eye(9, dtype=torch.float64)[None] - 0.1
+    rows = dense_rows(2, [3000]) if operation == GRAM else [[torch.zeros(1, 9, dtype=torch.float64)], [gram]]
     with pytest.raises(AssertionError, match="data race"):
-        run(binary, [Case(GRAM, dense_rows(2, [3000]), [0, 0])], tmp_path)
+        run(binary, [Case(operation, rows, [0, 0], method="pcgrad")], tmp_path)
 
 
 def test_the_harness_sees_a_read_past_the_end(driver, tmp_path):

@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 import gradproj
 from cases import clone, make_buffer, rows
-from gradproj import reference
+from gradproj import functional, reference
 
 METHODS = ["orthogonal", "conflict", ("mix", 0.3)]
 
@@ -194,3 +196,54 @@ def test_fused_form_of_the_naive_algorithm():
     shared = model(x)  # losses that share a graph
     gradproj.orthogonal_gradient_projection(model, shared.square().mean(), shared.abs().mean())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS, lambda gram: gram[0] / gram[0, 0]], ids=["orthogonal", "conflict", "mix", "call"]
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_buffers_on_several_devices(on, monkeypatch, method, known):
+    """Each device has its own passes, the Grams add up, and every device gets the weights."""
+    rng = torch.Generator().manual_seed(4)
+    g, *ds = [
+        [make_buffer((n,), torch.float32, "contiguous", rng, on.device) for n in (40, 7, 33, 2)] for _ in range(3)
+    ]
+    expected = clone(g)
+    info = gradproj.project_(expected, *ds, method=method)
+    products = gradproj.gram(*ds) if known else None
+    devices = []
+    monkeypatch.setattr(functional, "_device_of", lambda column: devices.append(column[0].numel() % 2) or devices[-1])
+    monkeypatch.setattr(functional._Call, "_run", functools.partialmethod(_split_first, functional._Call._run))
+    again = gradproj.project_(g, *ds, method=method, known=products)
+    assert set(devices) == {0, 1}
+    torch.testing.assert_close(again.gram, info.gram, rtol=1e-6, atol=1e-6)
+    for a, b in zip(g, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _split_first(call, run, name, op):
+    """What a native op does where it meets a second device: refuse, which makes the call look for the devices."""
+    if len(call.kept) == 4:
+        assert len(call.by_device()) == 2
+    return run(call, name, op)
+
+
+def test_a_device_that_refuses_leaves_the_others_unwritten(on, monkeypatch):
+    g = [torch.ones(4, device=on.device), torch.ones(3, dtype=torch.int64, device=on.device)]
+    monkeypatch.setattr(functional, "_device_of", lambda column: column[0].numel() % 2)
+    with pytest.raises(TypeError, match=r"grads\[1\] has dtype torch.int64 \(shape \(3,\)"):
+        gradproj.project_(g, [torch.ones(4, device=on.device), torch.ones(3, device=on.device)])
+    assert g[0].eq(1).all()
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_in_one_call():
+    rng = torch.Generator().manual_seed(5)
+    rows = [[make_buffer((n,), torch.float32, "contiguous", rng) for n in (40, 7, 33)] for _ in range(3)]
+    expected = clone(rows[0])
+    gradproj.project_(expected, *rows[1:])
+    g, *ds = [[t.to(device) for t, device in zip(row, ("cuda", "cpu", "cuda"), strict=True)] for row in rows]
+    info = gradproj.project_(g, *ds)
+    assert info.gram.device.type == "cuda"
+    for a, b in zip(g, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)

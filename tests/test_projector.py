@@ -7,16 +7,7 @@ import torch
 
 import gradproj
 from gradproj import Projector
-
-
-def model_and_batches(seed=0):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    return model, [torch.randn(6, 5) for _ in range(12)]
-
-
-def loss(model, x, target=0.0):
-    return (model(x) - target).square().mean()
+from training import assert_same, loss, model_and_batches, stored
 
 
 def grads(model):
@@ -41,9 +32,9 @@ def test_gradients_made_inside_are_taken_and_those_before_put_back():
     with opt.protect():
         assert all(p.grad is None for p in model.parameters())
         loss(model, x[1], 1.0).backward()
-        made = [p.grad for p in model.parameters()]
+        made = [p.grad.data_ptr() for p in model.parameters()]
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert all(any(d is m for d in opt.projector._directions[0].values()) for m in made)  # taken, not copied
+    assert [d.data_ptr() for d in stored(opt)[0].values()] == made  # taken, not copied
 
 
 def test_backward_passes_inside_add_up():
@@ -62,7 +53,7 @@ def test_step_uses_the_projected_gradient():
     opt = wrap(model)
     with opt.protect():
         loss(model, x[0], 1.0).backward()
-    direction = list(opt.projector._directions[0].values())
+    direction = list(stored(opt)[0].values())
     before = [p.detach().clone() for p in model.parameters()]
     loss(model, x[1]).backward()
     opt.step()
@@ -91,9 +82,10 @@ def test_newest_directions_are_kept():
     for i in range(5):
         with opt.protect():
             loss(model, x[i], 1.0).backward()
-        kept.append(opt.projector._directions[-1])
+        kept.append(stored(opt)[-1])
     assert len(opt.projector) == 3
-    assert all(a is b for a, b in zip(opt.projector._directions, kept[2:], strict=True))
+    for direction, expected in zip(stored(opt), kept[2:], strict=True):
+        assert_same(direction.values(), expected.values())
     loss(model, x[5]).backward()
     opt.step()
     assert opt.last.gram.shape == (4, 4)
@@ -122,10 +114,7 @@ def test_kept_gram_equals_a_fresh_one(method):
             opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
         fresh = gradproj.gram(
             [None if p.grad is None else p.grad.clone() for p in opt.projector.parameters()],
-            *[
-                [d.get(p) if p.grad is not None else None for p in opt.projector.parameters()]
-                for d in opt.projector._directions
-            ],
+            *[[d.get(p) if p.grad is not None else None for p in opt.projector.parameters()] for d in stored(opt)],
         )
         opt.step()
         torch.testing.assert_close(opt.last.gram, fresh, rtol=1e-5, atol=1e-9)
@@ -137,12 +126,13 @@ def test_exception_inside_changes_nothing():
     with opt.protect():
         loss(model, x[0]).backward()
     loss(model, x[1]).backward()
-    before, kept = [p.grad for p in model.parameters()], opt.projector._directions[0]
+    before, kept = [p.grad for p in model.parameters()], [t.clone() for t in stored(opt)[0].values()]
     with pytest.raises(ZeroDivisionError), opt.protect():
         loss(model, x[2]).backward()
         raise ZeroDivisionError
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert len(opt.projector) == 1 and opt.projector._directions[0] is kept
+    assert len(opt.projector) == 1
+    assert_same(stored(opt)[0].values(), kept)
 
 
 def test_block_without_backward_is_refused():
@@ -164,7 +154,7 @@ def test_nested_blocks_and_steps_inside_are_refused():
     assert len(opt.projector) == 1
 
 
-def test_parameters_frozen_without_gradients_or_replaced():
+def test_parameters_frozen_or_without_gradients():
     model, x = model_and_batches()
     model[0].weight.requires_grad_(False)
     opt = wrap(model)
@@ -174,11 +164,6 @@ def test_parameters_frozen_without_gradients_or_replaced():
     model[2].bias.grad = None
     opt.step()
     assert opt.last.applied
-    opt.param_groups[0]["params"] = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    for p in opt.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=r"unprotect\(\) and protect\(\) again"):
-        opt.step()
 
 
 def test_project_then_clip_then_step_projects_once():
@@ -241,7 +226,7 @@ def test_update_space_projects_what_the_step_did(build, method):
         before = [p.detach().clone() for p in model.parameters()]
         opt.step()
         descent = [b - p.detach() for p, b in zip(model.parameters(), before, strict=True)]
-        for direction in opt.projector._directions:
+        for direction in stored(opt):
             d = [direction.get(p) for p in model.parameters()]
             cosine = inner(descent, d) / (inner(descent, descent) * inner(d, d)) ** 0.5
             assert abs(cosine) < 1e-9 if method == "orthogonal" else cosine > -1e-9

@@ -37,7 +37,9 @@ OTHERS = [
     "finish,2,fp32,row_only,known,mix",
     "finish,9,fp32,row_only,known",
     "finish,9,fp32",
-    "weights,2,fp32",
+    "weights_one,2,fp32,conflict",
+    "weights_many,9,fp32,conflict",
+    "weights_many,65,fp32,conflict",
 ]
 
 

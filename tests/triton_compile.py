@@ -14,9 +14,15 @@ from triton.compiler import ASTSource
 from gradproj.triton_kernels.combine import combine_kernel
 from gradproj.triton_kernels.gram import FINISH, gram_finish_kernel, gram_kernel
 from gradproj.triton_kernels.table import BLOCK
-from gradproj.triton_kernels.weights import weights_kernel
+from gradproj.triton_kernels.weights import many_directions_kernel, one_direction_kernel
 
-KERNELS = {"gram": gram_kernel, "finish": gram_finish_kernel, "combine": combine_kernel, "weights": weights_kernel}
+KERNELS = {
+    "gram": gram_kernel,
+    "finish": gram_finish_kernel,
+    "combine": combine_kernel,
+    "weights_one": one_direction_kernel,
+    "weights_many": many_directions_kernel,
+}
 ARGUMENTS = {
     "table": "*i64", "spans": "*i64", "partial": "*fp64", "gram": "*fp64", "known": "*fp64", "weights": "*fp64",
     "segments": "i32", "blocks": "i32", "slot": "i32", "launches": "i32", "num_rows": "i32", "lead": "i32",
@@ -47,9 +53,8 @@ def ptx(kernel: str, rows: int, dtype: str, flags: list[str]) -> str:
         "compute": tl.float32,
         "pairs": pairs,
         "chunk": FINISH // pairs,
-        "block": BLOCK,
+        "block": triton.next_power_of_2(rows - 1) if kernel == "weights_many" else BLOCK,
         "method": method,
-        "conflict": True,
     }
     constants |= {} if "known" in flags else {"known": None}
     constants |= {} if method or kernel != "finish" else {"weights": None}

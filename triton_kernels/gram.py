@@ -8,10 +8,10 @@ from torch import Tensor
 from gradproj.methods import Rule
 from gradproj.triton_kernels.table import Rows, small
 from gradproj.triton_kernels.walk import find_segment, load_gradient, load_row
+from gradproj.triton_kernels.weights import CLOSED_FORMS, closed_form
 
 PASS_ROWS = 9  # rows whose products one pass accumulates
 FINISH = 2048  # doubles that the finish takes at a time
-CLOSED_FORMS = ("orthogonal", "conflict", "mix")  # at K = 1
 
 
 @triton.jit
@@ -81,22 +81,6 @@ def gram_kernel(
     if parts:
         place += part
     tl.store(partial + place * pairs + index, sums)
-
-
-@triton.jit
-def closed_form(gg, gd, dd, gamma, eps, method: tl.constexpr):
-    """The weight of the only direction: csrc/weights.h, solve_weights_k1."""
-    infinity = float("inf")
-    applies = (tl.abs(gg) < infinity) & (tl.abs(gd) < infinity) & (tl.abs(dd) < infinity)
-    if method == "mix":
-        weight = gamma
-    else:
-        length2 = dd + eps
-        applies = applies & (length2 > 0.0)
-        if method == "conflict":
-            applies = applies & (gd < 0.0)
-        weight = -gd / tl.where(applies, length2, 1.0)
-    return tl.where(applies, weight, 0.0)
 
 
 @triton.jit(do_not_specialize=["launches", "num_rows", "lead", "first"])

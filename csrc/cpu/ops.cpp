@@ -3,6 +3,7 @@
 #include "../tensors.h"
 #include "combine.h"
 #include "gram.h"
+#include "weights.h"
 
 namespace gradproj::cpu {
 namespace {
@@ -29,12 +30,6 @@ const double* known_gram(const std::optional<Tensor>& known, const Rows& rows) {
   return known ? small(*known, rows.layout().parts * k * k, "known") : nullptr;
 }
 
-void solve(Rule rule, const double* gram, int parts, int R, double* weights) {
-  std::vector<double> scratch(static_cast<size_t>(weights_scratch(R)));
-  for (int p = 0; p < parts; ++p)
-    solve_weights(rule, gram + int64_t{p} * R * R, R, weights + int64_t{p} * R, scratch.data());
-}
-
 Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known, std::optional<StableListHandle> base,
                std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
   const Rows rows(list, num_rows, {base, scales, parts, num_parts});
@@ -44,12 +39,9 @@ Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> kn
 }
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
-  const bool batched = gram.dim() == 3;
-  const int R = static_cast<int>(batched || gram.dim() == 2 ? gram.size(gram.dim() - 1) : 0);
-  const int parts = batched ? static_cast<int>(gram.size(0)) : 1;
-  if (R < 1 || gram.size(gram.dim() - 2) != R) throw PlanError("gradproj: gram must have shape [rows, rows] or [parts, rows, rows]");
-  Tensor result = batched ? new_tensor({parts, R}) : new_tensor({R});
-  solve(parse_rule(method, gamma, eps), small(gram, int64_t{parts} * R * R, "gram"), parts, R, data(result));
+  const auto [parts, rows] = gram_shape(gram);
+  Tensor result = gram.dim() == 2 ? new_tensor({rows}) : new_tensor({parts, rows});
+  solve_parts(parse_rule(method, gamma, eps), small(gram, parts * rows * rows, "gram"), parts, rows, data(result));
   return result;
 }
 
@@ -75,7 +67,7 @@ std::tuple<Tensor, Tensor> project_op(StableListHandle grads, StableListHandle d
   const Plan plan = plan_to_write(rows);
   Tensor products = new_tensor(rows.shape(2)), weights = new_tensor(rows.shape(1));
   gram(plan, known_gram(known, rows), data(products));
-  solve(rule, data(products), plan.parts, plan.gram_rows(), data(weights));
+  solve_parts(rule, data(products), plan.parts, plan.gram_rows(), data(weights));
   combine(plan, data(weights));
   return {products, weights};
 }

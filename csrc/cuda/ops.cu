@@ -88,12 +88,6 @@ Tensor compute_gram(const RunContext& run, const Plan& plan, const std::optional
   return gram;
 }
 
-Tensor solve(const RunContext& run, Rule rule, const double* gram, int R) {
-  Tensor weights = run.doubles({R}), scratch = run.doubles({weights_scratch(R)});
-  launch_weights(run.device.stream, rule, gram, R, data(weights), data(scratch));
-  return weights;
-}
-
 Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known) {
   const TensorList tensors(list, true);
   std::vector<Buffer> buffers;
@@ -106,10 +100,13 @@ Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> kn
 }
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
-  const int R = static_cast<int>(gram.dim() == 2 ? gram.size(0) : 0);
-  if (R < 1) throw PlanError("gradproj: gram must have shape [rows, rows]");
+  const auto [parts, rows] = gram_shape(gram);
+  check_rows(rows);
   const RunContext run({aoti_torch_device_type_cuda(), gram.get_device_index()});
-  return solve(run, parse_rule(method, gamma, eps), small(run, gram, int64_t{R} * R, "gram"), R);
+  Tensor weights = gram.dim() == 2 ? run.doubles({rows}) : run.doubles({parts, rows});
+  launch_weights(run.device.stream, parse_rule(method, gamma, eps), small(run, gram, parts * rows * rows, "gram"), parts, rows,
+                 data(weights));
+  return weights;
 }
 
 struct Written {
@@ -152,7 +149,8 @@ std::tuple<Tensor, Tensor> project_op(StableListHandle grad_list, StableListHand
     return {gram, weights};
   }
   Tensor gram = compute_gram(run, w.plan, known);
-  Tensor weights = solve(run, rule, data(gram), w.plan.rows);
+  Tensor weights = run.doubles({w.plan.rows});
+  launch_weights(run.device.stream, rule, data(gram), 1, w.plan.rows, data(weights));
   WeightSource source{};
   source.weights = data(weights);
   launch_combine(run.device, w.plan, source);

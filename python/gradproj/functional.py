@@ -5,7 +5,6 @@ direction may also be a :class:`gradproj.float8.Float8Row`.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -48,7 +47,7 @@ class Projection(NamedTuple):
         change = self.weights.clone()
         change[..., 0] -= 1.0
         finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
-        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1]).to(self.gram))
+        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1], dtype=torch.float64, device=change.device))
         square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
         return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
 
@@ -64,7 +63,13 @@ class Projection(NamedTuple):
 
 
 def gram(
-    *rows: Row, known: Tensor | None = None, base: Buffers | None = None, parts: Sequence[int] | None = None
+    *rows: Row,
+    known: Tensor | None = None,
+    base: Buffers | None = None,
+    parts: Sequence[int] | None = None,
+    group=None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
 ) -> Tensor:
     """All inner products of the rows in one pass.
 
@@ -74,8 +79,10 @@ def gram(
         known: [R - 1, R - 1] Gram of rows 1.., if it is known already: then only the products with row 0 are computed.
         base: a list like row 0, which then stands for ``base - row 0``, taken in the kernels.
         parts: the number of the part that each column belongs to, from 0; every part gets a Gram of its own.
+        group, plain, counted: of rows that are spread over ranks; see :func:`project_`. ``known`` is of the whole rows.
     Returns:
-        [R, R] float64 on the rows' device (CPU if there is no tensor), or [P, R, R] with P parts.
+        [R, R] float64, or [P, R, R] with P parts, on the rows' device (CPU, or the group's device, if there is no tensor); the
+        same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
@@ -83,8 +90,7 @@ def gram(
     if not rows:
         raise ValueError("gram: pass at least one list of tensors")
     call = _Call.of("gram", rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
-    if all(t is None for row in call.rows for t in row):
-        return call.zeros(None)
+    call.spread(distributed.Spread(group, plain, counted).of_columns("gram", len(call.rows[0])))
     return call.gram(known)
 
 
@@ -108,7 +114,7 @@ def combine_(
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    call = _prepare("combine_", grads, directions, base, parts)
+    call = _prepare("combine_", grads, directions, base, parts, None)
     expected = (*call.lead, len(call.rows))
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -126,6 +132,8 @@ def project_(
     known: Tensor | None = None,
     base: Buffers | None = None,
     parts: Sequence[int] | None = None,
+    plain: distributed.Plain | None = None,
+    counted: Sequence[bool] | None = None,
 ) -> Projection:
     """Remove from ``grads`` what conflicts with ``directions``, in place.
 
@@ -134,37 +142,39 @@ def project_(
         directions: K lists like ``grads``. Not modified. None counts as zeros, and so does a whole direction where
             ``grads`` is None, so that the result is exactly orthogonal on what can be written.
         method: ``"orthogonal"`` removes the whole span of the directions; ``"conflict"`` takes the nearest vector with no
-            negative inner product; ``("mix", gamma)`` adds gamma times every direction; a callable maps the [K + 1, K + 1]
-            float64 Gram to [K + 1] weights.
-        eps: added to every <d_k, d_k>; 0 is scale-free. Ignored by ``"mix"`` and callables.
-        group: process group over which the buffers are sharded; None if every rank holds all of them.
-        known: [K, K] Gram of the directions over the same buffers, if it is known already.
+            negative inner product; ``"pcgrad"`` projects every row, ``grads`` and the directions, off the rows that it
+            conflicts with, in ascending order, and sums them; ``("mix", gamma)`` adds gamma times every direction; a
+            callable, such as a ``torchjd.aggregation.*Weighting``, maps the [K + 1, K + 1] float64 Gram to [K + 1] weights.
+        eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and callables.
+        group: process group over which the rows are spread; every rank of it must make the call, one that owns nothing
+            included. Not needed for DTensors on a mesh that covers the world. None with plain tensors: this rank holds all.
+        known: [K, K] Gram of the directions over the same buffers of all ranks, if it is known already.
         base: a list like ``grads``: parameters before an optimizer's step, of which ``grads`` are then the parameters after.
             What is projected is ``base - grads``, what the step took off, and the result is written as parameters again.
         parts: the number of the part that each column belongs to, from 0. Every part is projected by itself, in the same
             passes and the same collective; ``known`` then is [P, K, K].
+        plain: what the other ranks of the group hold of a plain tensor: ``"replicated"``, the same (DDP), or ``"sharded"``,
+            other parts (FSDP1, ZeRO, pipeline stages). DTensors say it themselves, on any meshes, but for ranks of the group
+            that are not in their mesh.
+        counted: per entry of ``grads``, False for what another rank counts already, such as a tied parameter on two pipeline
+            stages: left out of the inner products, but written.
     Returns:
-        Projection: tensors on the device of ``grads``.
+        Projection: tensors on the device of ``grads``, the same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
-    Reads (2 K + 2) N bytes and writes N, N being the size of one list; holds < 1 MiB.
-    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict".
+    Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one all_reduce of
+    (K + 1)(K + 2) / 2 float64 numbers, of K + 1 with ``known``. Partial DTensors are reduced first, one all_reduce and one
+    copy each; a gradient stays Partial and its first rank holds the result, the others zeros.
+    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict"; Yu
+    et al. 2020 (PCGrad).
     """
     rule = methods.parse(method, eps)
-    call = _prepare("project_", grads, directions, base, parts)
-    if call.rows[0] and group is None and isinstance(rule, methods.Rule):
+    call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
+    if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
         products, weights = call.project(rule, known)
         return Projection(products, weights, call.backend.name)
 
-    if call.rows[0]:
-        products = call.gram(known)
-    else:  # nothing to project here; other ranks may have something
-        first = next((t for t in (*grads, *_flat(call.all_rows)) if isinstance(t, Tensor)), None)
-        products = call.zeros(
-            distributed.device(group) if group is not None else None if first is None else first.device
-        )
-    if group is not None:
-        products = distributed.reduce_gram(products, group)
+    products = call.gram(known)
     weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
     if call.rows[0]:
         call.combine(weights)
@@ -176,43 +186,63 @@ def orthogonal_gradient_projection(
     safety_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
     capability_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
     eps: float = 1e-8,
+    group=None,
+    plain: distributed.Plain | None = None,
 ) -> Projection:
     """The naive algorithm's signature, fused: afterwards ``p.grad`` holds the projected safety gradient.
 
     Args:
-        model: its parameters' ``.grad`` are replaced.
+        model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
-        capability_loss: likewise. Both graphs are kept until both backward passes have run.
+        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the gradients of
+            the first backward pass after a forward pass, and of no other.
         eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0 does not.
+        group, plain: where the model is spread over ranks; see :func:`project_`.
     Returns:
         Projection.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    capability = capability_loss(model) if callable(capability_loss) else capability_loss
-    safety = safety_loss(model) if callable(safety_loss) else safety_loss
-    for p in parameters:
-        p.grad = None
-    capability.backward(retain_graph=True)
-    direction = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    safety.backward()
-    return project_([p.grad for p in parameters], direction, method="orthogonal", eps=eps)
+
+    def gradient(loss) -> list[Tensor | None]:
+        scalar = loss(model) if callable(loss) else loss
+        for p in parameters:
+            p.grad = None
+        scalar.backward(retain_graph=True)  # the other loss may share this graph
+        return [p.grad for p in parameters]
+
+    direction = gradient(capability_loss)
+    grads = gradient(safety_loss)
+    return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
-def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts) -> "_Call":
+def _prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts, spread) -> "_Call":
     """A call on the rows without the columns where the gradient is None."""
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
     names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
     call = _Call.of(op, (grads, *directions), names, base, parts, written=True)
-    if type(None) in set(map(type, call.rows[0])):
-        return call.columns([i for i, g in enumerate(call.rows[0]) if g is not None])
+    types = set(map(type, call.rows[0]))
+    kept = None
+    if type(None) in types:
+        kept = [i for i, g in enumerate(call.rows[0]) if g is not None]
+    if spread is not None:
+        spread = spread.of_columns(op, len(call.rows[0]), kept)
+    if kept is not None:
+        call = call.columns(kept)
+    # Gradients that are all plain, and nothing said of other ranks: directions are not looked at one by one for that. Where
+    # one is a DTensor after all, an op refuses it.
+    if types <= distributed.PLAIN_TYPES and (spread is None or not any(spread)):
+        return call
+    call.spread(spread)
     return call
 
 
 def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
     return list(itertools.chain.from_iterable(rows))
+
+
+def _device_of(column: Sequence[Tensor | None]) -> torch.device | None:
+    return next((t.device for t in column if t is not None), None)
 
 
 class _SeveralDevices(Exception):
@@ -235,6 +265,7 @@ class _Call:
         scales: per row, the scales of a float8 row; None if no row is one.
         base, part: one entry per column, or None.
         num_parts: 0 without parts.
+        shards: what this rank has of rows that are spread over ranks; ``rows`` and ``base`` are then local. None if they are not.
     """
 
     public: str
@@ -246,6 +277,10 @@ class _Call:
     base: list[Tensor | None] | None = None
     part: list[int] | None = None
     num_parts: int = 0
+    shards: distributed.Shards | None = None
+    # Not functools.cached_property: torch.compile does not trace its lock (Python < 3.12).
+    _backend: Backend | None = dataclasses.field(default=None, init=False)
+    _per_device: list["_Call"] | None = dataclasses.field(default=None, init=False)
 
     @classmethod
     def of(cls, public: str, rows: Sequence[Row], names: Sequence[str], base, parts, written: bool) -> "_Call":
@@ -302,7 +337,22 @@ class _Call:
             scales=None if self.scales is None else [[row[i] for i in wanted] for row in self.scales],
             base=pick(self.base),
             part=pick(self.part),
+            shards=None,
         )
+
+    def spread(self, spread: distributed.Spread | None) -> None:
+        """Go over to this rank's part of the rows, if they are spread over ranks. None: there will be no inner products.
+
+        Raises:
+            ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
+        """
+        names = [*self.names, "base"]
+        self.shards = distributed.shards(
+            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled()
+        )
+        if self.shards is not None:
+            rows = self.shards.rows
+            self.rows, self.base = rows[: len(self.rows)], None if self.base is None else rows[-1]
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -313,33 +363,42 @@ class _Call:
     def all_rows(self) -> list[list[Tensor | None]]:
         return self.rows if self.base is None else [*self.rows, self.base]
 
-    @functools.cached_property
+    @property
     def backend(self) -> Backend:
-        first = next(t for row in self.rows for t in row if t is not None)
-        if not isinstance(first, Tensor):
-            self.check()
-        return select(first.device.type)
+        if self._backend is None:
+            first = next(t for row in self.rows for t in row if t is not None)
+            if not isinstance(first, Tensor):
+                self.check()
+            self._backend = select(first.device.type)
+        return self._backend
 
-    @functools.cached_property
     def by_device(self) -> list["_Call"]:
         """One call per device, after everything that any of them would refuse has been looked for."""
+        if self._per_device is not None:
+            return self._per_device
         self.check()
         where: dict[torch.device, list[int]] = {}
         for i, column in enumerate(zip(*self.rows, strict=True)):
-            first = next((t for t in column if t is not None), None)
-            if first is not None:
-                where.setdefault(first.device, []).append(i)
-        return [self.columns(indices) for indices in where.values()]
-
-    def zeros(self, device) -> Tensor:
-        """The Gram of nothing."""
-        return torch.zeros(*self.lead, len(self.rows), len(self.rows), dtype=torch.float64, device=device)
+            device = _device_of(column)
+            if device is not None:
+                where.setdefault(device, []).append(i)
+        self._per_device = [self.columns(indices) for indices in where.values()]
+        return self._per_device
 
     def gram(self, known: Tensor | None) -> Tensor:
+        """[R, R] or [P, R, R] Gram of the rows, of all ranks if they are spread."""
+        shape = (*self.lead, len(self.rows), len(self.rows))
+        if self.shards is not None:
+            return self.shards.gram(lambda columns, known: self.columns(columns)._gram(known), known, shape)
+        if all(t is None for row in self.rows for t in row):
+            return torch.zeros(shape, dtype=torch.float64)
+        return self._gram(known)
+
+    def _gram(self, known: Tensor | None) -> Tensor:
         try:
             return self._run("gram", lambda op, c: op(_flat(c.rows), len(c.rows), c._here(known), *c._extras(0)))
         except _SeveralDevices:
-            first, *others = [call.gram(known) for call in self.by_device]
+            first, *others = [call._gram(known) for call in self.by_device()]
             for products in others:
                 first += products.to(first.device)
             if known is not None:
@@ -347,11 +406,14 @@ class _Call:
             return first
 
     def combine(self, weights: Tensor) -> None:
+        """Row 0 <- weights times the rows."""
         try:
             self._run("combine_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), c._here(weights), *c._extras(1)))
         except _SeveralDevices:
-            for call in self.by_device:
+            for call in self.by_device():
                 call.combine(weights)
+        if self.shards is not None:
+            self.shards.written(weights)
 
     def project(self, rule: methods.Rule, known: Tensor | None) -> tuple[Tensor, Tensor]:
         try:
@@ -378,21 +440,26 @@ class _Call:
         scales = None if self.scales is None else _flat(self.scales[first:])
         return self.base, scales, self.part or [], self.num_parts
 
+    def _scaled(self) -> list[bool]:
+        """Which rows are float8 codes."""
+        return [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
+
     def check(self) -> None:
-        scaled = [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
-        chosen: Backend | None = self.__dict__.get("backend")  # not asked for: choosing one may lead here
-        backend = chosen.name if chosen else ""
-        validate.check(self.public, self.all_rows, [*self.names, "base"], self.kept, self.written, scaled, backend)
+        if self.shards is None:
+            self.spread(None)  # refuses a DTensor among plain tensors
+        backend = self._backend.name if self._backend else ""  # not self.backend: choosing one may lead here
+        names = [*self.names, "base"]
+        validate.check(self.public, self.all_rows, names, self.kept, self.written, self._scaled(), backend)
         if self.scales is not None:
             validate.check_scales(self.public, self.rows, self.scales, self.names, self.kept)
 
     def _run(self, name: str, run: Callable):
-        if "by_device" in self.__dict__ and len(self.by_device) > 1:
+        if self._per_device is not None and len(self._per_device) > 1:
             raise _SeveralDevices
         op = self.backend.op(name)
         if self.backend.name == "torch":
             self._take_real_views()
-            if len(self.by_device) > 1:
+            if len(self.by_device()) > 1:
                 raise _SeveralDevices
         try:
             with torch.no_grad():
@@ -400,7 +467,7 @@ class _Call:
         except RuntimeError:
             if self._take_real_views():
                 return self._run(name, run)
-            if len(self.by_device) > 1:
+            if len(self.by_device()) > 1:
                 raise _SeveralDevices from None
             raise
         if name != "gram" and not torch.compiler.is_compiling():

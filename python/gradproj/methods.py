@@ -1,7 +1,8 @@
 """Gram -> weights: the one step in which gradient-surgery methods differ.
 
 Torch operations only, so that it runs on any device, and without a host synchronisation on CUDA. ``csrc/weights.h`` holds
-the same rules for the native backends. Weights are float64; ``w[0]`` scales the gradient, ``w[k]`` direction k.
+the same rules for the native backends, and says why they are right. Weights are float64; ``w[0]`` scales the gradient,
+``w[k]`` direction k. A Gram is [R, R], or [P, R, R] for P parts of the parameters that are projected each by itself.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 RANK_TOLERANCE = 1e-8  # squared sine under which a direction counts as dependent on the others; as in csrc/weights.h
-NAMES = ("orthogonal", "conflict", "mix")
+NAMES = ("orthogonal", "conflict", "mix", "pcgrad")
 
 Weighting = Callable[[Tensor], Tensor]
 Method = str | tuple[str, float] | Weighting
@@ -38,11 +39,13 @@ def parse(method: Method, eps: float = 0.0) -> Rule | Weighting:
     if not eps >= 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if isinstance(method, str):
-        if method in ("orthogonal", "conflict"):
-            return Rule(method, eps=float(eps))
         if method == "mix":
             raise ValueError('method "mix" needs its weight: pass ("mix", gamma)')
-        raise ValueError(f'unknown method {method!r}; known: "orthogonal", "conflict", ("mix", gamma), or a callable')
+        if method in NAMES:
+            return Rule(method, eps=float(eps))
+        raise ValueError(
+            f'unknown method {method!r}; known: "orthogonal", "conflict", "pcgrad", ("mix", gamma), or a callable'
+        )
     if isinstance(method, tuple):
         if len(method) != 2 or method[0] != "mix":
             raise ValueError(f'unknown method {method!r}; the only pair is ("mix", gamma)')
@@ -56,105 +59,188 @@ def parse(method: Method, eps: float = 0.0) -> Rule | Weighting:
 
 
 def apply_weighting(weighting: Weighting, gram: Tensor) -> Tensor:
-    """Weights of a user's callable, checked for shape and made safe: a non-finite Gram gives (1, 0, .., 0)."""
-    weights = weighting(gram)
-    if not isinstance(weights, Tensor) or weights.shape != (gram.shape[0],):
-        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"method: the callable must return a tensor of shape ({gram.shape[0]},), got {shape}")
-    return _unless_finite(gram, weights.detach().to(gram))
+    """Weights of a user's callable, part by part, checked for shape and made safe.
+
+    Args:
+        weighting: maps an [R, R] float64 Gram to [R] weights, on the Gram's device or another.
+        gram: [R, R] or [P, R, R] float64.
+    Returns:
+        [R] or [P, R] float64 on the device of ``gram``; (1, 0, .., 0) where the Gram, for which the callable is then shown the
+        identity, or a weight is not finite.
+    Raises:
+        ValueError: the callable returned something else.
+    """
+    parts, num_rows = as_parts(gram), gram.shape[-1]
+    shown = torch.where(_finite(parts)[:, None], parts, torch.eye(num_rows).to(gram))
+    rows = []
+    for part in shown:
+        weights = weighting(part)
+        if not isinstance(weights, Tensor) or weights.shape != (num_rows,):
+            shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"method: the callable must return a tensor of shape ({num_rows},), got {shape}")
+        rows.append(weights.detach().to(gram))
+    stacked = torch.stack(rows) if rows else parts[:, 0]
+    finite = _finite(parts) & stacked.isfinite().all(1, keepdim=True)
+    return torch.where(finite, stacked, _untouched(stacked)).view(gram.shape[:-1])
 
 
 def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Tensor:
     """Weights of a named method.
 
     Args:
-        gram: [K + 1, K + 1] float64.
-        method: ``"orthogonal"``, ``"conflict"`` or ``"mix"``.
+        gram: [K + 1, K + 1] or [P, K + 1, K + 1] float64.
+        method: ``"orthogonal"`` removes the span of the directions. ``"conflict"`` takes the nearest vector that has no negative
+            inner product with any of them. ``"pcgrad"`` projects every row, the gradient and the directions, off each row that
+            it conflicts with, one after the other in ascending order (the paper shuffles; ranks must agree), and sums the
+            results: ``weights[0]`` is then at least 1, and without any conflict all weights are 1. ``"mix"`` adds the directions.
         gamma: weight of every direction, for ``"mix"``.
-        eps: added to every <d_k, d_k>; 0 is scale-free.
+        eps: added to every squared length that is divided by: <d_k, d_k>, and <g, g> in ``"pcgrad"``. 0 is scale-free.
     Returns:
-        [K + 1] float64 on the device of ``gram``.
+        [K + 1] or [P, K + 1] float64 on the device of ``gram``; (1, 0, .., 0) for a part that is not finite.
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for
-    ``"conflict"``; Ouyang et al. 2022 (PTX) for ``"mix"``.
+    ``"conflict"``; Yu et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for ``"mix"``.
     """
+    parts = as_parts(gram)
     if method == "mix":
-        weights = torch.full_like(gram[0], gamma)
-        weights[0] = 1.0
-        return _unless_finite(gram, weights)
-    length2 = gram.diagonal()[1:] + eps
-    scale = torch.where(length2 > 0, length2, 1.0).rsqrt() * (length2 > 0)
-    cosines = (gram[1:, 1:] + torch.diag_embed(torch.full_like(length2, eps))) * scale * scale[:, None]
-    target = -gram[1:, 0] * scale
-    usable = scale > 0
-    if method == "orthogonal":
-        x = _solve_spd(cosines, target, usable)
-    elif method == "conflict":
-        x = _nonnegative(cosines, target, usable, 1e-12 * gram[0, 0].sqrt())
-    else:
+        weights = torch.full_like(parts[:, 0], gamma)
+        weights[:, 0] = 1.0
+    elif method == "pcgrad":
+        weights = _pcgrad(parts, eps)
+    elif method not in ("orthogonal", "conflict"):
         raise ValueError(f"unknown method {method!r}; known: {', '.join(NAMES)}")
-    weights = torch.cat([torch.ones_like(x[:1]) if len(x) else gram.new_ones(1), x * scale])
-    return _unless_finite(gram, weights)
+    elif gram.shape[-1] == 1:
+        weights = torch.ones_like(parts[:, 0])
+    elif gram.shape[-1] == 2:
+        weights = _one_direction(parts, method, eps)
+    else:
+        weights = _many_directions(parts, method, eps)
+    return torch.where(_finite(parts), weights, _untouched(weights)).view(gram.shape[:-1])
 
 
-def _unless_finite(gram: Tensor, weights: Tensor) -> Tensor:
-    unchanged = torch.zeros_like(weights)
-    unchanged[0] = 1.0
-    return torch.where(gram.isfinite().all(), weights, unchanged)
+def as_parts(gram: Tensor) -> Tensor:
+    """[P, R, R]: a Gram of the whole is one part.
 
-
-def _solve_spd(matrix: Tensor, b: Tensor, chosen: Tensor) -> Tensor:
-    """x with ``matrix[P, P] x[P] = b[P]`` on the chosen, independent rows P and 0 elsewhere.
-
-    Gauss-Jordan with diagonal pivoting: K steps of a fixed number of operations, no data-dependent control flow.
+    Raises:
+        ValueError: neither [R, R] nor [P, R, R].
     """
-    k = len(b)
-    table = torch.cat([matrix, b[:, None]], dim=1)
-    waiting = chosen.clone()
-    used = torch.zeros_like(chosen)
-    index = torch.arange(k, device=b.device)
-    for _ in range(k):
-        pivot = torch.where(waiting, table[:, :k].diagonal(), -1.0).argmax().view(1)
-        row, column = table.index_select(0, pivot), table.index_select(1, pivot)
-        value = row.index_select(1, pivot)
-        good = (value.view(()) > RANK_TOLERANCE) & waiting.index_select(0, pivot).view(())
-        here = (index == pivot) & good
-        row = row / torch.where(good, value, 1.0)
-        table = torch.where(good, torch.where(here[:, None], row, table - column * row), table)
-        used, waiting = used | here, waiting & ~here
-    return torch.where(used, table[:, k], 0.0)
+    if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2] or not gram.shape[-1]:
+        raise ValueError(f"gram must have shape [R, R] or [P, R, R], got {tuple(gram.shape)}")
+    return gram if gram.dim() == 3 else gram[None]
 
 
-def _nonnegative(matrix: Tensor, b: Tensor, usable: Tensor, slack: Tensor) -> Tensor:
-    """argmin over x >= 0 of x' matrix x / 2 - b' x: Lawson & Hanson 1974, chapter 23, one branch-free step at a time.
+def _finite(parts: Tensor) -> Tensor:
+    """[P, 1] bool."""
+    return parts.isfinite().flatten(1).all(1, keepdim=True)
 
-    A step adds the most violated row to the active set, or moves to the boundary and drops the rows that block. On the
-    CPU it stops when done; on other devices it runs its bound of steps, because asking would synchronise.
-    """
-    k = len(b)
-    x = torch.zeros_like(b)
-    if k == 1:
-        return torch.where(usable & (b > 0), b / torch.where(usable, matrix.diagonal(), 1.0), x)
-    index = torch.arange(k, device=b.device)
-    chosen = torch.zeros_like(usable)
-    refused = ~usable  # dependent on the chosen rows: no use asking again until they change
-    settled = torch.ones_like(b[0], dtype=torch.bool)
-    for _ in range(4 * k + 1):
-        residual = torch.where(chosen | refused, -1.0, b - matrix @ x)
-        worst = residual.argmax()
-        adding = settled & (residual.max() > slack)
-        entering = adding & (index == worst)
-        if b.device.type == "cpu" and bool(settled & ~adding):
+
+def _untouched(weights: Tensor) -> Tensor:
+    """(1, 0, .., 0) for every part: what combine takes as an order to touch nothing."""
+    return (torch.arange(weights.shape[1], device=weights.device) == 0).to(weights.dtype).expand_as(weights)
+
+
+def _one_direction(parts: Tensor, method: str, eps: float) -> Tensor:
+    product, length2 = parts[:, 0, 1], parts[:, 1, 1] + eps
+    applies = length2 > 0
+    if method == "conflict":
+        applies = applies & (product < 0)
+    weight = torch.where(applies, -product / torch.where(applies, length2, 1.0), 0.0)
+    return torch.stack([torch.ones_like(weight), weight], dim=1)
+
+
+def _pcgrad(parts: Tensor, eps: float) -> Tensor:
+    """Row i of ``products`` is what is left of row i of the gradients, in inner products with all rows."""
+    products, weights = parts, torch.ones_like(parts[:, 0])
+    index = torch.arange(parts.shape[1], device=parts.device)
+    for j in range(parts.shape[1]):
+        conflicts = (products[:, :, j] < 0) & (index != j)
+        taken = torch.where(conflicts, products[:, :, j] / torch.where(conflicts, parts[:, j, j, None] + eps, 1.0), 0.0)
+        products = products - taken[:, :, None] * parts[:, j, None, :]
+        weights = weights - taken.sum(1, keepdim=True) * (index == j)
+    return weights
+
+
+def _many_directions(parts: Tensor, method: str, eps: float) -> Tensor:
+    """Both solvers sweep the tableau [C b] of cosines: csrc/weights.h."""
+    length2 = parts.diagonal(dim1=1, dim2=2)[:, 1:] + eps
+    scale = torch.where(length2 > 0, length2, 1.0).rsqrt() * (length2 > 0)
+    products = parts[:, 1:, 1:] + torch.diag_embed(torch.full_like(length2, eps))
+    cosines = products * scale[:, None, :] * scale[:, :, None]
+    table = torch.cat([cosines, (-parts[:, 1:, 0] * scale)[:, :, None]], dim=2)
+    settled = torch.ones_like(parts[:, 0, :1], dtype=torch.bool)
+    if method == "orthogonal":
+        table, x = _solve_all(table)
+    else:
+        table, x, settled = _solve_nonnegative(table, 1e-12 * parts[:, 0, 0].sqrt())
+    weights = torch.cat([torch.ones_like(x[:, :1]), x * scale], dim=1)
+
+    # One step of iterative refinement, with the residual from the Gram itself.
+    active = _active(table)
+    left = (parts[:, 1:] @ weights[:, :, None])[:, :, 0] + eps * weights[:, 1:]
+    residual = torch.where(active, -left * scale, 0.0)
+    change = torch.where(active & settled, -(table[:, :, :-1] @ residual[:, :, None])[:, :, 0], 0.0)
+    weights[:, 1:] += change * scale
+    return weights.clamp(min=0.0) if method == "conflict" else weights
+
+
+def _active(table: Tensor) -> Tensor:
+    """[P, K] bool: the directions that the tableau is swept on."""
+    return table.diagonal(dim1=1, dim2=2) < -0.5
+
+
+def _sweep(table: Tensor, pivot: Tensor, moves: Tensor) -> Tensor:
+    """The tableau with direction ``pivot[p]`` of every part that ``moves[p]`` taken into the active set, or out of it."""
+    row = table.take_along_dim(pivot[:, None, None], dim=1)[:, 0]
+    value = row.take_along_dim(pivot[:, None], dim=1)
+    here = torch.arange(row.shape[1], device=row.device) == pivot[:, None]
+    vector = torch.where(here, -value.sign(), row)
+    cleared = torch.where(here[:, :-1, None] | here[:, None, :], 0.0, table)
+    value = torch.where(moves[:, None], value, 1.0)
+    swept = cleared - vector[:, :-1, None] * vector[:, None, :] / value[:, :, None]
+    return torch.where(moves[:, None, None], swept, table)
+
+
+def _may_ask(device: torch.device) -> bool:
+    """Whether a loop may look at values to stop early. On any device but the CPU it would synchronise."""
+    return device.type == "cpu"
+
+
+def _solve_all(table: Tensor) -> tuple[Tensor, Tensor]:
+    """All directions enter, the one that has most outside the span of those before it first."""
+    ask = _may_ask(table.device)
+    for _ in range(table.shape[1]):
+        most, pivot = table.diagonal(dim1=1, dim2=2).max(1)
+        moves = most > RANK_TOLERANCE
+        if ask and not moves.any():
             break
-        chosen = chosen | entering
-        trial = _solve_spd(matrix, b, chosen)
-        blocking = chosen & (trial <= 0)
-        settled = ~blocking.any()
-        gap = torch.where(blocking, x - trial, 1.0)
-        fraction = torch.where(blocking, torch.where(gap > 0, x / gap, 0.0), 1.0)
-        step = fraction.min()
-        x = torch.where(settled, torch.where(chosen, trial, 0.0), torch.where(chosen, x + step * (trial - x), x))
-        drop = blocking & (fraction <= step)
-        refused = ~usable | (drop & entering) | (refused & ~(settled & adding))
-        chosen = chosen & ~drop
-        x = torch.where(chosen, x, 0.0)
-    return x
+        table = _sweep(table, pivot, moves)
+    return table, torch.where(_active(table), table[:, :, -1], 0.0)
+
+
+def _solve_nonnegative(table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep of every part a step.
+
+    Returns the swept tableau, y [P, K], and [P, 1] whether y is the solution on the active set. If the bound of steps came
+    first, y is not the nearest yet, but still feasible; some K steps are the rule, and where the loop always runs in full the
+    bound is lower.
+    """
+    num_parts, k, _ = table.shape
+    index = torch.arange(k, device=table.device)
+    y = table.new_zeros(num_parts, k)
+    moves = torch.ones_like(y[:, 0], dtype=torch.bool)
+    ask = _may_ask(table.device)
+    for _ in range((10 if ask else 3) * (k + 1)):
+        x, active = table[:, :, k], _active(table)
+        blocks = active & (x <= 0)
+        gap = torch.where(blocks & (y > 0), y - x, 1.0)
+        step, leaves = torch.where(blocks, y / gap, torch.inf).min(1)
+        leaving = step < torch.inf
+        usable = ~active & (table.diagonal(dim1=1, dim2=2) > RANK_TOLERANCE)
+        most, enters = torch.where(usable, x, -torch.inf).max(1)
+        step = torch.where(leaving, step, 1.0)[:, None]
+        stays = active & ~(leaving[:, None] & (index == leaves[:, None]))
+        y = torch.where(stays, ((1 - step) * y + step * x).clamp(min=0.0), 0.0)
+        moves = leaving | (most > slack)
+        if ask and not moves.any():
+            break
+        table = _sweep(table, torch.where(leaving, leaves, enters), moves)
+    return table, y, ~moves[:, None]

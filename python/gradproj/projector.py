@@ -1,28 +1,23 @@
 """The protected directions of one model, and the projection of its gradients against them."""
 
 import contextlib
+import math
+import operator
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports the compiler only when needed
 
-from gradproj import methods
+from gradproj import checkpoint, distributed, methods
+from gradproj.capture import captured
+from gradproj.directions import Direction, Directions
 from gradproj.functional import Projection, combine_, gram, project_
 
 ParamGroups = Callable[[], list[dict[str, Any]]]
-Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
-
-
-class _Known(NamedTuple):
-    """The Gram of the directions ``serials`` over the parameters ``columns``."""
-
-    serials: tuple[int, ...]
-    columns: tuple[int, ...]
-    gram: Tensor
 
 
 class Projector:
@@ -30,9 +25,14 @@ class Projector:
 
     Users get one from :func:`gradproj.attach` or inside :class:`gradproj.ProjectedOptimizer`.
 
+    A direction that is not finite is dropped with a RuntimeWarning: on the CPU before the step uses the others, elsewhere at
+    the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device leaves the
+    gradients untouched.
+
     Args:
-        param_groups: returns the optimizer's live ``param_groups``; asked anew each time, never stored.
-        method, eps, group: as for :func:`gradproj.project_`.
+        param_groups: returns the optimizer's live ``param_groups``; asked anew each time.
+        method, eps, group, plain: as for :func:`gradproj.project_`.
+        counted: parameter -> whether this rank counts it in inner products; None counts all. See :func:`gradproj.project_`.
         directions: how many protected directions to keep; a further one replaces the oldest.
         space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
             parameters, momentum and weight decay included, and keeps one copy of the parameters while it runs.
@@ -48,25 +48,27 @@ class Projector:
         space: Literal["gradient", "update"] = "gradient",
         group=None,
         eps: float = 0.0,
+        plain: distributed.Plain | None = None,
+        counted: Callable[[Tensor], bool] | None = None,
     ):
         methods.parse(method, eps)
-        if directions < 1:
-            raise ValueError(f"directions must be >= 1, got {directions}")
         if space not in ("gradient", "update"):
             raise ValueError(f'space must be "gradient" or "update", got {space!r}')
         self.param_groups: ParamGroups | None = param_groups
         self.method = method
         self.space = space
-        self.group = group
+        self.group, self.plain, self.counted = group, plain, counted
         self.eps = eps
         self.last: Projection | None = None
-        self._directions: deque[Direction] = deque(maxlen=directions)
-        self._serials: deque[int] = deque(maxlen=directions)  # which protect() made each: no two have the same
-        self._known: _Known | None = None
+        self._directions = Directions(directions)
+        self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
+        self._unread: _Lengths | None = None  # of the last projection's directions
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
         self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
         self._protecting = False
+        self._in_closure = False
         self._attached = False  # to an optimizer by hooks, which copies of that optimizer do not have
+        self._observers: list[Callable[[Projection | None], None]] = []  # called after each step
 
     def __len__(self) -> int:
         """How many directions are protected now."""
@@ -83,46 +85,47 @@ class Projector:
         """Make the gradients produced inside into one protected direction.
 
         Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it ends.
-        The gradients are taken, not copied: after the block ``p.grad`` is what it was before it. An exception inside
-        leaves the directions as they were.
+        The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket views,
+        gradients that share memory, gradients that the caller keeps. An exception inside leaves the directions as they were.
 
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block, or the block is inside another one.
+            RuntimeError: no parameter received a gradient inside the block; the block is inside another one, or inside a
+                closure of ``step()``; a parameter is stepped during the backward pass.
+            NotImplementedError: a gradient is sparse.
         """
         if self._protecting:
             raise RuntimeError(
                 "protect() inside another protect(): several backward passes in one block add up already"
             )
-        parameters = self.parameters()
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        taken: Direction = {}
+        if self._in_closure:
+            raise RuntimeError(
+                "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), under "
+                "Lightning in on_train_batch_start()"
+            )
+        self._read_lengths()
         self._protecting = True
         try:
-            yield
-            taken = {p: p.grad for p in self.parameters() if p.grad is not None}
+            with captured(self.parameters) as taken:
+                yield
         finally:
             self._protecting = False
-            for p in self.parameters():
-                p.grad = None
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
         if not taken:
             raise RuntimeError(
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
-        self._directions.append(taken)
-        self._serials.append(self._serials[-1] + 1 if self._serials else 0)
+        parameters = self.parameters()
+        self._follow(parameters)
+        self._directions.add(taken)
+        self._owners = parameters
         self._projected = None
 
     def unprotect(self) -> None:
         """Forget all protected directions: the next step is the plain step."""
         self._directions.clear()
-        self._serials.clear()
-        self._known = None
+        self._owners = []
+        self._unread = None
 
     def project(self) -> Projection | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
@@ -134,125 +137,246 @@ class Projector:
         """
         if self.space == "update":
             raise RuntimeError('project(): with space="update" the projection happens inside step()')
-        grads = [p.grad for p in self.parameters()]
-        return self._project_rows(grads)
+        return self._project_gradients()
 
     def forget_gradients(self) -> None:
         """The gradients are about to change in place (``zero_grad``): what was projected no longer counts."""
         self._projected = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The directions in the layout of an optimizer's ``state_dict()``: ``["state"][i]["protected_k"]``, oldest first.
+
+        Keeps the tensors, as an optimizer's does; copies none.
+        """
+        empty = {"state": {}, "param_groups": [{"params": list(range(len(self.parameters())))}]}
+        return self.with_directions(empty)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replace the directions by those in ``state_dict``, this object's or an optimizer's; the newest, if too many.
+
+        Where it has none, the directions stay as they are.
+
+        Raises:
+            ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
+        """
+        _, found = checkpoint.extract(state_dict)
+        parameters = self.parameters()
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(ids) != len(parameters):
+            raise ValueError(f"load_state_dict: {len(ids)} parameters, but the optimizer has {len(parameters)}")
+        directions: dict[int, Direction] = {}
+        for i, p in zip(ids, parameters, strict=True):
+            for k, t in found.get(i, {}).items():
+                if t.shape != p.shape:
+                    raise ValueError(
+                        f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter has "
+                        f"shape {tuple(p.shape)}"
+                    )
+                directions.setdefault(k, {})[p] = t.to(p.device)
+        if directions:
+            self.unprotect()
+            self._owners, self._projected = parameters, None
+            for k in sorted(directions):
+                self._directions.add(directions[k])
+
+    def with_directions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict``, the optimizer's, with the directions in it."""
+        parameters = self.parameters()
+        self._follow(parameters)
+        return checkpoint.insert(state_dict, self._directions.rows(parameters)) if self._directions else state_dict
+
+    def observe(self, observer: Callable[[Projection | None], None]) -> Callable[[], None]:
+        """Call ``observer`` with the projection of every step, None if it had none. Returns what ends that.
+
+        Observers do not go with a copy or a pickle, as an optimizer's hooks do not.
+        """
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer)
+
+    # Not traced: what is decided here changes from step to step, and each change would compile the step anew.
+    @_disable_dynamo
     def before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """To call before the inner step; returns the closure to give to it."""
         if self._protecting:
             raise RuntimeError(
                 "step() inside protect(): the gradients made there are not for a step; leave the block first"
             )
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
+                "once; remove that hook and call step() after backward()"
+            )
         if self.space == "update":
             if self._directions:
+                self._read_lengths()
                 self._before = [p.detach().clone() for p in self.parameters()]
-            return closure
-        if closure is None:
+        elif closure is None:
             self._project_once()
+        if closure is None:
             return None
 
-        def projected_closure():
-            loss = closure()
-            self._projected = None  # the closure has made new gradients
-            self._project_rows([p.grad for p in self.parameters()])
+        def guarded():
+            self._in_closure = True
+            try:
+                loss = closure()
+            finally:
+                self._in_closure = False
+            if self.space == "gradient":
+                self._projected = None  # the closure has made new gradients
+                self._project_gradients()
             return loss
 
-        return projected_closure
+        return guarded
 
+    @_disable_dynamo
     def after_step(self) -> None:
         """To call after the inner step."""
         self._projected = None
-        if self._before is None:
-            return
         before, self._before = self._before, None
-        self._project_update(before)
+        if before is not None:
+            self._settle(lambda: self._project_update(before))
+        for observer in self._observers:
+            observer(self.last if self._directions else None)
+
+    def warn_of_a_copy(self) -> None:
+        """To call when the optimizer that this is attached to, or this object itself, is copied or pickled."""
+        if self._directions:
+            warnings.warn(
+                f"what attach() put on an optimizer is being copied, but its hooks do not go with it: the copy steps without its "
+                f"{len(self)} protected directions until attach() is called again on it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _project_once(self) -> None:
         done = self._projected() if self._projected is not None else None
         if done is not None and any(p.grad is done for p in self.parameters()):
             return
-        self._project_rows([p.grad for p in self.parameters()])
+        self._project_gradients()
 
-    def _project_rows(self, grads: list[Tensor | None]) -> Projection | None:
+    def _project_gradients(self) -> Projection | None:
         if not self._directions:
             return None
-        rows = self._rows()
-        known = self._known_gram(grads, rows) if len(rows) > 1 else None
-        self.last = project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
+        self._read_lengths()
+        grads = [p.grad for p in self.parameters()]
+        self._settle(lambda: self._project_rows(grads))
         some = next((g for g in grads if g is not None), None)
         self._projected = None if some is None else weakref.ref(some)
         return self.last
 
-    def _known_gram(self, grads: list[Tensor | None], rows: list[list[Tensor | None]]) -> Tensor:
-        """[K, K] Gram of the directions where there is a gradient, of this rank's shards.
-
-        It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
-        products instead of (K + 1)(K + 2) / 2.
-        """
-        columns = [i for i, g in enumerate(grads) if g is not None]
+    def _project_rows(self, grads: list[Tensor | None]) -> Projection:
         parameters = self.parameters()
-        # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = tuple(id(parameters[i]) for i in columns)
-        rows = [[row[i] for i in columns] for row in rows]
-        serials = tuple(self._serials)
-        products, kept = None, 0
-        if self._known is not None and self._known.columns == key and serials[0] in self._known.serials:
-            start = self._known.serials.index(serials[0])
-            products = self._known.gram[start:, start:].contiguous()
-            kept = len(products)
-        if products is None:
-            products, kept = gram(*rows), len(rows)
-        for r in range(kept, len(rows)):
-            products = gram(rows[r], *rows[:r], known=products).roll((-1, -1), (0, 1))  # the new one goes last
-        self._known = _Known(serials, key, products)
-        return products
+        self._follow(parameters)
+        rows = self._directions.rows(parameters)
+        spread = self._spread(parameters)
+        # Ranks may differ in which gradients are None, and so in whether a kept Gram still holds, but not in their
+        # collectives: rows that are spread make one, of all products.
+        alone = all(v is None for v in spread.values()) and not distributed.meshes([grads])
+        known = self._directions.gram(grads, parameters) if alone and len(rows) > 1 else None
+        return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread)
+
+    def _spread(self, parameters: list[Tensor]) -> dict[str, Any]:
+        """How the rows are spread over ranks, as :func:`project_` and :func:`gram` take it."""
+        counted = None if self.counted is None else [bool(self.counted(p)) for p in parameters]
+        return {"group": self.group, "plain": self.plain, "counted": counted}
 
     @torch.no_grad()
-    def _project_update(self, before: list[Tensor]) -> None:
+    def _project_update(self, before: list[Tensor]) -> Projection:
         """Parameters <- before + projected (parameters - before).
 
         A step descends along minus the update, so the directions' inner products change sign, and with them the weights.
         """
+        rows = self._directions.rows(self.parameters())
         parameters = [p.detach() for p in self.parameters()]
-        torch._foreach_sub_(parameters, before)
-        rows = self._rows()
+        local, origin = distributed.local(parameters), distributed.local(before)  # foreach takes no mixture of DTensors
+        torch._foreach_sub_(local, origin)
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0
-        products = gram(parameters, *rows)
+        products = gram(parameters, *rows, **self._spread(self.parameters()))
         sign = sign.to(products.device)
         products = products * sign * sign[:, None]
         rule = methods.parse(self.method, self.eps)
         weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
         combine_(parameters, rows, weights * -sign)
-        torch._foreach_add_(parameters, before)
-        self.last = Projection(products, weights, "update")
+        torch._foreach_add_(local, origin)
+        return Projection(products, weights, "update")
 
-    def _rows(self) -> list[list[Tensor | None]]:
-        parameters = self.parameters()
-        rows: list[list[Tensor | None]] = []
-        for direction in self._directions:
-            row = [direction.get(p) for p in parameters]
-            if all(t is None for t in row):
-                raise RuntimeError(
-                    "a protected direction belongs to none of the optimizer's parameters: they were replaced after "
-                    "protect(); call unprotect() and protect() again"
-                )
-            rows.append(row)
-        return rows
+    def _settle(self, project: Callable[[], Projection]) -> None:
+        """``last = project()``, and again without the directions that turn out not to be finite, for which nothing was written."""
+        while self._directions:
+            self.last = project()
+            self._unread = _Lengths(self.last.gram)
+            if not self._unread.on_host or not self._read_lengths():
+                break
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._attached and self._directions:
+    def _read_lengths(self) -> bool:
+        """Drop the directions that are known not to be finite; returns whether there were some."""
+        if self._unread is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return False
+        bad, self._unread = self._unread.not_finite(), None
+        if bad:
             warnings.warn(
-                "a Projector with protected directions is being copied, but the step hooks that attach() registered do not "
-                "go with the optimizer: call attach() again on the copy",
+                f"{len(bad)} of {len(self._directions)} protected directions (number {', '.join(map(str, bad))}, 0 being the "
+                f"oldest) had a gradient that is inf, nan or overflows, and was dropped: look at the capability loss, or "
+                f"lower the loss scale",
                 RuntimeWarning,
                 stacklevel=2,
             )
+            self._directions.drop(bad)
+        return bool(bad)
+
+    def _follow(self, parameters: list[Tensor]) -> None:
+        """Give the directions of parameters that were replaced, one to one, to their successors.
+
+        Raises:
+            RuntimeError: some were replaced, and it is not clear by which.
+        """
+        owners = self._owners
+        if not self._directions or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
+            return
+        left, came = set(owners).difference(parameters), set(parameters).difference(owners)
+        if left and came:
+            pairs = list(zip(owners, parameters, strict=False))
+            same = len(owners) == len(parameters) and all(a is b or (a in left and b in came) for a, b in pairs)
+            if not same or any(_kind(a) != _kind(b) for a, b in pairs):
+                raise RuntimeError(
+                    f"{len(left)} of the optimizer's {len(owners)} parameters were replaced after protect(), and the present "
+                    f"{len(parameters)} do not correspond to them in number, order and shape; call unprotect() and "
+                    f"protect() again"
+                )
+            self._directions.move(dict(pairs))
+        self._owners = parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._attached:
+            self.warn_of_a_copy()
         state["param_groups"] = None  # the owner knows
-        state["_projected"] = state["_before"] = state["_known"] = None  # ids and references do not survive a copy
+        state["_projected"] = state["_before"] = state["_unread"] = None  # references do not survive a copy
+        state["_observers"] = []
         return state
+
+
+class _Lengths:
+    """Squared lengths of the directions of one projection, on their way from the device to the host."""
+
+    def __init__(self, gram: Tensor):
+        lengths = gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
+        self.on_host = lengths.device.type == "cpu"
+        self._copied = None
+        if lengths.is_cuda and not torch.cuda.is_current_stream_capturing():
+            lengths = lengths.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._lengths = lengths
+
+    def not_finite(self) -> list[int]:
+        """Numbers of the directions that are not finite. Waits for that projection, not for what was queued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        columns = zip(*self._lengths.reshape(-1, self._lengths.shape[-1]).tolist(), strict=True)
+        return [k for k, column in enumerate(columns) if not all(map(math.isfinite, column))]
+
+
+def _kind(p: Tensor) -> tuple:
+    return p.shape, hasattr(p, "device_mesh")

@@ -107,7 +107,11 @@ def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Seque
 
 
 def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogonal", eps: float = 0.0) -> np.ndarray:
-    """Weights of a method by numpy's pseudo-inverse (``orthogonal``) and enumeration of active sets (``conflict``)."""
+    """Weights of a method by numpy's pseudo-inverse (``orthogonal``), enumeration of active sets (``conflict``), and the
+    paper's own loop in coefficients of the rows (``pcgrad``); part by part if ``gram`` is [P, R, R].
+    """
+    if gram.ndim == 3:
+        return np.stack([oracle_weights(part, method, eps) for part in gram])
     k = len(gram) - 1
     weights = np.eye(1, k + 1)[0]
     if not np.isfinite(gram).all():
@@ -115,6 +119,8 @@ def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogon
     if isinstance(method, tuple):
         weights[1:] = method[1]
         return weights
+    if method == "pcgrad":
+        return np.sum([_surgery(gram, i, eps) for i in range(k + 1)], axis=0)
     length = np.sqrt(np.maximum(np.diag(gram)[1:] + eps, 0))
     scale = np.divide(1.0, length, out=np.zeros(k), where=length > 0)
     cosines = (gram[1:, 1:] + eps * np.eye(k)) * np.outer(scale, scale)
@@ -134,6 +140,15 @@ def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogon
         if value < best - 1e-12 * max(1.0, gram[0, 0]):
             best, weights[1:] = value, x * scale
     return weights
+
+
+def _surgery(gram: np.ndarray, i: int, eps: float) -> np.ndarray:
+    """Coefficients of row i after it was projected off every other row that it conflicts with when its turn comes."""
+    row = np.eye(len(gram))[i]
+    for j in range(len(gram)):
+        if j != i and (product := gram[j] @ row) < 0:
+            row[j] -= product / (gram[j, j] + eps)
+    return row
 
 
 def oracle_project(

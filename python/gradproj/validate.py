@@ -30,8 +30,6 @@ def check_buffer(op: str, name: str, t: Tensor, scaled: bool) -> None:
     """Refuse what no kernel takes: not a tensor, not strided, not of a floating dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is a {type(t).__name__}; pass a tensor or None")
-    if hasattr(t, "device_mesh"):
-        raise NotImplementedError(f"{op}: {name} is a DTensor; pass its local shard (t.to_local()) and group=")
     if t.layout != torch.strided:
         raise NotImplementedError(f"{op}: {name} has layout {t.layout}; make it dense first (t.to_dense())")
     if scaled and t.dtype != DTYPE:

@@ -76,7 +76,11 @@ int main(int argc, char** argv) {
     for (double& w : weights) w = std::bit_cast<double>(r.word());
 
     emulation::launches = 0;
-    const Plan plan = make_plan(buffers, rows);
+    if (operation == 5)  // a Gram of every part in buffer 1, their weights into buffer 0
+      cuda::launch_weights(nullptr, rule, reinterpret_cast<const double*>(buffers[1].data), buffers[1].sizes[0],
+                           static_cast<int>(buffers[1].sizes[1]),
+                           const_cast<double*>(reinterpret_cast<const double*>(buffers[0].data)));
+    const Plan plan = operation == 5 ? Plan{} : make_plan(buffers, rows);
     if (operation == 2 && plan.pieces.empty()) operation = 4;  // as csrc/cuda/ops.cu does: nothing to fuse
     // Exactly as large as promised, and full of NaN: what is not written shows.
     std::vector<double> gram(static_cast<size_t>(rows * rows), std::nan("")),
@@ -90,9 +94,8 @@ int main(int argc, char** argv) {
     }
     if (operation == 2) cuda::launch_project_one(device, plan, rule, scratch.data(), gram.data(), weights.data());
     if (operation == 4) {
-      std::vector<double> work(static_cast<size_t>(weights_scratch(rows)), std::nan(""));
       cuda::launch_gram(device, plan, false, scratch.data(), gram.data());
-      cuda::launch_weights(nullptr, rule, gram.data(), rows, weights.data(), work.data());
+      cuda::launch_weights(nullptr, rule, gram.data(), 1, rows, weights.data());
       cuda::WeightSource source{};
       source.weights = weights.data();
       cuda::launch_combine(device, plan, source);

@@ -81,7 +81,7 @@ static Tensor dense(std::vector<int64_t> sizes, int64_t address, DType dtype = D
 static Plan plan_of(const std::vector<Tensor>& tensors, int rows) {
   std::vector<Buffer> buffers;
   for (const Tensor& t : tensors) buffers.push_back(t.buffer());
-  return make_plan(buffers, rows);
+  return make_plan(buffers, {rows});
 }
 
 static void neighbours_merge() {
@@ -102,19 +102,19 @@ static void empties_and_absent_rows() {
   std::vector<Tensor> t = {dense({0, 3}, 0), dense({3}, 4096), dense({}, 4108), dense({0}, 0)};
   std::vector<Buffer> buffers;
   for (const Tensor& x : t) buffers.push_back(x.buffer());
-  Plan p = make_plan(buffers, 1);
+  Plan p = make_plan(buffers, {1});
   CHECK(p.pieces.size() == 1 && p.pieces[0].numel == 4);  // an empty tensor in the last slot ends nothing
   std::vector<Buffer> two = {buffers[1], buffers[2], none, none};
-  p = make_plan(two, 2);
+  p = make_plan(two, {2});
   CHECK(p.pieces.size() == 1 && p.row_views(0)[1].data == nullptr);
   two[3] = buffers[1];
   two[3].sizes = buffers[2].sizes;
   two[3].strides = buffers[2].strides;
   two[3].ndim = 0;
   two[3].numel = 1;
-  CHECK(make_plan(two, 2).pieces.size() == 2);  // present in one column, absent in the other
-  CHECK(make_plan({none, none}, 2).pieces.empty());
-  CHECK(make_plan({}, 1).pieces.empty());
+  CHECK(make_plan(two, {2}).pieces.size() == 2);  // present in one column, absent in the other
+  CHECK(make_plan({none, none}, {2}).pieces.empty());
+  CHECK(make_plan({}, {1}).pieces.empty());
 }
 
 static void strided_pieces() {
@@ -145,7 +145,46 @@ static void refusals() {
   CHECK(refuses([] { plan_of({dense({2, 3}, 4096), dense({3, 2}, 8192)}, 2); }));
   CHECK(refuses([] { plan_of({dense({6}, 4096), dense({2, 3}, 8192)}, 2); }));
   CHECK(refuses([] { plan_of({dense({6}, 4096), dense({6}, 8192), dense({6}, 9000)}, 2); }));
-  CHECK(refuses([] { make_plan({}, 0); }));
+  CHECK(refuses([] { make_plan({}, {0}); }));
+}
+
+static void parts_and_base() {
+  std::vector<Tensor> t = {dense({4}, 4096), dense({4}, 4112), dense({4}, 4128), dense({4}, 4144)};
+  std::vector<Buffer> buffers;
+  for (const Tensor& x : t) buffers.push_back(x.buffer());
+  // Neighbours merge within a part only; pieces are in the order of parts, columns of one part in theirs.
+  Plan p = make_plan(buffers, {1, false, {1, 1, 0, 1}, 3});
+  CHECK(p.parts == 3 && p.pieces.size() == 3);
+  CHECK(p.pieces[0].part == 0 && p.row_views(0)[0].data == buffers[2].data);
+  CHECK(p.pieces[1].part == 1 && p.pieces[1].numel == 8 && p.row_views(1)[0].data == buffers[0].data);
+  CHECK(p.pieces[2].part == 1 && p.pieces[2].numel == 4 && p.row_views(2)[0].data == buffers[3].data);
+  // A base is a row like the others, but not of the Gram.
+  p = make_plan(buffers, {2, true, {}, 1});
+  CHECK(p.rows == 2 && p.gram_rows() == 1 && p.pieces.size() == 1 && p.pieces[0].numel == 8);
+  CHECK(refuses([&] { make_plan(buffers, {1, true, {}, 1}); }));             // a base and nothing that it is the base of
+  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0}, 1}); }));     // a column without a part
+  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0, 1}, 1}); }));  // a part that does not exist
+  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0, -1}, 1}); }));
+  buffers[2] = Buffer();
+  CHECK(refuses([&] { make_plan(buffers, {2, true, {}, 1}); }));  // a base without its row 0's buffer
+}
+
+static void scaled_rows() {
+  static const float scales[3] = {1, 2, 3};
+  auto pair = [&](int64_t first, const float* second_scale) {
+    std::vector<Tensor> t = {dense({first}, 4096), dense({7}, 4096 + 4 * first), dense({first}, 65536, DType::f8),
+                             dense({7}, 65536 + first, DType::f8)};
+    std::vector<Buffer> buffers;
+    for (const Tensor& x : t) buffers.push_back(x.buffer());
+    buffers[2].scale = scales;
+    buffers[3].scale = second_scale;
+    return make_plan(buffers, {2}).pieces.size();
+  };
+  CHECK(pair(1024, scales + 2) == 1);  // the blocks of scales go on where the elements do
+  CHECK(pair(1024, scales + 1) == 2);
+  CHECK(pair(1000, scales + 2) == 2);  // the next buffer starts within a block
+  const Tensor codes = dense({5}, 4096, DType::f8);
+  CHECK(refuses([&] { check_writable({codes.buffer()}, 1); }));
 }
 
 // Random small views in a small arena: the verdict of check_writable must be that of the sets of bytes.
@@ -205,6 +244,8 @@ int main() {
   strided_pieces();
   large_counts();
   refusals();
+  parts_and_base();
+  scaled_rows();
   overlap_is_exact();
   writable();
   std::printf("%d checks passed\n", checks);

@@ -1,0 +1,166 @@
+"""What people look at: opt.last, and log_to."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gradproj
+from gradproj import diagnostics
+from training import WRAPPINGS, loss, model_and_batches, protect, stored, train
+
+NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
+
+
+@pytest.fixture(params=WRAPPINGS)
+def wrapping(request):
+    return WRAPPINGS[request.param]
+
+
+def sgd(wrapping, model, **kwargs):
+    return wrapping(torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
+
+
+def test_last_says_what_happened(wrapping):
+    model, x = model_and_batches()
+    opt, projector = sgd(wrapping, model, directions=2)
+    for batch in x[:2]:
+        protect(model, projector, batch)
+    loss(model, x[2]).backward()
+    before = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    directions = [torch.cat([t.flatten() for t in d.values()]).double() for d in stored(projector)]
+    opt.step()
+    after = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    last = projector.last
+    for k, d in enumerate(directions):
+        assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
+    assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
+    rebuilt = last.weights[0] * before + last.weights[1] * directions[0] + last.weights[2] * directions[1]
+    torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
+    assert last.applied and last.finite
+
+
+def run(wrapping, sink, every=1, steps=6, **kwargs):
+    model, x = model_and_batches()
+    opt, projector = sgd(wrapping, model, directions=2)
+    protect(model, projector, x[11])
+    gradproj.log_to(projector, sink, every=every, **kwargs)
+    train(model, opt, projector, x[: 2 * steps])
+    return projector
+
+
+def test_a_callable_gets_floats(wrapping):
+    seen = []
+    projector = run(wrapping, lambda values, step: seen.append((step, values)))
+    assert [step for step, _ in seen] == list(range(6))
+    values = seen[-1][1]
+    assert values.keys() == NAMES and all(type(v) is float for v in values.values())
+    assert values["cosine/2"] == projector.last.cosine[1] and values["weight/0"] == projector.last.weights[0]
+    assert values["removed"] == projector.last.removed and values["applied"] == 1.0
+
+
+def test_a_projection_in_parts_has_the_part_in_its_names():
+    parts = SimpleNamespace(
+        removed=torch.tensor([0.1, 0.2]),
+        applied=torch.tensor(True),
+        cosine=torch.tensor([[0.3, 0.4], [0.5, 0.6]], dtype=torch.float64),
+        weights=torch.tensor([[1.0, 0.7, 0.8], [1.0, 0.9, 1.1]], dtype=torch.float64),
+    )
+    values = diagnostics.scalars(parts)
+    assert values.keys() == {"removed/0", "removed/1", "applied"} | {
+        f"{name}/{p}/{k}" for p in range(2) for name, ks in (("cosine", (1, 2)), ("weight", (0, 1, 2))) for k in ks
+    }
+    assert values["cosine/1/1"] == 0.5 and values["weight/1/2"] == 1.1 and values["applied"] == 1.0
+
+
+@pytest.mark.parametrize(("every", "start", "steps"), [(3, 0, [0, 3]), (4, 10, [12])])
+def test_every_so_many_steps(every, start, steps, wrapping):
+    seen = []
+    run(wrapping, lambda _, step: seen.append(step), every=every, start=start)
+    assert seen == steps
+
+
+def test_a_summary_writer_gets_scalars(wrapping):
+    class Writer:  # what torch.utils.tensorboard.SummaryWriter has
+        def __init__(self):
+            self.scalars = []
+
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            self.scalars.append((tag, scalar_value, global_step))
+
+    writer = Writer()
+    run(wrapping, writer, every=5)
+    assert {(tag, step) for tag, _, step in writer.scalars} == {(f"gradproj/{n}", s) for n in NAMES for s in (0, 5)}
+
+
+def test_one_read_every_so_many_steps(monkeypatch, wrapping):
+    """Each way from a tensor to the host is counted, as on a GPU, where none of them is free."""
+    from gradproj import projector as module
+
+    reads = []
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+        return lambda self, *args, **kwargs: (reads.append(name), original(self, *args, **kwargs))[1]
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    monkeypatch.setattr(
+        module._Lengths, "not_finite", lambda self: []
+    )  # reads on the CPU, where it costs no synchronisation
+    model, x = model_and_batches()
+    opt, projector = sgd(wrapping, model, directions=2)
+    protect(model, projector, x[0])
+
+    def steps(count):
+        reads.clear()
+        for i in range(count):
+            opt.zero_grad()
+            loss(model, x[i]).backward()
+            opt.step()
+        return len(reads)
+
+    assert steps(8) == 0
+    stop = gradproj.log_to(projector, lambda *_: None, every=4)
+    assert steps(8) == 2
+    stop()
+    assert steps(8) == 0
+
+
+def test_steps_without_a_projection_report_nothing(wrapping):
+    model, x = model_and_batches()
+    opt, projector = sgd(wrapping, model)
+    seen = []
+    gradproj.log_to(opt if wrapping is WRAPPINGS["wrapped"] else projector, lambda _, step: seen.append(step))
+    train(model, opt, None, x[:4])
+    assert seen == []
+    train(model, opt, projector, x[4:8])
+    projector.unprotect()
+    train(model, opt, None, x[8:])
+    assert seen == [2, 3]
+
+
+def test_copies_do_not_report():
+    """A sink is often a file or a connection, which can be neither copied nor pickled."""
+    model, x = model_and_batches()
+    opt = gradproj.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    seen = []
+    gradproj.log_to(opt, lambda _, step: seen.append(step))
+    twin, twin_opt = copy.deepcopy((model, opt))
+    train(twin, twin_opt, twin_opt, x[:4])
+    assert seen == []
+    train(model, opt, opt, x[:4])
+    assert seen == [0, 1]
+
+
+def test_bad_arguments():
+    model, _ = model_and_batches()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = gradproj.ProjectedOptimizer(inner)
+    with pytest.raises(TypeError, match="pass a ProjectedOptimizer or what attach"):
+        gradproj.log_to(inner, print)
+    with pytest.raises(ValueError, match="every must be >= 1, got 0"):
+        gradproj.log_to(opt, print, every=0)
+    with pytest.raises(TypeError, match="callable or have add_scalar"):
+        gradproj.log_to(opt, "a file")
