@@ -284,8 +284,8 @@ class _SeveralDevices(Exception):
 class _Call:
     """Runs ops for one public function under the rules of the package: precise errors, no autograd, versions bumped.
 
-    The native ops check their input themselves, so that a good call costs nothing per buffer here; when one refuses,
-    nothing has been written, and the slow path finds out why.
+    The ops of every backend but torch check their input themselves, so that a good call costs nothing per buffer here; when
+    one refuses, nothing has been written, and the slow path finds out why.
 
     Attributes:
         public: the function's name, for messages.
@@ -500,7 +500,7 @@ class _Call:
         if self._per_device is not None and len(self._per_device) > 1:
             raise _SeveralDevices
         op = self.backend.op(name)
-        if self.backend.namespace != "gradproj":
+        if self.backend.name == "torch":
             self._take_real_views()
             if len(self.by_device()) > 1:
                 raise _SeveralDevices
