@@ -71,6 +71,19 @@ inline double __shfl_xor_sync(unsigned, double value, int mask) {
   return other;
 }
 
+inline void __syncwarp() { emulation::block->warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  emulation::Warp& warp = *emulation::block->warps[threadIdx.x / 32];
+  warp.lanes[threadIdx.x % 32] = vote;
+  warp.barrier.arrive_and_wait();
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= (warp.lanes[lane] != 0.0 ? 1u : 0u) << lane;
+  warp.barrier.arrive_and_wait();
+  return votes;
+}
+
+inline int __popc(unsigned u) { return std::popcount(u); }
 inline float __uint_as_float(uint32_t u) { return std::bit_cast<float>(u); }
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline _Float16 __ushort_as_half(uint16_t u) { return std::bit_cast<_Float16>(u); }
