@@ -102,11 +102,11 @@ struct Sums {
 };
 
 // Blocks that shall fit a multiprocessor together, which is what the compiler may spend registers on: half occupancy where
-// two rows of one type are streamed in float, less where 45 sums have to be kept.
+// two rows of one type are streamed in float, less where a base and scales come with them or 45 sums have to be kept.
 template <typename C, typename Access>
 constexpr int blocks_per_sm(int rows) {
-  if (sizeof(C) == 8) return rows == 2 ? 3 : 1;
-  if (rows == 2) return Access::kMixed ? 3 : 4;
+  if (rows == 2) return Access::kMixed ? 2 : sizeof(C) == 8 ? 3 : 4;
+  if (sizeof(C) == 8) return 1;
   return rows <= 5 && Access::kCount < 8 ? 2 : 1;
 }
 
@@ -278,14 +278,15 @@ __device__ inline void add_up(const Slots& slots, int64_t first, int64_t count, 
 
 // One part, or none: count slots to each of gridDim.x parts.
 template <int = 0>  // so that it may be defined in a header
-__global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int64_t count, Target target) {
+__global__ __launch_bounds__(kThreads) void gram_finish(const __grid_constant__ Slots slots, int64_t count, Target target) {
   add_up(slots, 0, count, target, blockIdx.x);
 }
 
-// All parts after a launch over dense segments, a block for each.
+// Parts begin, begin + 1, .. after a launch over dense segments, a block for each.
 template <int kBytes>
-__global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments<kBytes> p, Slots slots, Target target) {
-  const int32_t part = static_cast<int32_t>(blockIdx.x);
+__global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments<kBytes> p,
+                                                               const __grid_constant__ Slots slots, int32_t begin, Target target) {
+  const int32_t part = begin + static_cast<int32_t>(blockIdx.x);
   const int first = p.first_of(part), last = p.first_of(part + 1);
   if (first == last) return add_up(slots, 0, 0, target, part);
   const uint32_t from = p.begin(first) / p.per_block, to = (p.begin(last) - 1) / p.per_block;

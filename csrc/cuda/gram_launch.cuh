@@ -10,7 +10,7 @@ template <typename C, typename Access, int kBytes>
 void launch_dense(const Device& device, const Segments<kBytes>& s, const Slots& slots, int64_t blocks) {
   const dim3 grid(static_cast<unsigned>(blocks));
   if (slots.row_only) {
-    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForManyRows, kPassRows, true, kBytes>), grid, device.stream, s, slots);
+    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForRow, kPassRows, true, kBytes>), grid, device.stream, s, slots);
   } else if (s.rows <= 2) {
     GRADPROJ_LAUNCH((gram_dense<C, Access, 2, false, kBytes>), grid, device.stream, s, slots);
   } else {
@@ -19,7 +19,7 @@ void launch_dense(const Device& device, const Segments<kBytes>& s, const Slots& 
         GRADPROJ_LAUNCH((gram_dense<C, Access, 5, false, kBytes>), grid, device.stream, s, slots);
         return;
       }
-    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForManyRows, kPassRows, false, kBytes>), grid, device.stream, s, slots);
+    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForPairs, kPassRows, false, kBytes>), grid, device.stream, s, slots);
   }
 }
 
@@ -73,8 +73,10 @@ int64_t launch_pass(const Device& device, const Plan& plan, const std::vector<in
       s.per_block = static_cast<uint32_t>((granules + most - 1) / most);
       // Slots of several parts are no place for a block that has no granules.
       launch_bucket<C>(device, bucket, s, slots, several ? (granules + s.per_block - 1) / s.per_block : most);
-      if (several)
-        GRADPROJ_LAUNCH(gram_finish_parts<kBytes>, dim3(static_cast<unsigned>(plan.parts)), device.stream, s, slots, into);
+      if (several) {  // all parts the first time, for those that no launch has; then those of the launch
+        const int32_t begin = into.add ? s.part(0) : 0, end = into.add ? s.part(s.count - 1) + 1 : plan.parts;
+        GRADPROJ_LAUNCH(gram_finish_parts<kBytes>, dim3(static_cast<unsigned>(end - begin)), device.stream, s, slots, begin, into);
+      }
       launched();
     });
   }

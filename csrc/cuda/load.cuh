@@ -58,7 +58,8 @@ struct alignas(sizeof(S) * kCount < 16 ? sizeof(S) * kCount : 16) Pack {
 template <typename S, int kCount>
   requires(sizeof(S) < 4)
 struct alignas(sizeof(S) * kCount) Pack<S, kCount> {
-  using Word = std::conditional_t<sizeof(S) * kCount < 4, uint16_t, uint32_t>;
+  static constexpr int kBytes = static_cast<int>(sizeof(S)) * kCount;
+  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, std::conditional_t<kBytes % 2 == 0, uint16_t, uint8_t>>;
   static constexpr int kPerWord = sizeof(Word) / sizeof(S), kBits = 8 * sizeof(S);
   Word x[kCount / kPerWord];
   __device__ S get(int e) const { return {static_cast<decltype(S::bits)>(x[e / kPerWord] >> e % kPerWord * kBits)}; }
@@ -69,13 +70,14 @@ struct alignas(sizeof(S) * kCount) Pack<S, kCount> {
 
 // How a kernel instance reads its rows. Raw is what a lane has of one row, as it lies in memory: loads do not wait for one
 // another to be widened.
-// Uniform<S>: every row stores S; a lane takes 16 bytes of each row at a time (8 in ForManyRows of a 2-byte type: eight
-// elements of nine rows, widened, do not fit the registers).
+// Uniform<S>: every row stores S; a lane takes 16 bytes of each row at a time. ForRow and ForPairs are for nine rows, one
+// against the others and all against all, where that many elements, widened, may not fit the registers.
 template <typename S, int kElements = 16 / static_cast<int>(sizeof(S))>
 struct Uniform {
   static constexpr int kCount = kElements;
   static constexpr bool kMixed = false;
-  using ForManyRows = Uniform<S, (kElements < 4 ? kElements : 4)>;
+  using ForRow = Uniform<S, (kElements < 4 ? kElements : 4)>;
+  using ForPairs = ForRow;
   using Raw = Pack<S, kCount>;
   template <typename C>
   __device__ static void values(const Raw& raw, int, C (&out)[kCount]) {
@@ -124,13 +126,14 @@ __device__ inline int bytes_of(int dtype) {
 
 // Mixed<C>: rows store different types, and may be float8; a lane takes as many elements of each row at a time as 16 bytes of
 // C hold, in accesses of 2 to 16 bytes.
-template <typename C>
+template <typename C, int kElements = 16 / static_cast<int>(sizeof(C))>
 struct Mixed {
-  static constexpr int kCount = 16 / static_cast<int>(sizeof(C));
+  static constexpr int kCount = kElements;
   static constexpr bool kMixed = true;
-  using ForManyRows = Mixed<C>;
-  struct alignas(16) Raw {
-    uint32_t bits[4];
+  using ForRow = Mixed<C>;
+  using ForPairs = Mixed<C, kElements / 2>;
+  struct Raw {
+    uint32_t bits[sizeof(C) * kCount / 4];
   };
   template <typename S>
   using As = Uniform<S, kCount>;
