@@ -118,6 +118,7 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm<C, Access>(kRows)) void gra
   constexpr int kCount = Access::kCount;
   constexpr int kUnroll = kRows == 2 ? 2 : 1;
   constexpr int kStep = 32 * kCount;
+  constexpr bool kWhole = !Access::kMixed || kRows == 2 || kRowOnly;  // a loop of its own without masks: 45 sums leave no room
   using Rows = RunRows<C, Access, Segments<kBytes>>;
   using Part = typename Rows::Part;
   __shared__ double shared[kWarps][Sums<C, kRows, kRowOnly>::kPairs];
@@ -136,31 +137,32 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm<C, Access>(kRows)) void gra
         for (int r = 0; r < kRows; ++r)
           if (r < p.rows) aligned = aligned && rows.aligned(r);
         auto add = [&](int i, const Part (&part)[kRows], const Part& base) {
-          C v[kRows][kCount];
+          C v[kRows][kCount] = {};
+          if constexpr (Access::kMixed) {
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            if (r < p.rows) {
-              rows.values(r, i, part[r], v[r]);
-            } else {
+            for (int r = 0; r < kRows; ++r)
+              if (r < p.rows) rows.values(r, i, part[r], v[r]);
+            if (from_base) {
+              C b[kCount];
+              rows.values(p.base, i, base, b);
 #pragma unroll
-              for (int e = 0; e < kCount; ++e) v[r][e] = C(0);
+              for (int e = 0; e < kCount; ++e) v[0][e] = b[e] - v[0][e];
             }
-          }
-          if (from_base) {
-            C b[kCount];
-            rows.values(p.base, i, base, b);
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) v[0][e] = b[e] - v[0][e];
           }
 #pragma unroll
           for (int e = 0; e < kCount; ++e) {
             C column[kRows];
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) column[r] = v[r][e];
+            for (int r = 0; r < kRows; ++r) {
+              if constexpr (Access::kMixed)
+                column[r] = v[r][e];
+              else  // one by one: widened all at once, they spill on sm_100
+                column[r] = r < p.rows ? Access::template value<C>(part[r], e) : C(0);
+            }
             sums.add(column);
           }
         };
-        int at = 0;               // of the warp: the same for all lanes
+        int at = 0;                     // of the warp: the same for all lanes
         auto some = [&](int stop_at) {  // any alignment, heads and tails
           for (; at < stop_at; at += kStep) {
             const int i = at + lane * kCount;
@@ -175,7 +177,7 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm<C, Access>(kRows)) void gra
           }
         };
         if (run.pad > 0) some(kStep < run.end ? kStep : run.end);
-        if (aligned)
+        if (aligned && kWhole)
           for (; at + kUnroll * kStep <= run.end; at += kUnroll * kStep) {
             Part part[kUnroll][kRows], base[kUnroll] = {};
 #pragma unroll

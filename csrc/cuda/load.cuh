@@ -80,9 +80,11 @@ struct Uniform {
   using ForPairs = ForRow;
   using Raw = Pack<S, kCount>;
   template <typename C>
+  __device__ static C value(const Raw& raw, int e) { return widen<C>(raw.get(e)); }
+  template <typename C>
   __device__ static void values(const Raw& raw, int, C (&out)[kCount]) {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) out[e] = widen<C>(raw.get(e));
+    for (int e = 0; e < kCount; ++e) out[e] = value<C>(raw, e);
   }
   __device__ static bool aligned(const char* address, int) { return reinterpret_cast<uintptr_t>(address) % sizeof(Raw) == 0; }
   __device__ static int element_bytes(int) { return static_cast<int>(sizeof(S)); }
@@ -224,7 +226,8 @@ class RunRows {
   __device__ RunRows(const P& p, const Run& run) : p_(p), run_(run) {}
   __device__ int dtype(int r) const { return p_.info.dtype[r]; }
   __device__ char* at(int r, int i) const {
-    return const_cast<char*>(p_.address(run_.segment, r)) + (run_.start + i) * Access::element_bytes(dtype(r));
+    const int bytes = Access::element_bytes(dtype(r));
+    return const_cast<char*>(p_.address(run_.segment, r)) + run_.start * bytes + i * bytes;
   }
   __device__ bool aligned(int r) const { return Access::aligned(at(r, 0), dtype(r)); }
   __device__ Part load(int r, int i) const { return with_scales(r, i, 0, kCount, Access::load(at(r, i), dtype(r))); }
