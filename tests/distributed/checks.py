@@ -390,8 +390,8 @@ def merged_segments(rank: int, world: int) -> tuple[int, int]:
         models.loss(model(part(models.batch(0, kind))), kind).backward()
         rows.append([p.grad.to_local() for p in model.parameters()])
         model.zero_grad()
-    launches = table.launches([*rows[0], *rows[1]], 2, (0, 1))
-    return len(rows[0]), sum(launch.segments for launch in launches)
+    walked = table.Rows([*rows[0], *rows[1]], 2, None, None, (), 0, False).walk((0, 1))
+    return len(rows[0]), sum(launch.table.shape[0] for launch in walked.launches)
 
 
 def micro_batches(rank: int, world: int, way: str) -> None:
