@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import gradproj
-from gradproj import float8, functional, reference
+from gradproj import reference
 
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -174,17 +174,3 @@ def test_gradient_that_is_still_under_way(four_ranks):
     g = on(mesh, [Shard(0)], AsyncCollectiveTensor(memory))
     info = gradproj.project_([g], [on(mesh, [Shard(0)], torch.tensor([1.0, 0.0]))])
     assert memory.tolist() == [0.0, 4.0] and info.gram[0, 0] == 25.0
-
-
-def test_float8_rows_lie_as_the_gradient_does(four_ranks):
-    """Their codes are plain tensors of this rank's shards; with two copies of each shard they were refused, or counted twice."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    g = on(mesh, [Replicate(), Shard(0)], torch.tensor([1.0, 2.0]))
-    d = float8.quantize([torch.tensor([448.0, 0.0])])
-    half = [[0.5 * 5.0, 0.5 * 448.0], [0.5 * 448.0, 0.5 * 448.0**2]]  # of two copies; the group adds nothing here
-    assert gradproj.gram([g], d).tolist() == half
-    assert functional.share(d, like=[g]).gram.tolist() == [[half[1][1]]]
-    with pytest.raises(ValueError, match="plain tensor"):
-        functional.share(d, group=dist.group.WORLD)
-    info = gradproj.project_([g], d, known=functional.share(d, like=[g]))
-    assert info.gram.tolist() == half and g.to_local().tolist() == [0.0, 2.0]

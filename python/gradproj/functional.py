@@ -93,18 +93,17 @@ def gram(
 def share(
     *rows: Row,
     known: distributed.Share | None = None,
-    like: Buffers | None = None,
-    base: Buffers | None = None,
     parts: Sequence[int] | None = None,
     group=None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> distributed.Share:
-    """This rank's part of :func:`gram`, which it is free to compute when it likes: no collective but those for Partial.
+    """What this rank adds to :func:`gram`, which is the sum of all ranks' shares. No collective.
 
-    ``like`` is a list that lies over the ranks as the rows do: float8 rows do not tell.
+    To keep the Gram of directions that stay: :func:`project_` takes it as ``known`` and adds the ranks' shares up in its one
+    collective. Arguments as of :func:`gram`; ``known`` is this rank's share of the Gram of rows 1...
     """
-    call = _gram_call("share", rows, base, parts, distributed.Spread(group, plain, counted), like)
+    call = _gram_call("share", rows, None, parts, distributed.Spread(group, plain, counted))
     return distributed.Share(call.share(None if known is None else known.gram))
 
 
@@ -186,8 +185,8 @@ def project_(
     rule = methods.parse(method, eps)
     call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
     if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
-        # Nothing is spread, and a share is the whole.
-        products, weights = call.project(rule, known.gram if isinstance(known, distributed.Share) else known)
+        whole = known.gram if isinstance(known, distributed.Share) else known  # nothing is spread: they are the same
+        products, weights = call.project(rule, whole)
         return Projection(products, weights, call.backend.name)
 
     products = call.gram(known)
@@ -236,11 +235,11 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
-def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread, like=None) -> "_Call":
+def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread) -> "_Call":
     if not rows:
         raise ValueError(f"{op}: pass at least one list of tensors")
     call = _Call.of(op, rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
-    call.spread(spread.of_columns(op, len(call.rows[0])), like)
+    call.spread(spread.of_columns(op, len(call.rows[0])))
     return call
 
 
@@ -369,16 +368,14 @@ class _Call:
             shards=None,
         )
 
-    def spread(self, spread: distributed.Spread | None, like: Buffers | None = None) -> None:
+    def spread(self, spread: distributed.Spread | None) -> None:
         """Go over to this rank's part of the rows, if they are spread over ranks. None: there will be no inner products.
 
         Raises:
             ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
         """
         names = [*self.names, "base"]
-        self.shards = distributed.shards(
-            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled(), like
-        )
+        self.shards = distributed.shards(self.public, self.all_rows, names, self.kept, self.written, spread)
         if self.shards is not None:
             rows = self.shards.rows
             self.rows, self.base = rows[: len(self.rows)], None if self.base is None else rows[-1]
@@ -414,26 +411,27 @@ class _Call:
         self._per_device = [self.columns(indices) for indices in where.values()]
         return self._per_device
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Gram."""
+        return (*self.lead, len(self.rows), len(self.rows))
+
     def gram(self, known: Tensor | distributed.Share | None) -> Tensor:
         """[R, R] or [P, R, R] Gram of the rows, of all ranks if they are spread."""
         if self.shards is not None:
-            return self.shards.gram(self._part, known, self._shape)
+            return self.shards.gram(self._of_columns, known, self.shape)
         return self.share(known.gram if isinstance(known, distributed.Share) else known)
 
     def share(self, known: Tensor | None) -> Tensor:
-        """What this rank adds to that Gram: all of it if the rows are not spread."""
+        """What this rank adds to the Gram of the rows: all of it if they are not spread."""
         if self.shards is not None:
-            return self.shards.share(self._part, known, self._shape)
+            return self.shards.share(self._of_columns, known, self.shape)
         if all(t is None for row in self.rows for t in row):
-            return torch.zeros(self._shape, dtype=torch.float64)
+            return torch.zeros(self.shape, dtype=torch.float64)
         return self._gram(known)
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return (*self.lead, len(self.rows), len(self.rows))
-
-    def _part(self, columns: list[int], known: Tensor | None) -> Tensor:
-        return self.columns(columns)._gram(known)
+    def _of_columns(self, columns: list[int], known: Tensor | None) -> Tensor:
+        return (self if len(columns) == len(self.kept) else self.columns(columns))._gram(known)
 
     def _gram(self, known: Tensor | None) -> Tensor:
         try:

@@ -91,8 +91,8 @@ class Projector:
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block (in a group, some ranks may own none); the block is
-                inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass.
+            RuntimeError: no parameter received a gradient inside the block, and there is no ``group``; the block is inside another one, or inside a
+                closure of ``step()``; a parameter is stepped during the backward pass.
             NotImplementedError: a gradient is sparse.
         """
         if self._protecting:
