@@ -222,13 +222,17 @@ class _Reader:
 
     def reduce_partial(self, held: list[list[Tensor | None]], written: bool) -> list[_Reduced]:
         """Put the sums of Partial buffers into ``held``; for gradients that will be ``written``, what brings them back."""
+        carries = {
+            c: _carries(self._op, self._name(r, c), cast("DTensor", self._rows[r][c]))
+            for r, c in self._partial
+            if r == 0 and written
+        }
         back = []
         for r, c in self._partial:
             t = cast("DTensor", self._rows[r][c])
-            value = _local(cast("DTensor", settled(t)))
+            held[r][c] = value = _local(cast("DTensor", settled(t)))
             if r == 0 and written:
-                back.append(_Reduced(_local(t), value, _carries(self._op, self._name(r, c), t)))
-            held[r][c] = value
+                back.append(_Reduced(_local(t), value, carries[c]))
         return back
 
     def _name(self, row: int, column: int) -> str:
@@ -338,9 +342,20 @@ def settled(t: Tensor) -> Tensor:
         return t.redistribute(placements=_reduced(t))
 
 
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, DTensors as this rank's memory."""
-    return [_local(t) if _is_dtensor(t) else t for t in tensors]
+def local(t: Tensor) -> Tensor:
+    """``t``, or of a DTensor this rank's memory."""
+    return _local(t) if _is_dtensor(t) else t
+
+
+def laid_out(mine: Tensor, like: Tensor) -> Tensor:
+    """``mine``, or if ``like`` is a DTensor, one of which this rank has ``mine``. Complex numbers may have become pairs."""
+    if not _is_dtensor(like):
+        return mine
+    pairs = mine.shape[_local(like).dim() :]
+    whole = torch.empty((*like.shape, *pairs), device="meta")
+    return type(like).from_local(
+        mine, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:

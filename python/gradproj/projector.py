@@ -91,8 +91,8 @@ class Projector:
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block, and there is no ``group``; the block is inside another one, or inside a
-                closure of ``step()``; a parameter is stepped during the backward pass.
+            RuntimeError: no parameter received a gradient inside the block (in a group, some ranks may own none); the block is
+                inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass.
             NotImplementedError: a gradient is sparse.
         """
         if self._protecting:
@@ -285,7 +285,8 @@ class Projector:
         """
         rows = self._directions.rows(self.parameters())
         parameters = [p.detach() for p in self.parameters()]
-        local, origin = distributed.local(parameters), distributed.local(before)  # foreach takes no mixture of DTensors
+        # foreach takes no mixture of DTensors
+        local, origin = [[distributed.local(t) for t in tensors] for tensors in (parameters, before)]
         torch._foreach_sub_(local, origin)
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0
