@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import gradproj
 from distributed import checks
 from distributed.pool import Pool
 from gradproj import distributed
@@ -122,6 +123,19 @@ def test_fsdp2_gradients_merge_into_one_segment_a_group(pool):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_micro_batches_add_up(pool, way):
     pool(checks.micro_batches, pool.world, way)
+
+
+@pytest.mark.gpu
+def test_offloaded_gradients_with_nccl(tmp_path):
+    """Gradients on the CPU, a group that communicates on GPUs only: the numbers of the Gram go there and back."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        g, d = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])]
+        info = gradproj.project_(g, d, group=dist.group.WORLD, plain="sharded")
+    finally:
+        dist.destroy_process_group()
+    assert info.gram.device.type == "cpu" and info.gram.tolist() == [[5.0, 3.0], [3.0, 9.0]]
+    assert g[0].tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize(
