@@ -14,9 +14,11 @@ NAN = float("nan")
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=120)
 def test_matches_float64_oracle(on, data):
-    if on.slow:
-        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
-    grads, directions = data.draw(rows(device=on.device, max_buffers=3 if on.slow else 5))
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
+    grads, directions = data.draw(
+        rows(max_directions=3 if on.slow else 8, device=on.device, max_buffers=3 if on.slow else 5)
+    )
     weights = data.draw(
         st.lists(
             st.sampled_from([0.0, 1.0, -0.5, 2.25, 1e-3]), min_size=1 + len(directions), max_size=1 + len(directions)

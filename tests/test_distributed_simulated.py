@@ -117,11 +117,11 @@ def test_refused_by_name(four_ranks):
         ([sharded], [on(line, [Shard(0)], ones(3))], {}, r"directions\[0\]\[0\] has shape \(3,\)"),
     ]
     for grads, directions, arguments, words in cases:
-        before = [None if t is None else gradproj.distributed.local(t).clone() for t in grads]
+        before = [None if t is None else gradproj.distributed.local([t])[0].clone() for t in grads]
         with pytest.raises(ValueError, match=words):
             gradproj.project_(grads, directions, **arguments)
         for t, b in zip(grads, before, strict=True):
-            assert t is None or torch.equal(gradproj.distributed.local(t), b)
+            assert t is None or torch.equal(gradproj.distributed.local([t])[0], b)
 
 
 def test_only_a_sum_or_an_average_is_written_back(four_ranks):
@@ -176,14 +176,15 @@ def test_gradient_that_is_still_under_way(four_ranks):
     assert memory.tolist() == [0.0, 4.0] and info.gram[0, 0] == 25.0
 
 
-def test_float8_rows_lie_over_the_ranks_as_what_they_were_made_of(four_ranks):
-    """A quantised DTensor was no DTensor: with two copies of each shard it was refused beside the gradient."""
+def test_float8_rows_lie_as_the_gradient_does(four_ranks):
+    """Their codes are plain tensors of this rank's shards; with two copies of each shard they were refused, or counted twice."""
     mesh = init_device_mesh("cpu", (2, 2))
-    g, d = (on(mesh, [Replicate(), Shard(0)], torch.tensor(t)) for t in ([1.0, 2.0], [448.0, 0.0]))
-    row = float8.quantize([d, None])
-    assert torch.equal(float8.dequantize(row)[0].full_tensor(), d.full_tensor())
-    half = [[0.5 * 5.0, 0.5 * 448.0], [0.5 * 448.0, 0.5 * 448.0**2]]  # of two copies; this group adds nothing
-    assert gradproj.gram([g, None], row).tolist() == half
-    assert functional.share(row).gram.tolist() == [[half[1][1]]]
-    info = gradproj.project_([g, None], row, known=functional.share(row))
+    g = on(mesh, [Replicate(), Shard(0)], torch.tensor([1.0, 2.0]))
+    d = float8.quantize([torch.tensor([448.0, 0.0])])
+    half = [[0.5 * 5.0, 0.5 * 448.0], [0.5 * 448.0, 0.5 * 448.0**2]]  # of two copies; the group adds nothing here
+    assert gradproj.gram([g], d).tolist() == half
+    assert functional.share(d, like=[g]).gram.tolist() == [[half[1][1]]]
+    with pytest.raises(ValueError, match="plain tensor"):
+        functional.share(d, group=dist.group.WORLD)
+    info = gradproj.project_([g], d, known=functional.share(d, like=[g]))
     assert info.gram.tolist() == half and g.to_local().tolist() == [0.0, 2.0]

@@ -20,8 +20,8 @@ def flat(buffers):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=150)
 def test_matches_float64_oracle(on, data):
-    if on.slow:
-        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
     grads, directions = data.draw(rows(max_directions=4, device=on.device, max_buffers=3 if on.slow else 5))
     method = data.draw(st.sampled_from(METHODS))
     hypothesis.assume(well_posed(grads, directions))

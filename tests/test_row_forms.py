@@ -46,8 +46,8 @@ def forms(draw, on):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=150)
 def test_gram_matches_float64_oracle(on, data):
-    if on.slow:
-        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
     grads, directions, base, parts = data.draw(forms(on))
     result = gradproj.gram(grads, *directions, base=base, parts=parts)
     row0 = grads if base is None else difference(base, grads)
@@ -63,8 +63,8 @@ def test_gram_matches_float64_oracle(on, data):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=150)
 def test_combine_matches_float64_oracle(on, data):
-    if on.slow:
-        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
     grads, directions, base, parts = data.draw(forms(on))
     count, width = 1 if parts is None else max(parts) + 1, 1 + len(directions)
     values = st.sampled_from([0.0, 1.0, -0.5, 2.25, 1e-3])

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_90 without a GPU: full blocks load and store 16 bytes at a time."""
+"""The Triton kernels compiled without a GPU: full blocks load and store 16 bytes at a time, and nothing is atomic."""
 
 import os
 import re
@@ -9,27 +9,37 @@ from pathlib import Path
 import pytest
 
 COMPILE = Path(__file__).parent / "triton_compile.py"
-# (kernel, rows, dtype, row_only)
-CASES = [
-    ("gram", 2, "fp32", False),
-    ("gram", 2, "bf16", False),
-    ("gram", 9, "fp32", False),
-    ("gram", 9, "bf16", True),
-    ("combine", 2, "fp32", False),
-    ("combine", 2, "bf16", False),
-    ("combine", 9, "bf16", False),
-]
-# Compiled, and nothing more asked of them.
+# kernel, rows, dtype, flags; triton_compile.py says what they mean. Rows of 16-byte and of 8-byte loads in a full block.
+CASES = {
+    "gram,2,fp32": (2, 0),
+    "gram,2,bf16": (2, 0),
+    "gram,9,fp32": (9, 0),
+    "gram,9,bf16,row_only": (9, 0),
+    "gram,2,fp32,base": (3, 0),
+    "gram,2,fp32,parts": (2, 0),
+    "gram,3,fp32,fp8,base,parts": (2, 2),
+    "gram,2,bf16,fp8,sm80": (1, 1),
+    "combine,2,fp32": (2, 0),
+    "combine,2,bf16": (2, 0),
+    "combine,9,bf16": (9, 0),
+    "combine,2,bf16,base": (3, 0),
+    "combine,2,fp32,parts": (2, 0),
+    "combine,3,fp32,fp8,base,parts": (2, 2),
+    "combine,2,bf16,fp8,sm80": (1, 1),
+}
+# Compiled, and nothing more asked of them than to have no atomics.
 OTHERS = [
-    ("gram", 1, "fp32", False),
-    ("gram_strided", 2, "fp32", False),
-    ("gram_strided", 9, "bf16", True),
-    ("gram_finish", 2, "fp32", False),
-    ("gram_finish", 9, "fp32", True),
-    ("combine_strided", 2, "bf16", False),
-    ("weights_one", 2, "fp32", False),
-    ("weights_many", 9, "fp32", False),
-    ("weights_many", 65, "fp32", False),
+    "gram,1,fp32",
+    "gram,3,fp32,strided,fp8,base,parts",
+    "gram,9,bf16,strided,row_only",
+    "combine,3,bf16,strided,fp8,base,parts",
+    "finish,2,fp32,conflict",
+    "finish,2,fp32,row_only,known,mix",
+    "finish,9,fp32,row_only,known",
+    "finish,9,fp32",
+    "weights_one,2,fp32,conflict",
+    "weights_many,9,fp32,conflict",
+    "weights_many,65,fp32,conflict",
 ]
 
 
@@ -40,24 +50,39 @@ def listings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    arguments = [",".join(map(str, case)) for case in CASES + OTHERS]
-    command = [sys.executable, str(COMPILE), str(folder), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    cases = [*CASES, *OTHERS]
+    done = subprocess.run(
+        [sys.executable, str(COMPILE), str(folder), *cases],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
-    return {case: (folder / f"{name}.ptx").read_text() for case, name in zip(CASES + OTHERS, arguments, strict=True)}
+    return {case: (folder / f"{case}.ptx").read_text() for case in cases}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_full_blocks_move_16_bytes_at_a_time(listings, case):
-    kernel, rows, _dtype, _row_only = case
+    """A program's 256 threads have 8 elements each: 8 bytes of a float8 row, 16 or more of any other."""
+    wide, codes = CASES[case]
     ptx = listings[case]
-    wide = re.compile(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v8\.b16|ld\.global\S*\.v2\.b64")
-    assert len(wide.findall(ptx)) >= rows, (case, sorted(set(re.findall(r"ld\.global\S*", ptx))))
-    if kernel == "combine":
-        assert re.search(r"st\.global\S*\.v4\.b32|st\.global\S*\.v8\.b16|st\.global\S*\.v2\.b64", ptx), case
+    per_row = 2 if "fp32" in case else 1
+    loads = re.findall(r"ld\.global\S*", ptx)
+    assert sum("v4.b32" in load or "v8.b16" in load for load in loads) == wide * per_row, sorted(set(loads))
+    assert sum("v2.b32" in load for load in loads) == codes
+    if case.startswith("combine"):
+        stores = re.findall(r"st\.global\S*", ptx)
+        assert sum("v4.b32" in store or "v8.b16" in store for store in stores) == per_row, sorted(set(stores))
 
 
-@pytest.mark.parametrize("case", CASES + OTHERS, ids=str)
+def test_a_scale_is_loaded_once_for_8_elements(listings):
+    """Not once an element: that would be more loads than the row itself takes."""
+    rows = re.findall(r"ld\.global\.b32", listings["gram,2,bf16,fp8,sm80"])
+    assert len(rows) == 8 + 1  # the masked block's own, and one in a full block
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_no_atomics(listings, case):
     """Sums are in fixed order: an atomic on a value would make them depend on timing."""
     assert not re.search(r"\b(atom|red)\.", listings[case])

@@ -4,25 +4,28 @@ import os
 
 from torch import Tensor
 
+from gradproj.methods import Rule
 from gradproj.ops import implement
-from gradproj.triton_kernels.combine import combine_
-from gradproj.triton_kernels.gram import gram
+from gradproj.triton_kernels.combine import combine, combine_
+from gradproj.triton_kernels.gram import gram, products
+from gradproj.triton_kernels.table import Rows, small
 from gradproj.triton_kernels.weights import weights
 
 
 def project_(
-    grads: list[Tensor],
-    directions: list[Tensor | None],
-    method: str,
-    gamma: float,
-    eps: float,
-    known: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    rows = [*grads, *directions]
-    products = gram(rows, len(rows) // len(grads), known)
-    found = weights(products, method, gamma, eps)
-    combine_(grads, directions, found)
-    return products, found
+    grads: list[Tensor], directions: list[Tensor | None], method: str, gamma: float, eps: float,
+    known: Tensor | None = None, base: list[Tensor | None] | None = None, scales: list[Tensor | None] | None = None,
+    parts: tuple[int, ...] = (), num_parts: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op ``project_``; see ``gradproj.ops``. For one direction three launches: gram, finish with the weights, combine."""
+    rows = Rows.to_write(grads, directions, base, scales, parts, num_parts)
+    count = rows.num_rows - 1
+    known = small(known, (*rows.lead, count, count), rows, "known")
+    result, found = products(rows, known, Rule(method, gamma, eps))
+    if found is None:
+        found = weights(result, method, gamma, eps)
+    combine(rows, found)
+    return result, found
 
 
 for _function in (gram, weights, combine_, project_):

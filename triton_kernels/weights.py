@@ -8,22 +8,36 @@ from torch import Tensor
 from gradproj import methods
 
 MAX_DIRECTIONS = 64  # a tableau of twice that would not fit the registers of a program
+CLOSED_FORMS = ("orthogonal", "conflict", "mix")  # at K = 1
 TOLERANCE = tl.constexpr(methods.RANK_TOLERANCE)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def one_direction_kernel(gram, weights, num_rows, method: tl.constexpr, eps: tl.constexpr):
-    """K = 1 in closed form."""
-    gram += tl.program_id(0).to(tl.int64) * num_rows * num_rows
-    weights += tl.program_id(0).to(tl.int64) * num_rows
-    gg, gd, dd = tl.load(gram), tl.load(gram + 1), tl.load(gram + 3)
+@triton.jit
+def closed_form(gg, gd, dd, gamma, eps, method: tl.constexpr):
+    """The weight of the only direction: csrc/weights.h, solve_weights_k1."""
     infinity = float("inf")
-    length2 = dd + tl.full([], eps, tl.float64)
-    applies = (tl.abs(gg) < infinity) & (tl.abs(gd) < infinity) & (length2 > 0.0) & (dd < infinity)
-    if method == "conflict":
-        applies = applies & (gd < 0.0)
-    tl.store(weights, tl.full([], 1.0, tl.float64))
-    tl.store(weights + 1, tl.where(applies, -gd / tl.where(applies, length2, 1.0), 0.0))
+    applies = (tl.abs(gg) < infinity) & (tl.abs(gd) < infinity) & (tl.abs(dd) < infinity)
+    if method == "mix":
+        weight = gamma
+    else:
+        length2 = dd + eps
+        applies = applies & (length2 > 0.0)
+        if method == "conflict":
+            applies = applies & (gd < 0.0)
+        weight = -gd / tl.where(applies, length2, 1.0)
+    return tl.where(applies, weight, 0.0)
+
+
+@triton.jit
+def one_direction_kernel(gram, weights, gamma: tl.float64, eps: tl.float64, method: tl.constexpr):
+    """K = 1 of a Gram that is there already; a projection's own comes with its weights."""
+    part = tl.program_id(0).to(tl.int64)
+    gram += part * 4
+    gg, gd, dd = tl.load(gram), tl.load(gram + 1), tl.load(gram + 3)
+    # As tensors: triton's interpreter makes a float32 of a number.
+    weight = closed_form(gg, gd, dd, tl.full([], gamma, tl.float64), tl.full([], eps, tl.float64), method)
+    tl.store(weights + part * 2, tl.full([], 1.0, tl.float64))
+    tl.store(weights + part * 2 + 1, weight)
 
 
 @triton.jit
@@ -33,7 +47,7 @@ def pick(x, k, at):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def many_directions_kernel(gram, weights, num_rows, method: tl.constexpr, eps: tl.constexpr, block: tl.constexpr):
+def many_directions_kernel(gram, weights, num_rows, eps: tl.float64, method: tl.constexpr, block: tl.constexpr):
     """Reads the Gram twice. A step of the loop is a sweep: block^2 independent operations and a few sums over as many."""
     gram += tl.program_id(0).to(tl.int64) * num_rows * num_rows
     weights += tl.program_id(0).to(tl.int64) * num_rows
@@ -113,17 +127,17 @@ def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
     """[R] or [P, R] float64. Without a kernel of its own: ``"mix"`` and ``"pcgrad"``, and more than 64 directions."""
     parts = methods.as_parts(gram).contiguous()
     num_rows = parts.shape[-1]
-    if method not in ("orthogonal", "conflict") or not 2 <= num_rows <= MAX_DIRECTIONS + 1:
+    closed = num_rows == 2 and method in CLOSED_FORMS
+    if not closed and (method not in ("orthogonal", "conflict") or not 2 <= num_rows <= MAX_DIRECTIONS + 1):
         return methods.solve(gram, method, gamma, eps)
     result = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
     if not len(parts):
         return result
-    # A float argument of a Triton kernel is a float32, a constexpr is not: eps is a setting, so it costs one compilation.
     with torch.cuda.device_of(result):
-        if num_rows == 2:
-            one_direction_kernel[(len(parts),)](parts, result, num_rows, method, eps)
+        if closed:
+            one_direction_kernel[(len(parts),)](parts, result, gamma, eps, method)
         else:
             block = triton.next_power_of_2(num_rows - 1)
             warps = max(1, block * block // 256)  # 8 entries a thread
-            many_directions_kernel[(len(parts),)](parts, result, num_rows, method, eps, block, num_warps=warps)
+            many_directions_kernel[(len(parts),)](parts, result, num_rows, eps, method, block, num_warps=warps)
     return result

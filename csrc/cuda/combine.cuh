@@ -6,18 +6,20 @@
 
 namespace gradproj::cuda {
 
-// Where a combine kernel finds its weights. slots == 0: in `weights`. Otherwise K = 1 and a Gram pass has just left its
-// partial sums: every block adds them up for itself (a few thousand doubles out of L2) and applies the rule, so nothing has to
-// run between the two passes over the gradients; block 0 also writes the results down.
+// Where a combine kernel finds its weights. slots == 0: in `weights` [parts, R]. Otherwise K = 1, there is one part, and a
+// Gram pass has just left its partial sums: every block adds them up for itself (a few thousand doubles out of L2) and applies
+// the rule, so nothing has to run between the two passes over the gradients; block 0 also writes the results down.
 struct WeightSource {
   double* weights;
   const double* partial;
-  int64_t slots;
   double* gram;
   Rule rule;
+  int32_t slots;
+  int32_t R;
 };
+static_assert(sizeof(WeightSource) <= 64, "what Segments leaves of the kernel parameters");
 
-// The rows that a block has to read, and their weights.
+// The rows that have to be read, and their weights.
 template <typename C>
 struct Used {
   C weight[kMaxRows];
@@ -26,9 +28,35 @@ struct Used {
   bool unchanged;  // weights (1, 0, .., 0): nothing is read or written
 };
 
+// By one warp, all lanes.
 template <typename C>
-__device__ inline void find_used(Used<C>& used, const WeightSource& source, const RowInfo& info, int rows) {
-  __shared__ double products[3];
+__device__ inline void find_used(Used<C>& used, const double* weights, const RowInfo& info, int rows) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int count = 0;
+  bool unchanged = true;
+  for (int first = 0; first < rows; first += 32) {
+    const int r = first + lane;
+    const double w = r < rows ? weights[info.id[r]] : 0.0;
+    const unsigned read = __ballot_sync(0xffffffffu, w != 0.0);
+    const double same = r < rows && info.id[r] == 0 ? 1.0 : 0.0;
+    unchanged = __ballot_sync(0xffffffffu, w != same) == 0 && unchanged;
+    if (w != 0.0) {
+      const int at = count + __popc(read & ((1u << lane) - 1));
+      used.row[at] = r;
+      used.weight[at] = static_cast<C>(w);
+    }
+    count += __popc(read);
+  }
+  if (lane == 0) {
+    used.count = count;
+    used.unchanged = unchanged;
+  }
+}
+
+// Of a launch whose pieces all belong to one part: by every thread of the block.
+template <typename C>
+__device__ inline void find_used(Used<C>& used, const WeightSource& source, int32_t part, const RowInfo& info, int rows) {
+  __shared__ double products[3], solved[2];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   if (source.slots > 0) {
     for (int p = warp; p < 3; p += kWarps) {
@@ -36,10 +64,7 @@ __device__ inline void find_used(Used<C>& used, const WeightSource& source, cons
       if (lane == 0) products[p] = sum;
     }
     __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    double solved[2] = {1.0, 0.0};
-    if (source.slots > 0) {
+    if (threadIdx.x == 0) {
       solve_weights_k1(source.rule, products[0], products[1], products[2], solved);
       if (blockIdx.x == 0) {
         source.weights[0] = solved[0];
@@ -49,88 +74,105 @@ __device__ inline void find_used(Used<C>& used, const WeightSource& source, cons
         source.gram[3] = products[2];
       }
     }
-    used.count = 0;
-    used.unchanged = true;
-    for (int r = 0; r < rows; ++r) {
-      const int id = info.id[r];
-      const double w = source.slots > 0 ? (id == 0 ? solved[0] : solved[1]) : source.weights[id];
-      used.unchanged = used.unchanged && w == (id == 0 ? 1.0 : 0.0);
-      if (w == 0.0) continue;
-      used.row[used.count] = r;
-      used.weight[used.count] = static_cast<C>(w);
-      ++used.count;
-    }
+    __syncthreads();
   }
+  if (warp == 0) find_used(used, source.slots > 0 ? solved : source.weights + int64_t{part} * source.R, info, rows);
   __syncthreads();
 }
 
-// Reads the rows whose weight is not 0 once and writes row 0 once, in accesses of 16 bytes but for the head and tail of a
-// segment and rows that are not aligned as row 0 is. Walks backwards: what a Gram pass read last is still in L2. All rows of
-// an element are loaded before it is stored.
+// Reads the rows whose weight is not 0 once, and the base, and writes row 0 once, in accesses of 16 bytes but for the head and
+// tail of a segment and rows that are not aligned as row 0 is. Walks backwards: what a Gram pass read last is still in L2. All
+// rows of an element are loaded before it is stored.
 template <typename C, typename Access, int kBytes>
-__global__ __launch_bounds__(kThreads, Access::kMixed ? 3 : 0) void combine_dense(const __grid_constant__ Segments<kBytes> p, WeightSource source) {
+__global__ __launch_bounds__(kThreads, Access::kMixed ? 2 : 4) void combine_dense(const __grid_constant__ Segments<kBytes> p, WeightSource source) {
   constexpr int kCount = Access::kCount;
-  constexpr int kUnroll = Access::kMixed ? 2 : 4;
-  constexpr int64_t kStep = 32 * kCount;
-  using Raw = typename Access::Raw;
-  __shared__ Used<C> used;
-  find_used(used, source, p.info, p.rows);
-  if (used.unchanged) return;
+  constexpr int kUnroll = Access::kMixed || kCount == 8 ? 2 : 4;
+  constexpr int kStep = 32 * kCount;
+  using Rows = RunRows<C, Access, Segments<kBytes>>;
+  using Part = typename Rows::Part;
+  __shared__ Used<C> of_warp[Access::kMixed ? kWarps : 1];  // with several parts, each warp is in one of its own
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const bool several = Access::kMixed && p.parts;
+  Used<C>& used = of_warp[several ? warp : 0];
+  if (!several) {
+    find_used(used, source, 0, p.info, p.rows);
+    if (used.unchanged) return;
+  }
+  const bool from_base = Access::kMixed && p.base > 0;
   const uint32_t granules = p.end(p.count - 1), chunks = (granules + p.chunk - 1) / p.chunk;
-  const bool two = used.count == 2 && used.row[0] == 0;
   const int row0_bytes = Access::element_bytes(p.info.dtype[0]);
+  int32_t part_used = -1;
 
   for (uint32_t c = blockIdx.x * kWarps + warp; c < chunks; c += gridDim.x * kWarps) {
     const uint32_t first = (chunks - 1 - c) * p.chunk;
     const uint32_t last = granules - first < p.chunk ? granules : first + p.chunk;
     for_each_run(p, row0_bytes, first, last, [&](const Run& run) {
-      auto base = [&](int r) { return p.address(run.segment, r) - run.pad * Access::element_bytes(p.info.dtype[r]); };
-      auto aligned = [&](int r) { return Access::aligned(base(r), p.info.dtype[r]); };
-      auto at_row = [&](int r, int64_t i) { return base(r) + i * Access::element_bytes(p.info.dtype[r]); };
-      char* out = const_cast<char*>(base(0));
-      int64_t at = run.begin;
-      auto some = [&](int64_t stop) {  // any number of rows, any alignment, heads and tails
-        for (; at < stop; at += kStep) {
-          const int64_t i = at + lane * kCount;
-          const int from = i < run.pad ? static_cast<int>(run.pad - i < kCount ? run.pad - i : kCount) : 0;
-          const int to = i + kCount <= run.end ? kCount : i < run.end ? static_cast<int>(run.end - i) : 0;
-          if (from >= to) continue;
-          const bool whole = from == 0 && to == kCount;
-          C total[kCount];
+      if (several && p.part(run.segment) != part_used) {
+        part_used = p.part(run.segment);
+        __syncwarp();  // until all lanes are done with the part before
+        find_used(used, source.weights + int64_t{part_used} * source.R, p.info, p.rows);
+        __syncwarp();
+      }
+      if (several && used.unchanged) return;
+      const Rows rows(p, run);
+      auto add = [&](C (&total)[kCount], C weight, const C (&v)[kCount]) {
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) total[e] = C(0);
+        for (int e = 0; e < kCount; ++e) total[e] += weight * v[e];
+      };
+      auto subtract_from = [&](int i, const Part& base, C (&v)[kCount]) {
+        C b[kCount];
+        rows.values(p.base, i, base, b);
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) v[e] = b[e] - v[e];
+      };
+      int at = 0;
+      auto some = [&](int stop) {  // any number of rows, any alignment, heads and tails
+        for (; at < stop; at += kStep) {
+          const int i = at + lane * kCount;
+          const int from = i < run.pad ? (run.pad - i < kCount ? run.pad - i : kCount) : 0;
+          const int to = i + kCount <= run.end ? kCount : i < run.end ? run.end - i : 0;
+          if (from >= to) continue;
+          Part base{};
+          if (from_base) base = rows.load_some(p.base, i, from, to);
+          C total[kCount] = {};
 #pragma unroll 4
           for (int k = 0; k < used.count; ++k) {
-            const int r = used.row[k], dtype = p.info.dtype[r];
-            const Raw raw = whole && aligned(r) ? Access::load(at_row(r, i), dtype)
-                                                : Access::load_some(at_row(r, i), dtype, from, to);
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) total[e] += used.weight[k] * Access::template get<C>(raw, e, dtype);
+            const int r = used.row[k];
+            const Part part = rows.load_some(r, i, from, to);
+            C v[kCount];
+            rows.values(r, i, part, v);
+            if (from_base && r == 0) subtract_from(i, base, v);
+            add(total, used.weight[k], v);
           }
-          Access::template store<C>(out + i * row0_bytes, total, p.info.dtype[0], from, to);
+          if (from_base) subtract_from(i, base, total);
+          Access::template store<C>(rows.at(0, i), total, rows.dtype(0), from, to);
         }
       };
-      const int64_t head = run.pad > run.begin ? run.begin + kStep : run.begin;
-      some(head < run.end ? head : run.end);
-      if (two && aligned(0) && aligned(used.row[1])) {
-        const int r1 = used.row[1], dtype0 = p.info.dtype[0], dtype1 = p.info.dtype[r1];
+      if (run.pad > 0) some(kStep < run.end ? kStep : run.end);
+      if (used.count == 2 && used.row[0] == 0 && rows.aligned(0) && rows.aligned(used.row[1]) &&
+          (!from_base || rows.aligned(p.base))) {
+        const int r1 = used.row[1];
         const C w0 = used.weight[0], w1 = used.weight[1];
         for (; at + kUnroll * kStep <= run.end; at += kUnroll * kStep) {
-          Raw g[kUnroll], d[kUnroll];
+          Part g[kUnroll], d[kUnroll], base[kUnroll] = {};
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            const int64_t i = at + u * kStep + lane * kCount;
-            g[u] = Access::load(at_row(0, i), dtype0);
-            d[u] = Access::load(at_row(r1, i), dtype1);
+            const int i = at + u * kStep + lane * kCount;
+            g[u] = rows.load(0, i);
+            d[u] = rows.load(r1, i);
+            if (from_base) base[u] = rows.load(p.base, i);
           }
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            C total[kCount];
+            const int i = at + u * kStep + lane * kCount;
+            C v0[kCount], v1[kCount], total[kCount];
+            rows.values(0, i, g[u], v0);
+            rows.values(r1, i, d[u], v1);
+            if (from_base) subtract_from(i, base[u], v0);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e)
-              total[e] = w0 * Access::template get<C>(g[u], e, dtype0) + w1 * Access::template get<C>(d[u], e, dtype1);
-            Access::template store<C>(out + (at + u * kStep + lane * kCount) * row0_bytes, total, dtype0, 0, kCount);
+            for (int e = 0; e < kCount; ++e) total[e] = w0 * v0[e] + w1 * v1[e];
+            if (from_base) subtract_from(i, base[u], total);
+            Access::template store<C>(rows.at(0, i), total, rows.dtype(0), 0, kCount);
           }
         }
       }
@@ -140,25 +182,23 @@ __global__ __launch_bounds__(kThreads, Access::kMixed ? 3 : 0) void combine_dens
 }
 
 // The same for one strided piece, an element per thread.
-template <typename C>
-__global__ __launch_bounds__(kThreads) void combine_strided(const __grid_constant__ StridedPiece p, WeightSource source) {
+template <typename C, int kBuffers>
+__global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedPiece<kBuffers> p, WeightSource source) {
   __shared__ Used<C> used;
-  find_used(used, source, p.info, p.rows);
+  find_used(used, source, p.part, p.info, p.rows);
   if (used.unchanged) return;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.numel; i += int64_t{gridDim.x} * kThreads) {
-    const Coordinates at(p, i);
+    const Element<C, StridedPiece<kBuffers>> element(p, i);
     C total = C(0);
-    for (int k = 0; k < used.count; ++k) {
-      const int r = used.row[k];
-      total += used.weight[k] * load_one<C>(p.address[r], at.offset(p, r), p.info.dtype[r]);
-    }
-    store_one(const_cast<char*>(p.address[0]), at.offset(p, 0), p.info.dtype[0], total);
+    for (int k = 0; k < used.count; ++k) total += used.weight[k] * element.value(used.row[k]);
+    element.store(p.base ? element.load(p.base) - total : total);
   }
 }
 
-void launch_combine(const Device& device, const Plan& plan, const WeightSource& source);
+// Row 0 of every part from weights [parts, R]. Refuses before anything is launched.
+void launch_combine(const Device& device, const Plan& plan, const double* weights);
 
-// Gram pass and combine with nothing in between: K = 1. scratch: gram_scratch doubles.
+// Gram pass and combine with nothing in between: K = 1 and one part. scratch: gram_scratch doubles.
 void launch_project_one(const Device& device, const Plan& plan, Rule rule, double* scratch, double* gram, double* weights);
 
 }  // namespace gradproj::cuda

@@ -10,7 +10,7 @@ template <typename C, typename Access, int kBytes>
 void launch_dense(const Device& device, const Segments<kBytes>& s, const Slots& slots, int64_t blocks) {
   const dim3 grid(static_cast<unsigned>(blocks));
   if (slots.row_only) {
-    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForManyRows, kPassRows, true, kBytes>), grid, device.stream, s, slots);
+    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForRow, kPassRows, true, kBytes>), grid, device.stream, s, slots);
   } else if (s.rows <= 2) {
     GRADPROJ_LAUNCH((gram_dense<C, Access, 2, false, kBytes>), grid, device.stream, s, slots);
   } else {
@@ -19,19 +19,21 @@ void launch_dense(const Device& device, const Segments<kBytes>& s, const Slots& 
         GRADPROJ_LAUNCH((gram_dense<C, Access, 5, false, kBytes>), grid, device.stream, s, slots);
         return;
       }
-    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForManyRows, kPassRows, false, kBytes>), grid, device.stream, s, slots);
+    GRADPROJ_LAUNCH((gram_dense<C, typename Access::ForPairs, kPassRows, false, kBytes>), grid, device.stream, s, slots);
   }
 }
 
+// Float8, a base and parts are decided at run time in the instances for mixed rows; where none of them is, nothing is asked.
 template <typename C, int kBytes>
 void launch_bucket(const Device& device, const Bucket& bucket, const Segments<kBytes>& s, const Slots& slots, int64_t blocks) {
+  const bool uniform = bucket.uniform() && !s.parts;
   if constexpr (sizeof(C) == 8) {
-    if (uniform(bucket.dtypes) && bucket.dtypes[0] == DType::f64)
+    if (uniform && bucket.dtypes[0] == DType::f64)
       launch_dense<double, Uniform<double>>(device, s, slots, blocks);
     else
       launch_dense<double, Mixed<double>>(device, s, slots, blocks);
   } else {
-    if (!uniform(bucket.dtypes)) return launch_dense<float, Mixed<float>>(device, s, slots, blocks);
+    if (!uniform) return launch_dense<float, Mixed<float>>(device, s, slots, blocks);
     switch (bucket.dtypes[0]) {
       case DType::f32: return launch_dense<float, Uniform<float>>(device, s, slots, blocks);
       case DType::f16: return launch_dense<float, Uniform<F16>>(device, s, slots, blocks);
@@ -43,75 +45,87 @@ void launch_bucket(const Device& device, const Bucket& bucket, const Segments<kB
 }  // namespace
 
 template <typename C>
-int64_t launch_pass(const Device& device, const Plan& plan, const std::vector<int>& wanted, bool row_only, double* partial) {
+int64_t launch_pass(const Device& device, const Plan& plan, const std::vector<int>& wanted, bool row_only, double* partial,
+                    const Target* target) {
   const int width = static_cast<int>(wanted.size());
-  const std::vector<Bucket> buckets = make_buckets(plan, wanted);
-  // A bucket without the pass's row 0 has no product with it.
-  auto counts = [&](const std::vector<int>& rows) { return !row_only || (!rows.empty() && rows[0] == wanted[0]); };
-  auto positions = [&](RowInfo& info, int rows) {
-    for (int r = 0; r < rows; ++r)
-      info.id[r] = static_cast<uint8_t>(std::find(wanted.begin(), wanted.end(), int{info.id[r]}) - wanted.begin());
-  };
-
+  auto counts = [&](int first_id) { return !row_only || first_id == 0; };  // else it has no product with the pass's row 0
+  Slots slots{partial, width, row_only ? width : width * (width + 1) / 2, row_only, true, {}};
+  std::copy_n(wanted.begin(), std::min(width, kPassRows), slots.row);
   int64_t elements = 0;
   for (const Piece& piece : plan.pieces) elements += piece.numel;
   const int64_t blocks = blocks_for((elements + kGranule - 1) / kGranule, device.most_blocks);
-  Slots slots{partial, width, row_only ? width : width * (width + 1) / 2, row_only, true};
-  for (const Bucket& bucket : buckets) {
-    if (!counts(bucket.rows)) continue;
-    auto run = [&](auto& s, uint32_t granules) {
-      positions(s.info, s.rows);
-      s.chunk = chunk_for(granules, blocks);
-      launch_bucket<C>(device, bucket, s, slots, blocks);
+  const bool several = plan.parts > 1;
+  Target into = target ? *target : Target{};
+  auto launched = [&] {  // one part: the next launch adds to the slots; several: to the target
+    if (several) {
+      into.known = nullptr;
+      into.add = true;
+    } else {
       slots.fresh = false;
-      for (int r = 0; r < s.rows; ++r) s.info.id[r] = static_cast<uint8_t>(bucket.rows[static_cast<size_t>(r)]);
-    };
-    const bool small = static_cast<int>(bucket.pieces.size()) <= SmallSegments::capacity(static_cast<int>(bucket.rows.size()));
-    if (small || !device.large_params)
-      for_each_batch<4096>(plan, bucket, kMaxGranules, run);
-    else
-      for_each_batch<32764>(plan, bucket, kMaxGranules, run);
+    }
+  };
+
+  for (const Bucket& bucket : make_buckets(plan, wanted)) {
+    if (!counts(bucket.ids[0])) continue;
+    for_each_launch(plan, bucket, device.large_params, [&]<int kBytes>(Segments<kBytes>& s, uint32_t granules) {
+      const int64_t most = several ? std::min<int64_t>(device.most_blocks, granules) : blocks;
+      s.chunk = chunk_for(granules, most);
+      s.per_block = static_cast<uint32_t>((granules + most - 1) / most);
+      // Slots of several parts are no place for a block that has no granules.
+      launch_bucket<C>(device, bucket, s, slots, several ? (granules + s.per_block - 1) / s.per_block : most);
+      if (several) {  // all parts the first time, for those that no launch has; then those of the launch
+        const int32_t begin = into.add ? s.part(0) : 0, end = into.add ? s.part(s.count - 1) + 1 : plan.parts;
+        GRADPROJ_LAUNCH(gram_finish_parts<kBytes>, dim3(static_cast<unsigned>(end - begin)), device.stream, s, slots, begin, into);
+      }
+      launched();
+    });
+  }
+  if (several && !into.add) {  // zeros, for strided pieces to add to
+    GRADPROJ_LAUNCH((gram_finish<>), dim3(static_cast<unsigned>(plan.parts)), device.stream, slots, 0, into);
+    launched();
   }
   for (size_t p = 0; p < plan.pieces.size(); ++p) {
     if (plan.pieces[p].ndim == 0) continue;
-    StridedPiece s = make_strided(plan, p, wanted);
-    std::vector<int> present(s.info.id, s.info.id + s.rows);
-    if (s.rows == 0 || !counts(present)) continue;
-    positions(s.info, s.rows);
+    const SmallStrided s = make_strided<kFewBuffers>(plan, p, wanted);
+    if (s.rows == 0 || !counts(s.info.id[0])) continue;
     const dim3 grid(static_cast<unsigned>(blocks));
     if (row_only)
       GRADPROJ_LAUNCH((gram_strided<C, true>), grid, device.stream, s, slots);
     else
       GRADPROJ_LAUNCH((gram_strided<C, false>), grid, device.stream, s, slots);
-    slots.fresh = false;
+    if (several) {
+      Target part = into;
+      part.gram += int64_t{s.part} * into.R * into.R;
+      GRADPROJ_LAUNCH((gram_finish<>), dim3(1), device.stream, slots, blocks, part);
+    }
+    launched();
   }
-  return slots.fresh ? 0 : blocks;
+  const int64_t count = slots.fresh ? 0 : blocks;
+  if (target && !several) GRADPROJ_LAUNCH((gram_finish<>), dim3(1), device.stream, slots, count, into);
+  return count;
 }
 
-template int64_t launch_pass<float>(const Device&, const Plan&, const std::vector<int>&, bool, double*);
-template int64_t launch_pass<double>(const Device&, const Plan&, const std::vector<int>&, bool, double*);
+template int64_t launch_pass<float>(const Device&, const Plan&, const std::vector<int>&, bool, double*, const Target*);
+template int64_t launch_pass<double>(const Device&, const Plan&, const std::vector<int>&, bool, double*, const Target*);
 
-void launch_gram(const Device& device, const Plan& plan, bool row_only, double* scratch, double* gram) {
-  auto pass = [&](const std::vector<int>& wanted, bool only) {
-    const int64_t count = launch_pass(device, plan, wanted, only, scratch);
-    const int width = static_cast<int>(wanted.size());
-    const Slots slots{scratch, width, only ? width : width * (width + 1) / 2, only, false};
-    RowInfo ids{};
-    for (int r = 0; r < width; ++r) ids.id[r] = static_cast<uint8_t>(wanted[static_cast<size_t>(r)]);
-    GRADPROJ_LAUNCH((gram_finish<>), dim3(1), device.stream, slots, count, ids, gram, plan.rows);
-  };
-  if (!row_only && plan.rows <= kPassRows) {
-    std::vector<int> all(static_cast<size_t>(plan.rows));
+void launch_gram(const Device& device, const Plan& plan, const double* known, double* scratch, double* gram) {
+  check_launchable(plan, device.large_params);
+  const int R = plan.gram_rows();
+  Target target{gram, known, R, false};
+  if (!known && R <= kPassRows) {
+    std::vector<int> all(static_cast<size_t>(R));
     std::iota(all.begin(), all.end(), 0);
-    return pass(all, false);
+    launch_pass(device, plan, all, false, scratch, &target);
+    return;
   }
-  for (int i = 0; i < (row_only ? 1 : plan.rows); ++i) {
+  for (int i = 0; i < (known ? 1 : R); ++i) {
     int j = i + 1;
     do {  // row i with itself and up to eight rows behind it
       std::vector<int> wanted{i};
-      for (; j < plan.rows && static_cast<int>(wanted.size()) < kPassRows; ++j) wanted.push_back(j);
-      pass(wanted, true);
-    } while (j < plan.rows);
+      for (; j < R && static_cast<int>(wanted.size()) < kPassRows; ++j) wanted.push_back(j);
+      launch_pass(device, plan, wanted, true, scratch, &target);
+      target.known = nullptr;  // copied by the first pass
+    } while (j < R);
   }
 }
 

@@ -68,35 +68,23 @@ const double* small(const RunContext& run, const Tensor& t, int64_t numel, const
   return static_cast<const double*>(t.const_data_ptr());
 }
 
-void check_rows(int rows) {
-  if (rows > kMaxRows)
-    throw PlanError("gradproj: " + std::to_string(rows - 1) + " directions; the CUDA kernels take up to 64");
+const double* known_gram(const RunContext& run, const std::optional<Tensor>& known, const Rows& rows) {
+  const int64_t k = rows.gram_rows() - 1;
+  return known ? small(run, *known, rows.layout().parts * k * k, "known") : nullptr;
 }
 
-// The Gram of `plan`, with the part that is known copied.
-Tensor compute_gram(const RunContext& run, const Plan& plan, const std::optional<Tensor>& known) {
-  const int R = plan.rows;
-  const double* copied = known ? small(run, *known, int64_t{R - 1} * (R - 1), "known") : nullptr;
-  Tensor gram = run.doubles({R, R}), scratch = run.doubles({gram_scratch(run.device)});
-  launch_gram(run.device, plan, copied != nullptr, data(scratch), data(gram));
-  if (copied && R > 1) {
-    const size_t row = sizeof(double) * static_cast<size_t>(R - 1);
-    check(cudaMemcpy2DAsync(data(gram) + R + 1, row + sizeof(double), copied, row, row, static_cast<size_t>(R - 1),
-                            cudaMemcpyDeviceToDevice, run.device.stream),
-          "copy of the known Gram");
-  }
+Tensor compute_gram(const RunContext& run, const Rows& rows, const Plan& plan, const double* known) {
+  Tensor gram = run.doubles(rows.shape(2)), scratch = run.doubles({gram_scratch(run.device, plan)});
+  launch_gram(run.device, plan, known, data(scratch), data(gram));
   return gram;
 }
 
-Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known) {
-  const TensorList tensors(list, true);
-  std::vector<Buffer> buffers;
-  buffers.reserve(tensors.size());
-  Where where;
-  append_buffers(tensors, buffers, where);
-  check_rows(static_cast<int>(num_rows));
-  const Plan plan = make_plan(buffers, static_cast<int>(num_rows));
-  return compute_gram(RunContext(where), plan, known);
+Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> known, std::optional<StableListHandle> base,
+               std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(list, num_rows, {base, scales, parts, num_parts});
+  const Plan plan = make_plan(rows.buffers(), rows.layout());
+  const RunContext run(rows.where());
+  return compute_gram(run, rows, plan, known_gram(run, known, rows));
 }
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
@@ -109,51 +97,38 @@ Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
   return weights;
 }
 
-struct Written {
-  Plan plan;
-  Where where;
-};
-
-// The plan of an op that writes its first list, refused if that list may not be written.
-Written plan_to_write(const TensorList& grads, const TensorList& directions) {
-  std::vector<Buffer> buffers;
-  buffers.reserve(grads.size() + directions.size());
-  Written w;
-  append_buffers(grads, buffers, w.where);
-  append_buffers(directions, buffers, w.where);
-  const int rows = count_rows(grads.size(), directions.size());
-  check_rows(rows);
-  w.plan = make_plan(buffers, rows);
-  check_writable(buffers, rows);
-  return w;
+// The plan of an op that writes row 0, refused if that row may not be written.
+Plan plan_to_write(const Rows& rows) {
+  Plan plan = make_plan(rows.buffers(), rows.layout());
+  check_writable(rows.buffers(), rows.layout().rows);
+  return plan;
 }
 
-void combine_op(StableListHandle grad_list, StableListHandle direction_list, Tensor weights) {
-  const TensorList grads(grad_list, false), directions(direction_list, true);
-  const Written w = plan_to_write(grads, directions);
-  const RunContext run(w.where);
-  WeightSource source{};
-  source.weights = const_cast<double*>(small(run, weights, w.plan.rows, "weights"));
-  launch_combine(run.device, w.plan, source);
+void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, std::optional<StableListHandle> base,
+                std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {base, scales, parts, num_parts});
+  const Plan plan = plan_to_write(rows);
+  const RunContext run(rows.where());
+  launch_combine(run.device, plan, small(run, weights, int64_t{plan.parts} * plan.gram_rows(), "weights"));
 }
 
-std::tuple<Tensor, Tensor> project_op(StableListHandle grad_list, StableListHandle direction_list, std::string method,
-                                      double gamma, double eps, std::optional<Tensor> known) {
-  const TensorList grads(grad_list, false), directions(direction_list, true);
+std::tuple<Tensor, Tensor> project_op(StableListHandle grads, StableListHandle directions, std::string method, double gamma,
+                                      double eps, std::optional<Tensor> known, std::optional<StableListHandle> base,
+                                      std::optional<StableListHandle> scales, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {base, scales, parts, num_parts});
   const Rule rule = parse_rule(method, gamma, eps);
-  const Written w = plan_to_write(grads, directions);
-  const RunContext run(w.where);
-  if (w.plan.rows == 2 && !known && !w.plan.pieces.empty()) {
-    Tensor gram = run.doubles({2, 2}), weights = run.doubles({2}), scratch = run.doubles({gram_scratch(run.device)});
-    launch_project_one(run.device, w.plan, rule, data(scratch), data(gram), data(weights));
+  const Plan plan = plan_to_write(rows);
+  const RunContext run(rows.where());
+  const double* copied = known_gram(run, known, rows);
+  Tensor weights = run.doubles(rows.shape(1));
+  if (plan.gram_rows() == 2 && plan.parts == 1 && !copied && !plan.pieces.empty()) {
+    Tensor gram = run.doubles(rows.shape(2)), scratch = run.doubles({gram_scratch(run.device, plan)});
+    launch_project_one(run.device, plan, rule, data(scratch), data(gram), data(weights));
     return {gram, weights};
   }
-  Tensor gram = compute_gram(run, w.plan, known);
-  Tensor weights = run.doubles({w.plan.rows});
-  launch_weights(run.device.stream, rule, data(gram), 1, w.plan.rows, data(weights));
-  WeightSource source{};
-  source.weights = data(weights);
-  launch_combine(run.device, w.plan, source);
+  Tensor gram = compute_gram(run, rows, plan, copied);
+  launch_weights(run.device.stream, rule, data(gram), plan.parts, plan.gram_rows(), data(weights));
+  launch_combine(run.device, plan, data(weights));
   return {gram, weights};
 }
 

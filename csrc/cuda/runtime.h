@@ -28,6 +28,7 @@ constexpr int kThreads = 256;
 #endif
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRows = 65;        // a gradient and 64 directions
+constexpr int kMaxBuffers = 66;     // of a column: the rows and a base
 constexpr int kMaxDims = 8;         // of a strided piece, coalesced
 constexpr int64_t kMaxBlocks = 1024;
 

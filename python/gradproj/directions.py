@@ -81,6 +81,7 @@ class Directions:
         products instead of (K + 1)(K + 2) / 2.
         """
         columns = [i for i, g in enumerate(grads) if g is not None]
+        like = [grads[i] for i in columns]
         if spread.counted is not None:
             spread = spread._replace(counted=[spread.counted[i] for i in columns])
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
@@ -93,9 +94,9 @@ class Directions:
             products = self._known.gram[start:, start:].contiguous()
             kept = len(products)
         if products is None:
-            products, kept = functional.share(*rows, **spread._asdict()).gram, len(rows)
+            products, kept = functional.share(*rows, like=like, **spread._asdict()).gram, len(rows)
         for r in range(kept, len(rows)):
-            extended = functional.share(rows[r], *rows[:r], known=Share(products), **spread._asdict()).gram
+            extended = functional.share(rows[r], *rows[:r], known=Share(products), like=like, **spread._asdict()).gram
             products = extended.roll((-1, -1), (0, 1))  # the new one goes last
         self._known = _Known(serials, key, products)
         return Share(products)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 Rows = Sequence[Sequence[Tensor | None]]
-Part = Callable[[list[int], Tensor | None], Tensor]
 Plain = Literal["replicated", "sharded"]
+Part = Callable[[list[int], Tensor | None], Tensor]
 
 PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
@@ -82,7 +82,7 @@ class Shards:
         Args:
             part: the Gram over some columns of ``rows``, given that of rows 1.. if it is known.
             known: Gram of the whole rows 1.., or this rank's share of it, if it is known already.
-            shape: of the result and of what ``part`` returns: [R, R], or [P, R, R] with P parts.
+            shape: [R, R] or [P, R, R], of the result and of what ``part`` returns.
         One collective of P R (R + 1) / 2 float64 numbers, or of P R if the Gram of the whole rows 1.. is known.
         """
         total = self.share(part, known.gram if isinstance(known, Share) else known, shape)
@@ -96,7 +96,7 @@ class Shards:
         return total
 
     def share(self, part: Part, known: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """This rank's part of the Gram, but for rows 1.. if that is ``known``. No collective."""
+        """This rank's part of that Gram, but for rows 1.. if that is ``known``. No collective."""
         some = next((t for t in chain(*self.rows) if t is not None), None)
         device = some.device if some is not None else torch.device("cpu") if self.group is None else _device(self.group)
         total = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -118,8 +118,9 @@ class Shards:
         average): the gradient stays Partial and stands for the projected one, without another rounding.
         """
         if self._reduced:
-            kept = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
-            untouched = kept.to(self._reduced[0].local.device)
+            untouched = ((weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()).to(
+                self._reduced[0].local.device
+            )
             for local, value, carries in self._reduced:
                 local.copy_(torch.where(untouched, local, value if carries else torch.zeros_like(value)))
         torch.autograd.graph.increment_version(self._written)
@@ -132,6 +133,8 @@ def shards(
     indices: Sequence[int],
     written: bool,
     spread: Spread | None,
+    scaled: Sequence[bool] = (),
+    like: Sequence[Tensor | None] | None = None,
 ) -> Shards | None:
     """This rank's part of ``rows``; None if nothing says that they are distributed.
 
@@ -142,6 +145,8 @@ def shards(
         indices: the user's index of each column.
         written: row 0 is going to be modified.
         spread: ``counted`` has an entry per column of ``rows``. None if there will be no inner products.
+        scaled: which rows are float8 codes: always of this rank's shards, and mute about how those lie.
+        like: a list that lies over the ranks as the rows do, if they might all be mute.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
     Communicates only to reduce Partial buffers: one all_reduce each.
@@ -149,7 +154,8 @@ def shards(
     group, plain, counted = spread or Spread()
     if plain not in (None, "replicated", "sharded"):
         raise ValueError(f'{op}: plain must be "replicated" or "sharded", got {plain!r}')
-    kinds = _dtensor_types(chain(*rows))
+    telling = rows if like is None else [*rows, like]
+    kinds = _dtensor_types(chain(*telling))
     if group is None and counted is None and not kinds:
         return None
     if group is not None and not (dist.is_available() and dist.is_initialized()):
@@ -159,7 +165,7 @@ def shards(
     if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
 
-    reader = _Reader(op, rows, names, indices, kinds)
+    reader = _Reader(op, telling, [*names[: len(rows)], "like"], indices, kinds, scaled)
     if group is None and kinds and spread is not None:
         group = _infer_group(op, reader.meshes)
     weights = reader.weights(group, plain, counted)
@@ -196,8 +202,17 @@ class _Reader:
         ValueError: the buffers of a column do not lie alike.
     """
 
-    def __init__(self, op: str, rows: Rows, names: Sequence[str], indices: Sequence[int], kinds: set[type]):
+    def __init__(
+        self,
+        op: str,
+        rows: Rows,
+        names: Sequence[str],
+        indices: Sequence[int],
+        kinds: set[type],
+        scaled: Sequence[bool],
+    ):
         self._op, self._rows, self._names, self._indices, self._kinds = op, rows, names, indices, kinds
+        self._local = {r for r, codes in enumerate(scaled) if codes}
         self._layouts: dict[tuple, _Layout] = {}
         self._partial: list[tuple[int, int]] = []  # row, column
         columns = zip(*rows, strict=True)
@@ -229,19 +244,23 @@ class _Reader:
         }
         back = []
         for r, c in self._partial:
-            t = cast("DTensor", self._rows[r][c])
-            held[r][c] = value = _local(cast("DTensor", settled(t)))
-            if r == 0 and written:
-                back.append(_Reduced(_local(t), value, carries[c]))
+            if r < len(held):  # not those of like
+                t = cast("DTensor", self._rows[r][c])
+                held[r][c] = value = _local(cast("DTensor", settled(t)))
+                if r == 0 and written:
+                    back.append(_Reduced(_local(t), value, carries[c]))
         return back
 
     def _name(self, row: int, column: int) -> str:
         return f"{self._names[row]}[{self._indices[column]}]"
 
     def _common(self, c: int, column: Sequence[Tensor | None]) -> _Layout | None:
-        like, first = None, 0
+        like, first, local = None, 0, None
         for r, t in enumerate(column):
             if t is None:
+                continue
+            if r in self._local:
+                local = _PLAIN
                 continue
             layout = self._layout(t)
             if layout.partial:
@@ -253,7 +272,7 @@ class _Reader:
                     f"{self._op}: {self._name(r, c)} and {self._name(first, c)} are not laid out alike over the ranks; pass "
                     f"both as DTensors with the same mesh and placements (redistribute one of them), or both as local tensors"
                 )
-        return like
+        return like or local
 
     def _layout(self, t: Any) -> _Layout:
         if type(t) not in self._kinds:
@@ -342,20 +361,9 @@ def settled(t: Tensor) -> Tensor:
         return t.redistribute(placements=_reduced(t))
 
 
-def local(t: Tensor) -> Tensor:
-    """``t``, or of a DTensor this rank's memory."""
-    return _local(t) if _is_dtensor(t) else t
-
-
-def laid_out(mine: Tensor, like: Tensor) -> Tensor:
-    """``mine``, or if ``like`` is a DTensor, one of which this rank has ``mine``. Complex numbers may have become pairs."""
-    if not _is_dtensor(like):
-        return mine
-    pairs = mine.shape[_local(like).dim() :]
-    whole = torch.empty((*like.shape, *pairs), device="meta")
-    return type(like).from_local(
-        mine, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, DTensors as this rank's memory."""
+    return [_local(t) if _is_dtensor(t) else t for t in tensors]
 
 
 def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradproj.distributed import laid_out, local, settled
-
 BLOCK = 512
 DTYPE = torch.float8_e4m3fn
 _CHUNK = 1 << 16  # elements that are quantised at a time: temporaries stay under 1 MiB
@@ -31,18 +29,8 @@ class Float8Row(NamedTuple):
 
 
 def quantize(row: Iterable[Tensor | None]) -> Float8Row:
-    """Reads N bytes and writes N / 4 of a float32 row. A non-finite element makes its block's scale non-finite.
-
-    Of a DTensor this rank's shard; the codes are a DTensor that lies over the ranks as it does. A Partial one is reduced first.
-    """
-    pairs: list[tuple[Tensor | None, Tensor | None]] = []
-    for t in row:
-        if t is None:
-            pairs.append((None, None))
-            continue
-        whole = settled(t.detach())
-        codes, scales = _quantize(_real(local(whole)))
-        pairs.append((laid_out(codes, whole), scales))
+    """Reads N bytes and writes N / 4 of a float32 row. A non-finite element makes its block's scale non-finite."""
+    pairs = [(None, None) if t is None else _quantize(_real(t.detach())) for t in row]
     return Float8Row([codes for codes, _ in pairs], [scales for _, scales in pairs])
 
 
@@ -53,12 +41,11 @@ def dequantize(row: Float8Row, dtype: torch.dtype = torch.float32) -> list[Tenso
         if codes is None or scales is None:
             out.append(None)
             continue
-        mine = local(codes)
-        values = _in_memory(mine).to(torch.float64)
+        values = _in_memory(codes).to(torch.float64)
         values *= scales.double().repeat_interleave(BLOCK)[: values.numel()]
-        target = torch.empty_like(mine, dtype=dtype)
+        target = torch.empty_like(codes, dtype=dtype)
         _in_memory(target).copy_(values)
-        out.append(laid_out(target, codes))
+        out.append(target)
     return out
 
 

@@ -93,17 +93,20 @@ def gram(
 def share(
     *rows: Row,
     known: distributed.Share | None = None,
+    like: Buffers | None = None,
+    base: Buffers | None = None,
     parts: Sequence[int] | None = None,
     group=None,
     plain: distributed.Plain | None = None,
     counted: Sequence[bool] | None = None,
 ) -> distributed.Share:
-    """What this rank adds to :func:`gram`, which is the sum of all ranks' shares. No collective.
+    """What this rank adds to :func:`gram`, which is the sum of all ranks' shares. No collective but those for Partial.
 
     To keep the Gram of directions that stay: :func:`project_` takes it as ``known`` and adds the ranks' shares up in its one
-    collective. Arguments as of :func:`gram`; ``known`` is this rank's share of the Gram of rows 1...
+    collective. Arguments as of :func:`gram`; ``known`` is this rank's share of the Gram of rows 1.., ``like`` a list that lies
+    over the ranks as the rows do: float8 rows do not tell.
     """
-    call = _gram_call("share", rows, None, parts, distributed.Spread(group, plain, counted))
+    call = _gram_call("share", rows, base, parts, distributed.Spread(group, plain, counted), like)
     return distributed.Share(call.share(None if known is None else known.gram))
 
 
@@ -185,8 +188,8 @@ def project_(
     rule = methods.parse(method, eps)
     call = _prepare("project_", grads, directions, base, parts, distributed.Spread(group, plain, counted))
     if call.rows[0] and call.shards is None and isinstance(rule, methods.Rule):
-        whole = known.gram if isinstance(known, distributed.Share) else known  # nothing is spread: they are the same
-        products, weights = call.project(rule, whole)
+        # Nothing is spread, and a share is the whole.
+        products, weights = call.project(rule, known.gram if isinstance(known, distributed.Share) else known)
         return Projection(products, weights, call.backend.name)
 
     products = call.gram(known)
@@ -235,11 +238,11 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, group=group, plain=plain)
 
 
-def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread) -> "_Call":
+def _gram_call(op: str, rows: Sequence[Row], base, parts, spread: distributed.Spread, like=None) -> "_Call":
     if not rows:
         raise ValueError(f"{op}: pass at least one list of tensors")
     call = _Call.of(op, rows, [f"rows[{r}]" for r in range(len(rows))], base, parts, written=False)
-    call.spread(spread.of_columns(op, len(call.rows[0])))
+    call.spread(spread.of_columns(op, len(call.rows[0])), like)
     return call
 
 
@@ -281,8 +284,8 @@ class _SeveralDevices(Exception):
 class _Call:
     """Runs ops for one public function under the rules of the package: precise errors, no autograd, versions bumped.
 
-    The native ops check their input themselves, so that a good call costs nothing per buffer here; when one refuses,
-    nothing has been written, and the slow path finds out why.
+    The ops of every backend but torch check their input themselves, so that a good call costs nothing per buffer here; when
+    one refuses, nothing has been written, and the slow path finds out why.
 
     Attributes:
         public: the function's name, for messages.
@@ -368,14 +371,16 @@ class _Call:
             shards=None,
         )
 
-    def spread(self, spread: distributed.Spread | None) -> None:
+    def spread(self, spread: distributed.Spread | None, like: Buffers | None = None) -> None:
         """Go over to this rank's part of the rows, if they are spread over ranks. None: there will be no inner products.
 
         Raises:
             ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
         """
         names = [*self.names, "base"]
-        self.shards = distributed.shards(self.public, self.all_rows, names, self.kept, self.written, spread)
+        self.shards = distributed.shards(
+            self.public, self.all_rows, names, self.kept, self.written, spread, self._scaled(), like
+        )
         if self.shards is not None:
             rows = self.shards.rows
             self.rows, self.base = rows[: len(self.rows)], None if self.base is None else rows[-1]
@@ -411,27 +416,26 @@ class _Call:
         self._per_device = [self.columns(indices) for indices in where.values()]
         return self._per_device
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the Gram."""
-        return (*self.lead, len(self.rows), len(self.rows))
-
     def gram(self, known: Tensor | distributed.Share | None) -> Tensor:
         """[R, R] or [P, R, R] Gram of the rows, of all ranks if they are spread."""
         if self.shards is not None:
-            return self.shards.gram(self._of_columns, known, self.shape)
+            return self.shards.gram(self._part, known, self._shape)
         return self.share(known.gram if isinstance(known, distributed.Share) else known)
 
     def share(self, known: Tensor | None) -> Tensor:
-        """What this rank adds to the Gram of the rows: all of it if they are not spread."""
+        """What this rank adds to that Gram: all of it if the rows are not spread."""
         if self.shards is not None:
-            return self.shards.share(self._of_columns, known, self.shape)
+            return self.shards.share(self._part, known, self._shape)
         if all(t is None for row in self.rows for t in row):
-            return torch.zeros(self.shape, dtype=torch.float64)
+            return torch.zeros(self._shape, dtype=torch.float64)
         return self._gram(known)
 
-    def _of_columns(self, columns: list[int], known: Tensor | None) -> Tensor:
-        return (self if len(columns) == len(self.kept) else self.columns(columns))._gram(known)
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (*self.lead, len(self.rows), len(self.rows))
+
+    def _part(self, columns: list[int], known: Tensor | None) -> Tensor:
+        return self.columns(columns)._gram(known)
 
     def _gram(self, known: Tensor | None) -> Tensor:
         try:
@@ -496,7 +500,7 @@ class _Call:
         if self._per_device is not None and len(self._per_device) > 1:
             raise _SeveralDevices
         op = self.backend.op(name)
-        if self.backend.namespace != "gradproj":
+        if self.backend.name == "torch":
             self._take_real_views()
             if len(self.by_device()) > 1:
                 raise _SeveralDevices

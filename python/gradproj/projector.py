@@ -285,8 +285,7 @@ class Projector:
         """
         rows = self._directions.rows(self.parameters())
         parameters = [p.detach() for p in self.parameters()]
-        # foreach takes no mixture of DTensors
-        local, origin = [[distributed.local(t) for t in tensors] for tensors in (parameters, before)]
+        local, origin = distributed.local(parameters), distributed.local(before)  # foreach takes no mixture of DTensors
         torch._foreach_sub_(local, origin)
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0

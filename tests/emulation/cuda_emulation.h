@@ -33,7 +33,7 @@ namespace emulation {
 
 struct Warp {
   std::barrier<> barrier{32};
-  double lanes[32];
+  double lanes[2][32];  // by turns: who is a call ahead has passed the barrier behind which the other half is free
 };
 
 struct Block {
@@ -45,6 +45,7 @@ struct Block {
 };
 
 inline thread_local Block* block = nullptr;
+inline thread_local unsigned exchanges = 0;
 inline int launches = 0;
 // A planted defect, for the test that wants to see a sanitizer find it.
 inline const bool without_barriers = std::getenv("GRADPROJ_WITHOUT_BARRIERS") != nullptr;
@@ -61,16 +62,33 @@ inline void __syncthreads() {
   if (!emulation::without_barriers) emulation::block->barrier.arrive_and_wait();
 }
 
-inline double __shfl_xor_sync(unsigned, double value, int mask) {
-  emulation::Warp& warp = *emulation::block->warps[threadIdx.x / 32];
-  const unsigned lane = threadIdx.x % 32;
-  warp.lanes[lane] = value;
+namespace emulation {
+
+// What all lanes of the warp put in.
+inline const double* exchange(double value) {
+  Warp& warp = *block->warps[threadIdx.x / 32];
+  double* lanes = warp.lanes[exchanges++ % 2];
+  lanes[threadIdx.x % 32] = value;
   warp.barrier.arrive_and_wait();
-  const double other = warp.lanes[lane ^ static_cast<unsigned>(mask)];
-  warp.barrier.arrive_and_wait();
-  return other;
+  return lanes;
 }
 
+}  // namespace emulation
+
+inline double __shfl_xor_sync(unsigned, double value, int mask) {
+  return emulation::exchange(value)[threadIdx.x % 32 ^ static_cast<unsigned>(mask)];
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const double* lanes = emulation::exchange(vote);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= (lanes[lane] != 0.0 ? 1u : 0u) << lane;
+  return votes;
+}
+
+inline void __syncwarp() { emulation::block->warps[threadIdx.x / 32]->barrier.arrive_and_wait(); }
+
+inline int __popc(unsigned u) { return std::popcount(u); }
 inline float __uint_as_float(uint32_t u) { return std::bit_cast<float>(u); }
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline _Float16 __ushort_as_half(uint16_t u) { return std::bit_cast<_Float16>(u); }
@@ -88,6 +106,7 @@ void launch(int threads, dim3 grid, const F& kernel) {
   for (int t = 0; t < threads; ++t)
     pool.emplace_back([&, t] {
       block = &shared;
+      exchanges = 0;
       threadIdx.x = static_cast<unsigned>(t);
       gridDim.x = grid.x;
       for (unsigned b = 0; b < grid.x; ++b) {

@@ -35,12 +35,16 @@ int main(int argc, char** argv) {
   auto put = [&](const void* data, size_t bytes) { out.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes)); };
 
   for (int64_t cases = r.word(); cases > 0; --cases) {
-    const std::vector<int64_t> head = r.words(7);
+    const std::vector<int64_t> head = r.words(9);
     int64_t operation = head[0];
-    const int rows = static_cast<int>(head[1]);
-    const cuda::Device device{nullptr, head[3], head[4] != 0};
-    const Rule rule{static_cast<Method>(head[5]), 0.25, 0.0};
-    const int64_t allocations = head[6];
+    Layout layout;
+    layout.rows = static_cast<int>(head[1]);  // with the base
+    layout.base = head[2] != 0;
+    layout.parts = static_cast<int>(head[3]);
+    const int rows = layout.rows - layout.base;
+    const cuda::Device device{nullptr, head[5], head[6] != 0};
+    const Rule rule{static_cast<Method>(head[7]), 0.25, 0.0};
+    const int64_t allocations = head[8];
 
     // Each storage of exactly its size, so that the sanitizer guards both ends.
     std::vector<std::unique_ptr<char[]>> storage;
@@ -53,13 +57,14 @@ int main(int argc, char** argv) {
     }
     std::vector<std::vector<int64_t>> shapes;
     std::vector<Buffer> buffers;
-    shapes.reserve(static_cast<size_t>(head[2]) * 2);
-    for (int64_t b = 0; b < head[2]; ++b) {
+    shapes.reserve(static_cast<size_t>(head[4]) * 2);
+    for (int64_t b = 0; b < head[4]; ++b) {
       Buffer buffer;
       buffer.present = r.word() != 0;
       if (buffer.present) {
         buffer.dtype = static_cast<DType>(r.word());
-        const int64_t allocation = r.word(), offset = r.word();
+        const int64_t allocation = r.word(), offset = r.word(), scale = r.word(), first = r.word();
+        if (scale >= 0) buffer.scale = reinterpret_cast<const float*>(storage[static_cast<size_t>(scale)].get() + first);
         buffer.contiguous = r.word() != 0;
         buffer.ndim = static_cast<int32_t>(r.word());
         shapes.push_back(r.words(buffer.ndim));
@@ -72,35 +77,42 @@ int main(int argc, char** argv) {
       }
       buffers.push_back(buffer);
     }
-    std::vector<double> weights(static_cast<size_t>(rows));
-    for (double& w : weights) w = std::bit_cast<double>(r.word());
+    for (int64_t i = r.word(); i > 0; --i) layout.part.push_back(static_cast<int32_t>(r.word()));
+    auto doubles = [&](int64_t count) {
+      std::vector<double> out;
+      for (int64_t i = 0; i < count; ++i) out.push_back(std::bit_cast<double>(r.word()));
+      return out;
+    };
+    std::vector<double> weights = doubles(int64_t{layout.parts} * rows);
+    const std::vector<double> known = doubles(r.word());
 
     emulation::launches = 0;
-    if (operation == 5)  // a Gram of every part in buffer 1, their weights into buffer 0
-      cuda::launch_weights(nullptr, rule, reinterpret_cast<const double*>(buffers[1].data), buffers[1].sizes[0],
-                           static_cast<int>(buffers[1].sizes[1]),
-                           const_cast<double*>(reinterpret_cast<const double*>(buffers[0].data)));
-    const Plan plan = operation == 5 ? Plan{} : make_plan(buffers, rows);
-    if (operation == 2 && plan.pieces.empty()) operation = 4;  // as csrc/cuda/ops.cu does: nothing to fuse
     // Exactly as large as promised, and full of NaN: what is not written shows.
-    std::vector<double> gram(static_cast<size_t>(rows * rows), std::nan("")),
-        scratch(static_cast<size_t>(cuda::gram_scratch(device)), std::nan(""));
-    if (operation == 0 || operation == 3) cuda::launch_gram(device, plan, operation == 3, scratch.data(), gram.data());
-    if (operation == 1) {
-      check_writable(buffers, rows);
-      cuda::WeightSource source{};
-      source.weights = weights.data();
-      cuda::launch_combine(device, plan, source);
+    std::vector<double> gram(static_cast<size_t>(layout.parts * rows * rows), std::nan(""));
+    int64_t launches;
+    try {
+      if (operation == 5)  // a Gram of every part in buffer 1, their weights into buffer 0
+        cuda::launch_weights(nullptr, rule, reinterpret_cast<const double*>(buffers[1].data), buffers[1].sizes[0],
+                             static_cast<int>(buffers[1].sizes[1]),
+                             const_cast<double*>(reinterpret_cast<const double*>(buffers[0].data)));
+      const Plan plan = operation == 5 ? Plan{} : make_plan(buffers, layout);
+      if (operation == 2 && plan.pieces.empty()) operation = 4;  // as csrc/cuda/ops.cu does: nothing to fuse
+      std::vector<double> scratch(static_cast<size_t>(cuda::gram_scratch(device, plan)), std::nan(""));
+      if (operation == 1 || operation == 2 || operation == 4) check_writable(buffers, layout.rows);
+      if (operation == 0) cuda::launch_gram(device, plan, nullptr, scratch.data(), gram.data());
+      if (operation == 1) cuda::launch_combine(device, plan, weights.data());
+      if (operation == 2) cuda::launch_project_one(device, plan, rule, scratch.data(), gram.data(), weights.data());
+      if (operation == 3) cuda::launch_gram(device, plan, known.data(), scratch.data(), gram.data());
+      if (operation == 4) {
+        cuda::launch_gram(device, plan, nullptr, scratch.data(), gram.data());
+        cuda::launch_weights(nullptr, rule, gram.data(), layout.parts, rows, weights.data());
+        cuda::launch_combine(device, plan, weights.data());
+      }
+      launches = emulation::launches;
+    } catch (const PlanError& error) {
+      std::fprintf(stderr, "%s\n", error.what());
+      launches = -1 - emulation::launches;
     }
-    if (operation == 2) cuda::launch_project_one(device, plan, rule, scratch.data(), gram.data(), weights.data());
-    if (operation == 4) {
-      cuda::launch_gram(device, plan, false, scratch.data(), gram.data());
-      cuda::launch_weights(nullptr, rule, gram.data(), 1, rows, weights.data());
-      cuda::WeightSource source{};
-      source.weights = weights.data();
-      cuda::launch_combine(device, plan, source);
-    }
-    const int64_t launches = emulation::launches;
     put(&launches, 8);
     put(gram.data(), gram.size() * 8);
     put(weights.data(), weights.size() * 8);
