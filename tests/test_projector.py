@@ -43,7 +43,7 @@ def test_gradients_made_inside_are_taken_and_those_before_put_back():
         loss(model, x[1], 1.0).backward()
         made = [p.grad for p in model.parameters()]
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert all(any(d is m for d in opt.projector._directions[0].values()) for m in made)  # taken, not copied
+    assert all(any(d is m for d in opt.projector._directions._stored[0].values()) for m in made)  # taken, not copied
 
 
 def test_backward_passes_inside_add_up():
@@ -62,7 +62,7 @@ def test_step_uses_the_projected_gradient():
     opt = wrap(model)
     with opt.protect():
         loss(model, x[0], 1.0).backward()
-    direction = list(opt.projector._directions[0].values())
+    direction = list(opt.projector._directions._stored[0].values())
     before = [p.detach().clone() for p in model.parameters()]
     loss(model, x[1]).backward()
     opt.step()
@@ -91,9 +91,9 @@ def test_newest_directions_are_kept():
     for i in range(5):
         with opt.protect():
             loss(model, x[i], 1.0).backward()
-        kept.append(opt.projector._directions[-1])
+        kept.append(opt.projector._directions._stored[-1])
     assert len(opt.projector) == 3
-    assert all(a is b for a, b in zip(opt.projector._directions, kept[2:], strict=True))
+    assert all(a is b for a, b in zip(opt.projector._directions._stored, kept[2:], strict=True))
     loss(model, x[5]).backward()
     opt.step()
     assert opt.last.gram.shape == (4, 4)
@@ -124,7 +124,7 @@ def test_kept_gram_equals_a_fresh_one(method):
             [None if p.grad is None else p.grad.clone() for p in opt.projector.parameters()],
             *[
                 [d.get(p) if p.grad is not None else None for p in opt.projector.parameters()]
-                for d in opt.projector._directions
+                for d in opt.projector._directions._stored
             ],
         )
         opt.step()
@@ -137,12 +137,12 @@ def test_exception_inside_changes_nothing():
     with opt.protect():
         loss(model, x[0]).backward()
     loss(model, x[1]).backward()
-    before, kept = [p.grad for p in model.parameters()], opt.projector._directions[0]
+    before, kept = [p.grad for p in model.parameters()], opt.projector._directions._stored[0]
     with pytest.raises(ZeroDivisionError), opt.protect():
         loss(model, x[2]).backward()
         raise ZeroDivisionError
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert len(opt.projector) == 1 and opt.projector._directions[0] is kept
+    assert len(opt.projector) == 1 and opt.projector._directions._stored[0] is kept
 
 
 def test_block_without_backward_is_refused():
@@ -241,7 +241,7 @@ def test_update_space_projects_what_the_step_did(build, method):
         before = [p.detach().clone() for p in model.parameters()]
         opt.step()
         descent = [b - p.detach() for p, b in zip(model.parameters(), before, strict=True)]
-        for direction in opt.projector._directions:
+        for direction in opt.projector._directions._stored:
             d = [direction.get(p) for p in model.parameters()]
             cosine = inner(descent, d) / (inner(descent, descent) * inner(d, d)) ** 0.5
             assert abs(cosine) < 1e-9 if method == "orthogonal" else cosine > -1e-9

@@ -3,26 +3,17 @@
 import contextlib
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradproj import methods
+from gradproj.directions import Direction, Directions
 from gradproj.functional import Projection, combine_, gram, project_
 
 ParamGroups = Callable[[], list[dict[str, Any]]]
-Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
-
-
-class _Known(NamedTuple):
-    """The Gram of the directions ``serials`` over the parameters ``columns``."""
-
-    serials: tuple[int, ...]
-    columns: tuple[int, ...]
-    gram: Tensor
 
 
 class Projector:
@@ -50,8 +41,6 @@ class Projector:
         eps: float = 0.0,
     ):
         methods.parse(method, eps)
-        if directions < 1:
-            raise ValueError(f"directions must be >= 1, got {directions}")
         if space not in ("gradient", "update"):
             raise ValueError(f'space must be "gradient" or "update", got {space!r}')
         self.param_groups: ParamGroups | None = param_groups
@@ -60,9 +49,7 @@ class Projector:
         self.group = group
         self.eps = eps
         self.last: Projection | None = None
-        self._directions: deque[Direction] = deque(maxlen=directions)
-        self._serials: deque[int] = deque(maxlen=directions)  # which protect() made each: no two have the same
-        self._known: _Known | None = None
+        self._directions = Directions(directions)
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
         self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
         self._protecting = False
@@ -114,15 +101,12 @@ class Projector:
             raise RuntimeError(
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
-        self._directions.append(taken)
-        self._serials.append(self._serials[-1] + 1 if self._serials else 0)
+        self._directions.add(taken)
         self._projected = None
 
     def unprotect(self) -> None:
         """Forget all protected directions: the next step is the plain step."""
         self._directions.clear()
-        self._serials.clear()
-        self._known = None
 
     def project(self) -> Projection | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
@@ -180,36 +164,13 @@ class Projector:
     def _project_rows(self, grads: list[Tensor | None]) -> Projection | None:
         if not self._directions:
             return None
-        rows = self._rows()
-        known = self._known_gram(grads, rows) if len(rows) > 1 else None
+        parameters = self.parameters()
+        rows = self._directions.rows(parameters)
+        known = self._directions.gram(grads, parameters) if len(rows) > 1 else None
         self.last = project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
         some = next((g for g in grads if g is not None), None)
         self._projected = None if some is None else weakref.ref(some)
         return self.last
-
-    def _known_gram(self, grads: list[Tensor | None], rows: list[list[Tensor | None]]) -> Tensor:
-        """[K, K] Gram of the directions where there is a gradient, of this rank's shards.
-
-        It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
-        products instead of (K + 1)(K + 2) / 2.
-        """
-        columns = [i for i, g in enumerate(grads) if g is not None]
-        parameters = self.parameters()
-        # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = tuple(id(parameters[i]) for i in columns)
-        rows = [[row[i] for i in columns] for row in rows]
-        serials = tuple(self._serials)
-        products, kept = None, 0
-        if self._known is not None and self._known.columns == key and serials[0] in self._known.serials:
-            start = self._known.serials.index(serials[0])
-            products = self._known.gram[start:, start:].contiguous()
-            kept = len(products)
-        if products is None:
-            products, kept = gram(*rows), len(rows)
-        for r in range(kept, len(rows)):
-            products = gram(rows[r], *rows[:r], known=products).roll((-1, -1), (0, 1))  # the new one goes last
-        self._known = _Known(serials, key, products)
-        return products
 
     @torch.no_grad()
     def _project_update(self, before: list[Tensor]) -> None:
@@ -217,9 +178,9 @@ class Projector:
 
         A step descends along minus the update, so the directions' inner products change sign, and with them the weights.
         """
+        rows = self._directions.rows(self.parameters())
         parameters = [p.detach() for p in self.parameters()]
         torch._foreach_sub_(parameters, before)
-        rows = self._rows()
         sign = torch.ones(len(rows) + 1, dtype=torch.float64)
         sign[0] = -1.0
         products = gram(parameters, *rows)
@@ -231,19 +192,6 @@ class Projector:
         torch._foreach_add_(parameters, before)
         self.last = Projection(products, weights, "update")
 
-    def _rows(self) -> list[list[Tensor | None]]:
-        parameters = self.parameters()
-        rows: list[list[Tensor | None]] = []
-        for direction in self._directions:
-            row = [direction.get(p) for p in parameters]
-            if all(t is None for t in row):
-                raise RuntimeError(
-                    "a protected direction belongs to none of the optimizer's parameters: they were replaced after "
-                    "protect(); call unprotect() and protect() again"
-                )
-            rows.append(row)
-        return rows
-
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self._attached and self._directions:
@@ -254,5 +202,5 @@ class Projector:
                 stacklevel=2,
             )
         state["param_groups"] = None  # the owner knows
-        state["_projected"] = state["_before"] = state["_known"] = None  # ids and references do not survive a copy
+        state["_projected"] = state["_before"] = None  # references do not survive a copy
         return state
