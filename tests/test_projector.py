@@ -41,9 +41,9 @@ def test_gradients_made_inside_are_taken_and_those_before_put_back():
     with opt.protect():
         assert all(p.grad is None for p in model.parameters())
         loss(model, x[1], 1.0).backward()
-        made = [p.grad for p in model.parameters()]
+        made = [p.grad.data_ptr() for p in model.parameters()]
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert all(any(d is m for d in opt.projector._directions._stored[0].values()) for m in made)  # taken, not copied
+    assert [d.data_ptr() for d in opt.projector._directions._stored[0].values()] == made  # taken, not copied
 
 
 def test_backward_passes_inside_add_up():
@@ -164,7 +164,7 @@ def test_nested_blocks_and_steps_inside_are_refused():
     assert len(opt.projector) == 1
 
 
-def test_parameters_frozen_without_gradients_or_replaced():
+def test_parameters_frozen_or_without_gradients():
     model, x = model_and_batches()
     model[0].weight.requires_grad_(False)
     opt = wrap(model)
@@ -174,11 +174,6 @@ def test_parameters_frozen_without_gradients_or_replaced():
     model[2].bias.grad = None
     opt.step()
     assert opt.last.applied
-    opt.param_groups[0]["params"] = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    for p in opt.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=r"unprotect\(\) and protect\(\) again"):
-        opt.step()
 
 
 def test_project_then_clip_then_step_projects_once():

@@ -2,6 +2,7 @@
 
 from gradproj import float8, reference
 from gradproj.backends import backends, use_backend
+from gradproj.diagnostics import log_to
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
 from gradproj.optim import ProjectedOptimizer, attach
 from gradproj.projector import Projector
@@ -15,6 +16,7 @@ __all__ = [
     "combine_",
     "float8",
     "gram",
+    "log_to",
     "orthogonal_gradient_projection",
     "project_",
     "reference",

@@ -1,7 +1,7 @@
 """The store of protected directions and what is known about them."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,6 +40,20 @@ class Directions:
     def clear(self) -> None:
         self._stored.clear()
         self._serials.clear()
+        self._known = None
+
+    def drop(self, which: Collection[int]) -> None:
+        """Forget the directions numbered ``which``, 0 being the oldest."""
+        kept = [k for k in range(len(self)) if k not in which]
+        self._stored = deque((self._stored[k] for k in kept), self._stored.maxlen)
+        self._serials = deque((self._serials[k] for k in kept), self._serials.maxlen)
+        self._known = None
+
+    def move(self, successors: Mapping[Tensor, Tensor]) -> None:
+        """Parameters were replaced: what belonged to a key now belongs to its value."""
+        self._stored = deque(
+            ({successors.get(p, p): t for p, t in direction.items()} for direction in self._stored), self._stored.maxlen
+        )
         self._known = None
 
     def rows(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from gradproj import methods
+from gradproj import checkpoint, methods
 from gradproj.functional import Projection
 from gradproj.projector import Projector
 
@@ -16,14 +16,22 @@ class ProjectedOptimizer(Optimizer):
     It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers, scalers,
     checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the wrapped optimizer's.
 
+    Under a ``GradScaler`` nothing needs to be unscaled for ``"orthogonal"`` and ``"conflict"`` with ``eps=0``, which do not
+    depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is divided by.
+
     Args:
-        optimizer: any ``torch.optim`` optimizer.
+        optimizer: any ``torch.optim`` optimizer, or one that derives from it.
         method: ``"orthogonal"``, ``"conflict"``, ``("mix", gamma)``, or a callable Gram -> weights; see
             :func:`gradproj.project_`.
         directions: how many protected directions to keep; each further ``protect()`` replaces the oldest.
         space: ``"gradient"`` or ``"update"``; see :class:`gradproj.projector.Projector`.
         group: process group over which the parameters are sharded, if they are.
         eps: added to every <d, d>; 0 is scale-free.
+        save_directions: ``state_dict()`` holds the protected directions too, as entries ``"protected_0"``, ``"protected_1"``, ..
+            (oldest first) of each parameter's state, K more copies of the gradients. Whatever does not know them ignores
+            them, once a step has made the rest of the state; ``load_state_dict`` restores them whenever they are there.
+    Raises:
+        TypeError, ValueError, NotImplementedError: not an optimizer, an unknown setting, DeepSpeed's engine.
 
     Example::
 
@@ -43,13 +51,14 @@ class ProjectedOptimizer(Optimizer):
         space: Literal["gradient", "update"] = "gradient",
         group=None,
         eps: float = 0.0,
+        save_directions: bool = False,
     ):
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"ProjectedOptimizer wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        _check("ProjectedOptimizer", optimizer)
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
         self.optimizer = optimizer
         self.projector = Projector(self._live_groups, method, directions, space, group, eps)
+        self.save_directions = save_directions
 
     def _live_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -90,10 +99,14 @@ class ProjectedOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        state_dict = self.optimizer.state_dict()
+        return self.projector.with_directions(state_dict) if self.save_directions else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
+        # The wrapped optimizer would cast them to its parameters' dtype and keep them as its own.
+        without, _ = checkpoint.extract(state_dict)
+        self.optimizer.load_state_dict(without)
+        self.projector.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         p = self.projector
@@ -105,6 +118,18 @@ class ProjectedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.projector.param_groups = self._live_groups
+
+
+def _check(caller: str, optimizer: Any) -> None:
+    kinds = [f"{c.__module__}.{c.__name__}" for c in type(optimizer).__mro__]
+    engine = next((k for k in kinds if k.startswith(("deepspeed.runtime.", "accelerate.utils.deepspeed."))), None)
+    if engine is not None:
+        raise NotImplementedError(
+            f"{caller}: {engine} belongs to DeepSpeed's engine, which reduces, partitions and frees the gradients itself, so that "
+            f"p.grad is not the gradient; shard with fully_shard (FSDP2) and pass a torch optimizer"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
 def _forwarded(name: str, doc: str) -> property:
@@ -158,32 +183,49 @@ def attach(
     space: Literal["gradient", "update"] = "gradient",
     group=None,
     eps: float = 0.0,
+    save_directions: bool = False,
 ) -> Projector:
-    """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's step hooks.
+    """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's hooks.
 
     Args: as for :class:`ProjectedOptimizer`.
     Returns:
         Projector: ``protect()``, ``project()``, ``unprotect()``, ``last``. Hooks do not survive copying or pickling the
         optimizer: attach again afterwards.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    _check("attach", optimizer)
     if isinstance(optimizer, ProjectedOptimizer):
         raise TypeError("attach: this optimizer is a ProjectedOptimizer, which projects already")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"attach: {type(optimizer).__name__} has no step hooks, because it is a wrapper; attach to the optimizer that it wraps"
+        )
     projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps)
-
     projector._attached = True
 
     def before(_, args, kwargs):
         # args[0] is the optimizer itself
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         wrapped = projector.before_step(closure)
-        if wrapped is closure:
+        if wrapped is None:
             return None
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
 
     optimizer.register_step_pre_hook(before)
+    loading: dict[str, Any] = {}
+
+    def before_load(_, state_dict):
+        loading.update(state_dict)
+        return checkpoint.extract(state_dict)[0]
+
+    def after_load(_):
+        projector.load_state_dict(loading)
+        loading.clear()
+
     optimizer.register_step_post_hook(lambda *_: projector.after_step())
+    optimizer.register_load_state_dict_pre_hook(before_load)
+    optimizer.register_load_state_dict_post_hook(after_load)
+    if save_directions:
+        optimizer.register_state_dict_post_hook(lambda _, state_dict: projector.with_directions(state_dict))
     return projector

@@ -1,6 +1,8 @@
 """The protected directions of one model, and the projection of its gradients against them."""
 
 import contextlib
+import math
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradproj import methods
+from gradproj import checkpoint, methods
+from gradproj.capture import captured
 from gradproj.directions import Direction, Directions
 from gradproj.functional import Projection, combine_, gram, project_
 
@@ -21,8 +24,12 @@ class Projector:
 
     Users get one from :func:`gradproj.attach` or inside :class:`gradproj.ProjectedOptimizer`.
 
+    A direction that is not finite is dropped with a RuntimeWarning: on the CPU before the step uses the others, elsewhere at
+    the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device leaves the
+    gradients untouched.
+
     Args:
-        param_groups: returns the optimizer's live ``param_groups``; asked anew each time, never stored.
+        param_groups: returns the optimizer's live ``param_groups``; asked anew each time.
         method, eps, group: as for :func:`gradproj.project_`.
         directions: how many protected directions to keep; a further one replaces the oldest.
         space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
@@ -50,10 +57,14 @@ class Projector:
         self.eps = eps
         self.last: Projection | None = None
         self._directions = Directions(directions)
+        self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
+        self._unread: _Lengths | None = None  # of the last projection's directions
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
         self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
         self._protecting = False
+        self._in_closure = False
         self._attached = False  # to an optimizer by hooks, which copies of that optimizer do not have
+        self._observers: list[Callable[[Projection | None], None]] = []  # called after each step
 
     def __len__(self) -> int:
         """How many directions are protected now."""
@@ -70,43 +81,47 @@ class Projector:
         """Make the gradients produced inside into one protected direction.
 
         Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it ends.
-        The gradients are taken, not copied: after the block ``p.grad`` is what it was before it. An exception inside
-        leaves the directions as they were.
+        The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket views,
+        gradients that share memory, gradients that the caller keeps. An exception inside leaves the directions as they were.
 
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block, or the block is inside another one.
+            RuntimeError: no parameter received a gradient inside the block; the block is inside another one, or inside a
+                closure of ``step()``; a parameter is stepped during the backward pass.
+            NotImplementedError: a gradient is sparse.
         """
         if self._protecting:
             raise RuntimeError(
                 "protect() inside another protect(): several backward passes in one block add up already"
             )
-        parameters = self.parameters()
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        taken: Direction = {}
+        if self._in_closure:
+            raise RuntimeError(
+                "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), under "
+                "Lightning in on_train_batch_start()"
+            )
+        self._read_lengths()
         self._protecting = True
         try:
-            yield
-            taken = {p: p.grad for p in self.parameters() if p.grad is not None}
+            with captured(self.parameters) as taken:
+                yield
         finally:
             self._protecting = False
-            for p in self.parameters():
-                p.grad = None
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
         if not taken:
             raise RuntimeError(
                 "protect(): no parameter of the optimizer received a gradient; call loss.backward() inside the block"
             )
+        parameters = self.parameters()
+        self._follow(parameters)
         self._directions.add(taken)
+        self._owners = parameters
         self._projected = None
 
     def unprotect(self) -> None:
         """Forget all protected directions: the next step is the plain step."""
         self._directions.clear()
+        self._owners = []
+        self._unread = None
 
     def project(self) -> Projection | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
@@ -118,12 +133,61 @@ class Projector:
         """
         if self.space == "update":
             raise RuntimeError('project(): with space="update" the projection happens inside step()')
-        grads = [p.grad for p in self.parameters()]
-        return self._project_rows(grads)
+        return self._project_gradients()
 
     def forget_gradients(self) -> None:
         """The gradients are about to change in place (``zero_grad``): what was projected no longer counts."""
         self._projected = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The directions in the layout of an optimizer's ``state_dict()``: ``["state"][i]["protected_k"]``, oldest first.
+
+        Keeps the tensors, as an optimizer's does; copies none.
+        """
+        empty = {"state": {}, "param_groups": [{"params": list(range(len(self.parameters())))}]}
+        return self.with_directions(empty)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replace the directions by those in ``state_dict``, this object's or an optimizer's; the newest, if too many.
+
+        Where it has none, the directions stay as they are.
+
+        Raises:
+            ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
+        """
+        _, found = checkpoint.extract(state_dict)
+        parameters = self.parameters()
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(ids) != len(parameters):
+            raise ValueError(f"load_state_dict: {len(ids)} parameters, but the optimizer has {len(parameters)}")
+        directions: dict[int, Direction] = {}
+        for i, p in zip(ids, parameters, strict=True):
+            for k, t in found.get(i, {}).items():
+                if t.shape != p.shape:
+                    raise ValueError(
+                        f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter has "
+                        f"shape {tuple(p.shape)}"
+                    )
+                directions.setdefault(k, {})[p] = t.to(p.device)
+        if directions:
+            self.unprotect()
+            self._owners = parameters
+            for k in sorted(directions):
+                self._directions.add(directions[k])
+
+    def with_directions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict``, the optimizer's, with the directions in it."""
+        parameters = self.parameters()
+        self._follow(parameters)
+        return checkpoint.insert(state_dict, self._directions.rows(parameters)) if self._directions else state_dict
+
+    def observe(self, observer: Callable[[Projection | None], None]) -> Callable[[], None]:
+        """Call ``observer`` with the projection of every step, None if it had none. Returns what ends that.
+
+        Observers do not go with a copy or a pickle, as an optimizer's hooks do not.
+        """
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer)
 
     def before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """To call before the inner step; returns the closure to give to it."""
@@ -131,49 +195,67 @@ class Projector:
             raise RuntimeError(
                 "step() inside protect(): the gradients made there are not for a step; leave the block first"
             )
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
+                "once; remove that hook and call step() after backward()"
+            )
         if self.space == "update":
             if self._directions:
+                self._read_lengths()
                 self._before = [p.detach().clone() for p in self.parameters()]
-            return closure
-        if closure is None:
+        elif closure is None:
             self._project_once()
+        if closure is None:
             return None
 
-        def projected_closure():
-            loss = closure()
-            self._projected = None  # the closure has made new gradients
-            self._project_rows([p.grad for p in self.parameters()])
+        def guarded():
+            self._in_closure = True
+            try:
+                loss = closure()
+            finally:
+                self._in_closure = False
+            if self.space == "gradient":
+                self._projected = None  # the closure has made new gradients
+                self._project_gradients()
             return loss
 
-        return projected_closure
+        return guarded
 
     def after_step(self) -> None:
         """To call after the inner step."""
         self._projected = None
-        if self._before is None:
-            return
         before, self._before = self._before, None
-        self._project_update(before)
+        if before is not None:
+            self._settle(lambda: self._project_update(before))
+        for observer in self._observers:
+            observer(self.last if self._directions else None)
 
     def _project_once(self) -> None:
         done = self._projected() if self._projected is not None else None
         if done is not None and any(p.grad is done for p in self.parameters()):
             return
-        self._project_rows([p.grad for p in self.parameters()])
+        self._project_gradients()
 
-    def _project_rows(self, grads: list[Tensor | None]) -> Projection | None:
+    def _project_gradients(self) -> Projection | None:
         if not self._directions:
             return None
-        parameters = self.parameters()
-        rows = self._directions.rows(parameters)
-        known = self._directions.gram(grads, parameters) if len(rows) > 1 else None
-        self.last = project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
+        self._read_lengths()
+        grads = [p.grad for p in self.parameters()]
+        self._settle(lambda: self._project_rows(grads))
         some = next((g for g in grads if g is not None), None)
         self._projected = None if some is None else weakref.ref(some)
         return self.last
 
+    def _project_rows(self, grads: list[Tensor | None]) -> Projection:
+        parameters = self.parameters()
+        self._follow(parameters)
+        rows = self._directions.rows(parameters)
+        known = self._directions.gram(grads, parameters) if len(rows) > 1 else None
+        return project_(grads, *rows, method=self.method, eps=self.eps, group=self.group, known=known)
+
     @torch.no_grad()
-    def _project_update(self, before: list[Tensor]) -> None:
+    def _project_update(self, before: list[Tensor]) -> Projection:
         """Parameters <- before + projected (parameters - before).
 
         A step descends along minus the update, so the directions' inner products change sign, and with them the weights.
@@ -190,7 +272,53 @@ class Projector:
         weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
         combine_(parameters, rows, weights * -sign)
         torch._foreach_add_(parameters, before)
-        self.last = Projection(products, weights, "update")
+        return Projection(products, weights, "update")
+
+    def _settle(self, project: Callable[[], Projection]) -> None:
+        """``last = project()``, and again without the directions that turn out not to be finite, for which nothing was written."""
+        while self._directions:
+            self.last = project()
+            self._unread = _Lengths(self.last.gram)
+            if not self._unread.on_host or not self._read_lengths():
+                break
+
+    def _read_lengths(self) -> bool:
+        """Drop the directions that are known not to be finite; returns whether there were some."""
+        if self._unread is None or _recording():
+            return False
+        bad, self._unread = self._unread.not_finite(), None
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(self._directions)} protected directions (number {', '.join(map(str, bad))}, 0 being the "
+                f"oldest) had a gradient that is inf, nan or overflows, and was dropped: look at the capability loss, or "
+                f"lower the loss scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._directions.drop(bad)
+        return bool(bad)
+
+    def _follow(self, parameters: list[Tensor]) -> None:
+        """Give the directions of parameters that were replaced, one to one, to their successors.
+
+        Raises:
+            RuntimeError: some were replaced, and it is not clear by which.
+        """
+        owners = self._owners
+        if not self._directions or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
+            return
+        left, came = set(owners).difference(parameters), set(parameters).difference(owners)
+        if left and came:
+            pairs = list(zip(owners, parameters, strict=False))
+            same = len(owners) == len(parameters) and all(a is b or (a in left and b in came) for a, b in pairs)
+            if not same or any(_kind(a) != _kind(b) for a, b in pairs):
+                raise RuntimeError(
+                    f"{len(left)} of the optimizer's {len(owners)} parameters were replaced after protect(), and the present "
+                    f"{len(parameters)} do not correspond to them in number, order and shape; call unprotect() and "
+                    f"protect() again"
+                )
+            self._directions.move(dict(pairs))
+        self._owners = parameters
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -202,5 +330,36 @@ class Projector:
                 stacklevel=2,
             )
         state["param_groups"] = None  # the owner knows
-        state["_projected"] = state["_before"] = None  # references do not survive a copy
+        state["_projected"] = state["_before"] = state["_unread"] = None  # references do not survive a copy
+        state["_observers"] = []
         return state
+
+
+class _Lengths:
+    """Squared lengths of the directions of one projection, on their way from the device to the host."""
+
+    def __init__(self, gram: Tensor):
+        lengths = gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
+        self.on_host = lengths.device.type == "cpu"
+        self._copied = None
+        if lengths.is_cuda and not _recording():
+            lengths = lengths.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._lengths = lengths
+
+    def not_finite(self) -> list[int]:
+        """Numbers of the directions that are not finite. Waits for that projection, not for what was queued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        columns = zip(*self._lengths.reshape(-1, self._lengths.shape[-1]).tolist(), strict=True)
+        return [k for k, column in enumerate(columns) if not all(map(math.isfinite, column))]
+
+
+def _recording() -> bool:
+    """Whether this runs under torch.compile or a CUDA graph's capture, which cannot read a value."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _kind(p: Tensor) -> tuple:
+    return p.shape, hasattr(p, "device_mesh")

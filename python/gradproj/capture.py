@@ -1,0 +1,123 @@
+"""Moving a backward pass's gradients out of ``p.grad``: without a copy, except where somebody else may write the memory."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradproj.directions import Direction
+
+
+@contextlib.contextmanager
+def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Direction]:
+    """The gradients that backward passes inside the block make; the dictionary is filled when the block ends.
+
+    ``p.grad`` is None when the block begins and what it was before when it has ended, also after an exception, which leaves
+    the dictionary empty.
+
+    Args:
+        parameters: gives the parameters; asked again at the end, since the block may replace some.
+    Raises:
+        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass.
+        NotImplementedError: a gradient is sparse.
+    """
+    owners = parameters()
+    watches = _watch(owners)
+    aside = [_Aside(p) for p in owners]
+    taken: Direction = {}
+    try:
+        yield taken
+        taken.update((p, _take(p, i)) for i, p in enumerate(parameters()) if p.grad is not None)
+    finally:
+        for watch in watches:
+            watch.remove()
+        for p in parameters():
+            p.grad = None
+        for before in aside:
+            before.put_back()
+
+
+class _Aside:
+    """A gradient that is out of the way for a while. Its contents are kept too where a backward pass may overwrite them."""
+
+    def __init__(self, p: Tensor):
+        self.parameter, self.grad = p, p.grad
+        self.contents = self.grad.clone() if self.grad is not None and _shares_storage(self.grad) else None
+        p.grad = None
+
+    def put_back(self) -> None:
+        if self.grad is not None and self.contents is not None:
+            with torch.no_grad():
+                self.grad.copy_(self.contents)
+        self.parameter.grad = self.grad
+
+
+def _take(p: Tensor, index: int) -> Tensor:
+    kept = _references(p) > _fresh().references  # asked before this function holds the gradient too
+    grad = cast(Tensor, p.grad)
+    if grad.layout != torch.strided:
+        raise NotImplementedError(
+            f"protect(): the gradient of parameter {index} with shape {tuple(p.shape)} has layout {grad.layout}; a "
+            f"projection takes dense ones: build the layer without sparse=True"
+        )
+    return grad.clone() if kept or _shares_storage(grad) else grad
+
+
+def _shares_storage(grad: Tensor) -> bool:
+    """Whether another tensor lies in the memory of ``grad``, through which it may be written.
+
+    DDP's bucket views, contiguous gradient buffers, and gradients of several views of one tensor. Not a DTensor: the
+    gradients of a ``fully_shard`` group are views of one buffer, but each backward pass makes a new one, and what writes
+    to it afterwards is only the accumulation into ``p.grad``.
+    """
+    if grad.layout != torch.strided or hasattr(grad, "device_mesh"):
+        return False
+    return _storage_users(grad) > _fresh().storage_users
+
+
+def _storage_users(grad: Tensor) -> int:
+    return torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
+
+
+def _references(p: Tensor) -> int:
+    """To the Python object ``p.grad``: more than to a fresh one if the caller keeps it, and may zero it."""
+    return sys.getrefcount(p.grad)
+
+
+class _Counts(NamedTuple):
+    references: int
+    storage_users: int
+
+
+@functools.cache
+def _fresh() -> _Counts:
+    """The counts of a gradient that only its parameter has; they differ between versions of Python and torch."""
+    p = torch.zeros(1, requires_grad=True)
+    p.grad = torch.zeros(1)
+    return _Counts(_references(p), _storage_users(p.grad))
+
+
+def _watch(parameters: list[Tensor]) -> list[RemovableHandle]:
+    """Hooks behind the users' own ones that find a parameter stepped, or its gradient freed, during a backward pass."""
+    watches = []
+    for i, p in enumerate(parameters):
+        message = (
+            f"protect(): parameter {i} with shape {tuple(p.shape)} is stepped during the backward pass (optimizer-in-backward); a "
+            f"projection needs the gradients of all parameters at once: remove that hook and call step() after backward()"
+        )
+        if hasattr(p, "_in_backward_optimizers"):
+            raise RuntimeError(message)
+        if not p._post_accumulate_grad_hooks:
+            continue
+
+        def check(p, version=p._version, message=message):
+            if p.grad is None or p._version != version:
+                raise RuntimeError(message)
+
+        watches.append(p.register_post_accumulate_grad_hook(check))
+    return watches
