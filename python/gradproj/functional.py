@@ -1,24 +1,24 @@
 """Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`.
 
 Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter; a
-direction may also be a :class:`gradproj.float8.Float8Row`.
+direction may also be a :class:`gradproj.float8.Float8Row`, and lie in host memory (:class:`gradproj.offload.HostRow`).
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gradproj import distributed, methods, validate
+from gradproj import distributed, methods, offload, validate
 from gradproj.backends import Backend, select
-from gradproj.float8 import Float8Row
+from gradproj.float8 import BLOCK, Float8Row
 
 Buffers = Sequence[Tensor | None]
-Row = Buffers | Float8Row
+Row = Buffers | Float8Row | offload.HostRow
 
 
 class Projection(NamedTuple):
@@ -51,6 +51,11 @@ class Projection(NamedTuple):
         gram = torch.where(finite, self.gram, torch.eye(change.shape[-1]).to(self.gram))
         square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
         return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
+
+    @property
+    def ignored(self) -> Tensor:
+        """[K] bool: directions without any length where there is a gradient; they take no part in a projection."""
+        return self.gram.diagonal(dim1=-2, dim2=-1)[..., 1:] == 0
 
     @property
     def finite(self) -> Tensor:
@@ -235,6 +240,7 @@ class _Call:
         scales: per row, the scales of a float8 row; None if no row is one.
         base, part: one entry per column, or None.
         num_parts: 0 without parts.
+        on_host: which rows have to be brought to the others' device; empty if none.
     """
 
     public: str
@@ -246,12 +252,19 @@ class _Call:
     base: list[Tensor | None] | None = None
     part: list[int] | None = None
     num_parts: int = 0
+    on_host: Sequence[bool] = ()
 
     @classmethod
     def of(cls, public: str, rows: Sequence[Row], names: Sequence[str], base, parts, written: bool) -> "_Call":
         lists: list[list[Tensor | None]] = []
         scales: list[list[Tensor | None]] | None = None
         for row, name in zip(rows, names, strict=True):
+            if isinstance(row, offload.HostRow):
+                if written and not lists:
+                    raise TypeError(
+                        f"{public}: {name} is a HostRow, which is read, not written; pass a list of tensors"
+                    )
+                row = row.row
             if isinstance(row, Tensor):
                 raise TypeError(f"{public}: {name} is a tensor; pass a list of tensors, one per parameter")
             if isinstance(row, Float8Row):
@@ -264,6 +277,8 @@ class _Call:
                 row = row.codes
             lists.append(list(row))
         call = cls(public, lists, names, range(len(lists[0])), written, scales)
+        if offload.HostRow in set(map(type, rows)):
+            call.on_host = [isinstance(row, offload.HostRow) for row in rows]
         if base is not None:
             call.base = list(base)
         if parts is not None:
@@ -313,20 +328,30 @@ class _Call:
     def all_rows(self) -> list[list[Tensor | None]]:
         return self.rows if self.base is None else [*self.rows, self.base]
 
+    def _first(self, columns: Sequence[int] | None = None) -> Tensor | None:
+        """A tensor on the device where these columns are computed: one of the host's only if there is no other."""
+        on_host = self.on_host or [False] * len(self.rows)
+        rows = [row for row, host in zip(self.rows, on_host, strict=True) if not host]
+        for row in (*rows, *self.rows):
+            for t in row if columns is None else (row[i] for i in columns):
+                if t is not None:
+                    return t
+        return None
+
     @functools.cached_property
     def backend(self) -> Backend:
-        first = next(t for row in self.rows for t in row if t is not None)
+        first = self._first()
         if not isinstance(first, Tensor):
             self.check()
-        return select(first.device.type)
+        return select(cast(Tensor, first).device.type)
 
     @functools.cached_property
     def by_device(self) -> list["_Call"]:
         """One call per device, after everything that any of them would refuse has been looked for."""
         self.check()
         where: dict[torch.device, list[int]] = {}
-        for i, column in enumerate(zip(*self.rows, strict=True)):
-            first = next((t for t in column if t is not None), None)
+        for i in range(len(self.kept)):
+            first = self._first([i])
             if first is not None:
                 where.setdefault(first.device, []).append(i)
         return [self.columns(indices) for indices in where.values()]
@@ -336,25 +361,63 @@ class _Call:
         return torch.zeros(*self.lead, len(self.rows), len(self.rows), dtype=torch.float64, device=device)
 
     def gram(self, known: Tensor | None) -> Tensor:
+        if any(self.on_host):
+            return self._sum((call.gram(known) for call in self._buckets()), known)
         try:
             return self._run("gram", lambda op, c: op(_flat(c.rows), len(c.rows), c._here(known), *c._extras(0)))
         except _SeveralDevices:
-            first, *others = [call.gram(known) for call in self.by_device]
-            for products in others:
-                first += products.to(first.device)
-            if known is not None:
-                first[..., 1:, 1:] = known
-            return first
+            return self._sum((call.gram(known) for call in self.by_device), known)
+
+    def _sum(self, grams: Iterator[Tensor], known: Tensor | None) -> Tensor:
+        """The Gram of all columns from those of some."""
+        total = next(grams)
+        for products in grams:
+            total += products.to(total.device)
+        if known is not None:
+            total[..., 1:, 1:] = known
+        return total
 
     def combine(self, weights: Tensor) -> None:
+        if any(self.on_host):
+            for call in self._buckets(backwards=True):
+                call.combine(weights)
+            return
         try:
             self._run("combine_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), c._here(weights), *c._extras(1)))
         except _SeveralDevices:
             for call in self.by_device:
                 call.combine(weights)
 
+    def _buckets(self, backwards: bool = False) -> Iterator["_Call"]:
+        """The call in pieces, the host's rows of each brought to the device of its others."""
+        if (
+            len(self.by_device) > 1
+        ):  # it has also looked for what would be refused: a bucket is written only if all can be
+            for call in self.by_device:
+                yield from call._buckets(backwards)
+            return
+        self._take_real_views()
+        lists = [offload.Buffers(row, host) for row, host in zip(self.rows, self.on_host, strict=True)]
+        if self.scales is not None:
+            lists += [offload.Buffers(s, host, BLOCK) for s, host in zip(self.scales, self.on_host, strict=True)]
+        if self.base is not None:
+            lists.append(offload.Buffers(self.base, False))
+        first = cast(Tensor, self._first())
+        for cuts, buffers in offload.walk(lists, first.device, backwards):
+            yield dataclasses.replace(
+                self,
+                rows=buffers[: len(self.rows)],
+                kept=[self.kept[cut.column] for cut in cuts],
+                scales=None if self.scales is None else buffers[len(self.rows) : 2 * len(self.rows)],
+                base=None if self.base is None else buffers[-1],
+                part=None if self.part is None else [self.part[cut.column] for cut in cuts],
+                on_host=(),
+            )
+
     def project(self, rule: methods.Rule, known: Tensor | None) -> tuple[Tensor, Tensor]:
         try:
+            if any(self.on_host):
+                raise _SeveralDevices
             return self._run(
                 "project_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), *rule, c._here(known), *c._extras(1))
             )
@@ -382,7 +445,9 @@ class _Call:
         scaled = [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
         chosen: Backend | None = self.__dict__.get("backend")  # not asked for: choosing one may lead here
         backend = chosen.name if chosen else ""
-        validate.check(self.public, self.all_rows, [*self.names, "base"], self.kept, self.written, scaled, backend)
+        validate.check(
+            self.public, self.all_rows, [*self.names, "base"], self.kept, self.written, scaled, backend, self.on_host
+        )
         if self.scales is not None:
             validate.check_scales(self.public, self.rows, self.scales, self.names, self.kept)
 
