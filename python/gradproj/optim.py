@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch.optim import Optimizer
 
 from gradproj import checkpoint, methods
 from gradproj.functional import Projection
-from gradproj.projector import Projector
+from gradproj.projector import Per, Projector
 
 
 class ProjectedOptimizer(Optimizer):
@@ -30,6 +31,9 @@ class ProjectedOptimizer(Optimizer):
         save_directions: ``state_dict()`` holds the protected directions too, as entries ``"protected_0"``, ``"protected_1"``, ..
             (oldest first) of each parameter's state, K more copies of the gradients. Whatever does not know them ignores
             them, once a step has made the rest of the state; ``load_state_dict`` restores them whenever they are there.
+        per: ``"model"``, ``"group"`` or ``"tensor"``: what is projected as one vector.
+        store_dtype, store_device, average: how directions are kept; see :class:`gradproj.directions.Directions`.
+        refresh_every: after how many steps ``protection_due`` asks for a new direction.
     Raises:
         TypeError, ValueError, NotImplementedError: not an optimizer, an unknown setting, DeepSpeed's engine.
 
@@ -52,12 +56,29 @@ class ProjectedOptimizer(Optimizer):
         group=None,
         eps: float = 0.0,
         save_directions: bool = False,
+        per: Per = "model",
+        store_dtype: torch.dtype | None = None,
+        store_device: torch.device | str | None = None,
+        average: float | None = None,
+        refresh_every: int = 1,
     ):
         _check("ProjectedOptimizer", optimizer)
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
         self.optimizer = optimizer
-        self.projector = Projector(self._live_groups, method, directions, space, group, eps)
+        self.projector = Projector(
+            self._live_groups,
+            method,
+            directions,
+            space,
+            group,
+            eps,
+            per,
+            store_dtype,
+            store_device,
+            average,
+            refresh_every,
+        )
         self.save_directions = save_directions
 
     def _live_groups(self) -> list[dict[str, Any]]:
@@ -68,6 +89,15 @@ class ProjectedOptimizer(Optimizer):
     def protect(self):
         """Context manager: the gradients made inside become one protected direction. See :meth:`Projector.protect`."""
         return self.projector.protect()
+
+    def protect_each(self, losses) -> None:
+        """One protected direction per loss. See :meth:`Projector.protect_each`."""
+        self.projector.protect_each(losses)
+
+    @property
+    def protection_due(self) -> bool:
+        """Whether nothing was protected in the last ``refresh_every`` steps."""
+        return self.projector.protection_due
 
     def unprotect(self) -> None:
         """Forget all protected directions; the next ``step()`` is the plain step."""
@@ -184,6 +214,11 @@ def attach(
     group=None,
     eps: float = 0.0,
     save_directions: bool = False,
+    per: Per = "model",
+    store_dtype: torch.dtype | None = None,
+    store_device: torch.device | str | None = None,
+    average: float | None = None,
+    refresh_every: int = 1,
 ) -> Projector:
     """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's hooks.
 
@@ -199,7 +234,19 @@ def attach(
         raise TypeError(
             f"attach: {type(optimizer).__name__} has no step hooks, because it is a wrapper; attach to the optimizer that it wraps"
         )
-    projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps)
+    projector = Projector(
+        lambda: optimizer.param_groups,
+        method,
+        directions,
+        space,
+        group,
+        eps,
+        per,
+        store_dtype,
+        store_device,
+        average,
+        refresh_every,
+    )
     projector._attached = True
 
     def before(_, args, kwargs):
