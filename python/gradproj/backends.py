@@ -100,6 +100,8 @@ def backends() -> dict[str, Backend]:
 def use_backend(name: str) -> Iterator[None]:
     """Run everything inside on one backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
+    ``torch.compile`` decides when it traces: what was compiled outside keeps the backend that it has.
+
     Raises:
         ValueError: an unknown name.
         RuntimeError: a backend that cannot run here, with the reason.
@@ -138,3 +140,7 @@ def select(device_type: str) -> Backend:
             f"leave use_backend({name!r})"
         )
     return backend
+
+
+# torch.compiler.assume_constant_result, without importing the compiler now: a context variable and the disk cannot be traced.
+select.__dict__["_dynamo_marked_constant"] = True

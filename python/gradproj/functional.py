@@ -253,6 +253,8 @@ class _Call:
     part: list[int] | None = None
     num_parts: int = 0
     on_host: Sequence[bool] = ()
+    # Not functools.cached_property: torch.compile does not trace its lock (Python < 3.12).
+    _backend: Backend | None = dataclasses.field(default=None, init=False)
 
     @classmethod
     def of(cls, public: str, rows: Sequence[Row], names: Sequence[str], base, parts, written: bool) -> "_Call":
@@ -338,12 +340,14 @@ class _Call:
                     return t
         return None
 
-    @functools.cached_property
+    @property
     def backend(self) -> Backend:
-        first = self._first()
-        if not isinstance(first, Tensor):
-            self.check()
-        return select(cast(Tensor, first).device.type)
+        if self._backend is None:
+            first = self._first()
+            if not isinstance(first, Tensor):
+                self.check()
+            self._backend = select(cast(Tensor, first).device.type)
+        return self._backend
 
     @functools.cached_property
     def by_device(self) -> list["_Call"]:
@@ -389,10 +393,11 @@ class _Call:
                 call.combine(weights)
 
     def _buckets(self, backwards: bool = False) -> Iterator["_Call"]:
-        """The call in pieces, the host's rows of each brought to the device of its others."""
-        if (
-            len(self.by_device) > 1
-        ):  # it has also looked for what would be refused: a bucket is written only if all can be
+        """The call in pieces, the host's rows of each brought to the device of its others.
+
+        What any of them would refuse is looked for first: a bucket is written only if all can be.
+        """
+        if len(self.by_device) > 1:
             for call in self.by_device:
                 yield from call._buckets(backwards)
             return
@@ -443,8 +448,7 @@ class _Call:
 
     def check(self) -> None:
         scaled = [] if self.scales is None else [any(s is not None for s in row) for row in self.scales]
-        chosen: Backend | None = self.__dict__.get("backend")  # not asked for: choosing one may lead here
-        backend = chosen.name if chosen else ""
+        backend = self._backend.name if self._backend else ""  # not asked for: choosing one may lead here
         validate.check(
             self.public, self.all_rows, [*self.names, "base"], self.kept, self.written, scaled, backend, self.on_host
         )

@@ -143,7 +143,8 @@ class ProjectedOptimizer(Optimizer):
         return f"ProjectedOptimizer(method={p.method!r}, protected={len(p)}, space={p.space!r}, {self.optimizer!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # Only what is ours: a scheduler leaves its own step() in __dict__, which can be neither copied nor pickled.
+        return {name: self.__dict__[name] for name in ("optimizer", "projector", "save_directions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports the compiler only when needed
 
 from gradproj import checkpoint, methods
 from gradproj.capture import captured
@@ -235,13 +236,15 @@ class Projector:
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
 
+    # Not traced: what is decided here changes from step to step, and each change would compile the step anew.
+    @_disable_dynamo
     def before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """To call before the inner step; returns the closure to give to it."""
         if self._protecting:
             raise RuntimeError(
                 "step() inside protect(): the gradients made there are not for a step; leave the block first"
             )
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
                 "once; remove that hook and call step() after backward()"
@@ -268,6 +271,7 @@ class Projector:
 
         return guarded
 
+    @_disable_dynamo
     def after_step(self) -> None:
         """To call after the inner step."""
         self._projected = None
@@ -347,7 +351,7 @@ class Projector:
 
     def _read_lengths(self) -> bool:
         """Drop the directions that are known not to be finite; returns whether there were some."""
-        if self._unread is None or _recording():
+        if self._unread is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return False
         bad, self._unread = self._unread.not_finite(), None
         if bad:
@@ -406,7 +410,7 @@ class _Lengths:
         lengths = gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
         self.on_host = lengths.device.type == "cpu"
         self._copied = None
-        if lengths.is_cuda and not _recording():
+        if lengths.is_cuda and not torch.cuda.is_current_stream_capturing():
             lengths = lengths.to("cpu", non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -418,11 +422,6 @@ class _Lengths:
             self._copied.synchronize()
         columns = zip(*self._lengths.reshape(-1, self._lengths.shape[-1]).tolist(), strict=True)
         return [k for k, column in enumerate(columns) if not all(map(math.isfinite, column))]
-
-
-def _recording() -> bool:
-    """Whether this runs under torch.compile or a CUDA graph's capture, which cannot read a value."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _like(p: Tensor) -> Tensor:
