@@ -15,7 +15,7 @@ MOST = 64  # what the kernels take in one pass
 STORE_DTYPES = (None, torch.bfloat16, torch.float16, float8.DTYPE)
 
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
-_Stored = dict[Tensor, Any]  # parameter -> tensor, or the Float8Row of one buffer
+_Stored = dict[Any, Any]  # parameter -> tensor, or the Float8Row of one buffer
 
 
 class _Known(NamedTuple):
@@ -147,13 +147,9 @@ class Directions:
         products instead of (K + 1)(K + 2) / 2. None if it would take a walk over host memory of its own: the projection
         then computes all products in its walk, and :meth:`keep` gets them.
         """
-        columns = [i for i, g in enumerate(grads) if g is not None]
+        columns = [None if g is None else p for g, p in zip(grads, parameters, strict=True)]
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = tuple(id(parameters[i]) for i in columns)
-        if parts is not None:
-            parts = [*parts]
-            key += tuple(parts)
-            parts = [parts[i] for i in columns]
+        key = (*map(id, columns), *(parts or ()))
         serials = tuple(self._serials)
         products, kept = None, 0
         known = self._known
@@ -164,7 +160,7 @@ class Directions:
         if kept < len(serials) and self._device is not None:
             products = None
         else:
-            rows = [self._row(direction, [parameters[i] for i in columns]) for direction in self._stored]
+            rows = [self._row(direction, columns) for direction in self._stored]
             if products is None:
                 products, kept = functional.gram(*rows, parts=parts), len(rows)
             for r in range(kept, len(rows)):
@@ -179,7 +175,7 @@ class Directions:
         if self._known is not None and self._known.gram is None:
             self._known = self._known._replace(gram=products)
 
-    def _row(self, direction: _Stored, parameters: Iterable[Tensor]) -> functional.Row:
+    def _row(self, direction: _Stored, parameters: Iterable[Tensor | None]) -> functional.Row:
         row: functional.Row
         if self._dtype == float8.DTYPE:
             entries = [direction.get(p, _ABSENT) for p in parameters]
