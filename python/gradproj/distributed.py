@@ -11,16 +11,16 @@ def device(group) -> torch.device:
 
 
 def reduce_gram(gram: Tensor, group) -> Tensor:
-    """Sum the Gram of every rank's shards: one all_reduce of (K + 1)(K + 2) / 2 float64 numbers.
+    """Sum the Gram of every rank's shards: one all_reduce of (K + 1)(K + 2) / 2 float64 numbers per part.
 
     Every rank of ``group`` must call it, one that owns nothing included.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group= was given but torch.distributed is not initialised; call init_process_group() first")
-    upper = torch.triu_indices(*gram.shape, device=gram.device)
-    packed = gram[upper[0], upper[1]]
+    i, j = torch.triu_indices(*gram.shape[-2:], device=gram.device)
+    packed = gram[..., i, j]
     dist.all_reduce(packed, group=group)
     total = torch.empty_like(gram)
-    total[upper[0], upper[1]] = packed
-    total[upper[1], upper[0]] = packed
+    total[..., i, j] = packed
+    total[..., j, i] = packed
     return total
