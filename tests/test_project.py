@@ -212,7 +212,7 @@ def test_buffers_on_several_devices(on, monkeypatch, method, known):
     info = gradproj.project_(expected, *ds, method=method)
     products = gradproj.gram(*ds) if known else None
     devices = []
-    monkeypatch.setattr(functional, "_device_of", lambda column: devices.append(column[0].numel() % 2) or devices[-1])
+    monkeypatch.setattr(functional, "_device_of", lambda t: devices.append(t.numel() % 2) or devices[-1])
     monkeypatch.setattr(functional._Call, "_run", functools.partialmethod(_split_first, functional._Call._run))
     again = gradproj.project_(g, *ds, method=method, known=products)
     assert set(devices) == {0, 1}
@@ -230,7 +230,7 @@ def _split_first(call, run, name, op):
 
 def test_a_device_that_refuses_leaves_the_others_unwritten(on, monkeypatch):
     g = [torch.ones(4, device=on.device), torch.ones(3, dtype=torch.int64, device=on.device)]
-    monkeypatch.setattr(functional, "_device_of", lambda column: column[0].numel() % 2)
+    monkeypatch.setattr(functional, "_device_of", lambda t: t.numel() % 2)
     with pytest.raises(TypeError, match=r"grads\[1\] has dtype torch.int64 \(shape \(3,\)"):
         gradproj.project_(g, [torch.ones(4, device=on.device), torch.ones(3, device=on.device)])
     assert g[0].eq(1).all()

@@ -8,7 +8,7 @@
 
 namespace gradproj::cpu {
 
-constexpr int kTile = 1024;  // elements: R rows of float32 fit L1 for K = 1..7
+constexpr int kTile = 1024;  // elements at most: R rows of float32 fit L1 for K = 1..7
 constexpr int kLanes = 8;    // float64 partial sums per pair of rows, added up once per task
 
 // Rows of storage type S, computed in T.
@@ -25,7 +25,9 @@ struct RowKernels {
 // Between a dtype's storage and T; contiguous.
 template <typename T>
 struct Converters {
-  void (*load)(const char* source, DType dtype, T* out, int64_t n);
+  void (*load)(const char* source, DType dtype, T* out, int64_t n);  // f8: the codes alone
+  // Elements start to start + n of a float8 buffer with its scales.
+  void (*load_blocks)(const char* codes, const float* scales, int64_t start, T* out, int64_t n);
   void (*store)(const T* source, char* out, DType dtype, int64_t n);
 };
 

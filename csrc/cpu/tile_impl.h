@@ -209,24 +209,41 @@ inline uint16_t to_f16(float f) {
 }
 #endif
 
+// f(i, count) for one cache line of s after the other, asking for the line that the next tile will want: with many rows the
+// processor's own prefetcher does not keep up. All counts but the last are the same constant.
+template <typename S, typename F>
+inline void in_lines(const S* s, int64_t n, const F& f) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    prefetch(s + i + kTile);
+    f(i, kLine);
+  }
+  f(i, n - i);
+}
+
 template <typename T, typename S>
 inline void convert(const char* source, T* out, int64_t n) {
   const S* s = reinterpret_cast<const S*>(source);
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(s[i]);
+  in_lines(s, n, [&](int64_t start, int64_t count) {
+    for (int64_t i = start; i < start + count; ++i) out[i] = static_cast<T>(s[i]);
+  });
 }
 
 template <typename T>
 void load_f16(const uint16_t* s, T* out, int64_t n) {
+  in_lines(s, n, [&](int64_t i, int64_t count) {
+    const int64_t stop = i + count;
 #if defined(__F16C__)
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i)));
-    for (int l = 0; l < 8; ++l) out[i + l] = static_cast<T>(wide[l]);
-  }
-  for (; i < n; ++i) out[i] = static_cast<T>(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(s[i]))));
+    for (; i + 8 <= stop; i += 8) {
+      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i)));
+      for (int l = 0; l < 8; ++l) out[i + l] = static_cast<T>(wide[l]);
+    }
+    for (; i < stop; ++i) out[i] = static_cast<T>(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(s[i]))));
 #else
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f16(s[i]));
+    for (; i < stop; ++i) out[i] = static_cast<T>(from_f16(s[i]));
 #endif
+  });
 }
 
 template <typename T>
@@ -246,28 +263,72 @@ void store_f16(const T* s, uint16_t* out, int64_t n) {
 #endif
 }
 
-// e4m3fn: rebased by a multiplication like float16; no infinity, one NaN. Scales are the caller's.
+// e4m3fn: rebased by a multiplication like float16; no infinity, one NaN.
+inline float from_f8(uint8_t code) {
+  const uint32_t magnitude = static_cast<uint32_t>(code & 0x7fu) << 20;
+  const float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, 0x7b800000u);  // 2^120
+  const uint32_t nan = magnitude == 0x07f00000u ? 0x7fc00000u : 0u;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | nan | static_cast<uint32_t>(code & 0x80u) << 24);
+}
+
+inline bool any_nan_f8(const uint8_t* s, int64_t n) {
+  uint8_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= static_cast<uint8_t>((s[i] & 0x7fu) == 0x7fu);
+  return found;
+}
+
+// One block's codes, all with one scale.
 template <typename T>
-void load_f8(const uint8_t* s, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = static_cast<uint32_t>(s[i] & 0x7fu) << 20;
-    const float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, 0x7b800000u);  // 2^120
-    const uint32_t nan = magnitude == 0x07f00000u ? 0x7fc00000u : 0u;
-    out[i] = static_cast<T>(
-        __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | nan | static_cast<uint32_t>(s[i] & 0x80u) << 24));
+inline void load_f8(const uint8_t* s, float scale, T* out, int64_t n) {
+#if defined(__F16C__)
+  // A code shifted into the place of a float16 is that number times 2^-8, subnormals included, which the processor converts
+  // at full speed. Only the NaN has no place there.
+  if constexpr (sizeof(T) == 4)
+    if (!any_nan_f8(s, n)) {
+      const float factor = scale * 256.0f;
+      return in_lines(s, n, [&](int64_t i, int64_t count) {
+        const int64_t stop = i + count;
+#if GRADPROJ_VECTOR_BYTES == 64
+        for (; i + 16 <= stop; i += 16) {
+          const __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i))), 8);
+          const __m256i half = _mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+          _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half) * factor);
+        }
+#endif
+        for (; i + 8 <= stop; i += 8) {
+          const __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + i))), 8);
+          const __m128i half = _mm_and_si128(_mm_srai_epi16(word, 1), _mm_set1_epi16(static_cast<short>(0xbf80)));
+          _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half) * factor);
+        }
+        for (; i < stop; ++i) out[i] = from_f8(s[i]) * scale;
+      });
+    }
+#endif
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f8(s[i])) * static_cast<T>(scale);
+}
+
+template <typename T>
+void load_blocks(const char* codes, const float* scales, int64_t start, T* out, int64_t n) {
+  const uint8_t* s = reinterpret_cast<const uint8_t*>(codes);
+  for (int64_t done = 0; done < n;) {
+    const int64_t at = start + done, left = kScaleBlock - at % kScaleBlock, count = n - done < left ? n - done : left;
+    load_f8<T>(s + at, scales[at / kScaleBlock], out + done, count);
+    done += count;
   }
 }
 
 template <typename T>
 void load_tile(const char* source, DType dtype, T* out, int64_t n) {
   switch (dtype) {
-    case DType::f8: return load_f8<T>(reinterpret_cast<const uint8_t*>(source), out, n);
+    case DType::f8: return load_f8<T>(reinterpret_cast<const uint8_t*>(source), 1.0f, out, n);
     case DType::f32: return convert<T, float>(source, out, n);
     case DType::f64: return convert<T, double>(source, out, n);
     case DType::f16: return load_f16<T>(reinterpret_cast<const uint16_t*>(source), out, n);
     case DType::bf16: {
       const uint16_t* s = reinterpret_cast<const uint16_t*>(source);
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_bf16(s[i]));
+      in_lines(s, n, [&](int64_t start, int64_t count) {
+        for (int64_t i = start; i < start + count; ++i) out[i] = static_cast<T>(from_bf16(s[i]));
+      });
     }
   }
 }
@@ -306,8 +367,8 @@ void store_tile(const T* source, char* out, DType dtype, int64_t n) {
     static constexpr Kernels table = {{gram<float, float>, combine<float, float>},                     \
                                       {gram<double, double>, combine<double, double>},                 \
                                       {gram<float, BF16>, combine<float, BF16>},                       \
-                                      {load_tile<float>, store_tile<float>},                           \
-                                      {load_tile<double>, store_tile<double>},                         \
+                                      {load_tile<float>, load_blocks<float>, store_tile<float>},                           \
+                                      {load_tile<double>, load_blocks<double>, store_tile<double>},                         \
                                       GRADPROJ_QUOTE(GRADPROJ_ISA)};                                   \
     return table;                                                                                      \
   }                                                                                                    \

@@ -15,9 +15,14 @@ namespace gradproj::cpu {
 constexpr int64_t kTaskElements = 1 << 16;  // at least: a smaller plan is one task, run on the calling thread
 constexpr int64_t kMaxTasks = 1024;
 
+inline bool one_dtype(const Plan& plan) {
+  return std::all_of(plan.views.begin(), plan.views.end(), [&](const RowView& v) { return !v.data || v.dtype == plan.views[0].dtype; });
+}
+
 struct Tasks {
   int64_t count;
   int64_t elements;              // per task
+  int64_t tile;                  // elements: shorter where many rows have to be converted, so that they fit L1
   std::vector<int64_t> starts;   // of every piece, in elements, and the total
 };
 
@@ -35,6 +40,7 @@ inline Tasks make_tasks(const Plan& plan, int64_t partial_bytes) {
   tasks.elements = std::max(kTaskElements, (total + most - 1) / most);
   tasks.elements = (tasks.elements + kTile - 1) / kTile * kTile;
   tasks.count = (total + tasks.elements - 1) / tasks.elements;
+  tasks.tile = plan.rows > 4 && !one_dtype(plan) ? kTile / 2 : kTile;
   return tasks;
 }
 
@@ -119,8 +125,15 @@ class TileReader {
       return reinterpret_cast<const T*>(dense);
     }
     T* out = buffer(row);
+    if (view.dtype == DType::f8 && piece.ndim == 0) {
+      converters_.load_blocks(view.data, view.scale, start, out, n);
+      return out;
+    }
     converters_.load(dense, view.dtype, out, n);
-    if (view.dtype == DType::f8) apply_scales(piece, row, view.scale, start, n, out);
+    if (view.dtype == DType::f8)
+      for_each_run(plan_, piece, row, start, n, [&](int64_t offset, int64_t stride, int64_t done, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) out[done + i] *= static_cast<T>(view.scale[(offset + i * stride) / kScaleBlock]);
+      });
     return out;
   }
 
@@ -164,18 +177,6 @@ class TileReader {
   }
 
  private:
-  void apply_scales(const Piece& piece, int row, const float* scale, int64_t start, int64_t n, T* out) {
-    auto run = [&](int64_t offset, int64_t stride, int64_t done, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) out[done + i] *= static_cast<T>(scale[(offset + i * stride) / kScaleBlock]);
-    };
-    if (piece.ndim > 0) return for_each_run(plan_, piece, row, start, n, run);
-    for (int64_t done = 0; done < n;) {
-      const int64_t offset = start + done, count = std::min(n - done, kScaleBlock - offset % kScaleBlock);
-      const T factor = static_cast<T>(scale[offset / kScaleBlock]);
-      for (int64_t i = 0; i < count; ++i) out[done + i] *= factor;
-      done += count;
-    }
-  }
   const T* zeros() {
     if (zeros_.empty()) zeros_.assign(kTile, T(0));
     return zeros_.data();
@@ -205,7 +206,7 @@ void for_each_tile(const Plan& plan, const Tasks& tasks, int64_t task, const F& 
   size_t piece = static_cast<size_t>(std::upper_bound(tasks.starts.begin(), tasks.starts.end(), begin) - tasks.starts.begin()) - 1;
   for (int64_t at = begin; at < end;) {
     const int64_t start = at - tasks.starts[piece];
-    const int64_t n = std::min({plan.pieces[piece].numel - start, end - at, int64_t{kTile}});
+    const int64_t n = std::min({plan.pieces[piece].numel - start, end - at, tasks.tile});
     f(piece, start, n);
     at += n;
     if (start + n == plan.pieces[piece].numel) ++piece;

@@ -366,6 +366,15 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [_local(t) if _is_dtensor(t) else t for t in tensors]
 
 
+def like_shard(shard: Tensor, like: Any) -> Tensor:
+    """This rank's shard of something that lies over the ranks as the DTensor ``like`` does, as a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def _dtensor_types(tensors: Iterable[Tensor | None]) -> set[type]:
     """Which of the tensors' types are DTensors, without a look at every tensor."""
     kinds = set(map(type, tensors)) - PLAIN_TYPES

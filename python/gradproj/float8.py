@@ -2,7 +2,8 @@
 
 Element i of a buffer, in the order of memory, stands for ``codes[i] * scales[i // 512]``. A scale maps the largest element of
 its block to 448, the largest number of e4m3fn, so an element is off by at most 2^-4 of itself, or by 2^-10 * 448 / 2^9 of its
-block's largest. Source of the format: Micikevicius et al. 2022, "FP8 Formats for Deep Learning".
+block's largest. A scale has 16 significant bits, so that ``codes[i] * scales[i // 512]`` is exact in float32, and quantising
+what a row stands for gives the same row. Source of the format: Micikevicius et al. 2022, "FP8 Formats for Deep Learning".
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ class Float8Row(NamedTuple):
 
 def quantize(row: Iterable[Tensor | None]) -> Float8Row:
     """Reads N bytes and writes N / 4 of a float32 row. A non-finite element makes its block's scale non-finite."""
-    pairs = [(None, None) if t is None else _quantize(_real(t.detach())) for t in row]
+    pairs = [(None, None) if t is None else _quantize(real(t.detach())) for t in row]
     return Float8Row([codes for codes, _ in pairs], [scales for _, scales in pairs])
 
 
@@ -41,19 +42,19 @@ def dequantize(row: Float8Row, dtype: torch.dtype = torch.float32) -> list[Tenso
         if codes is None or scales is None:
             out.append(None)
             continue
-        values = _in_memory(codes).to(torch.float64)
+        values = in_memory(codes).to(torch.float64)
         values *= scales.double().repeat_interleave(BLOCK)[: values.numel()]
         target = torch.empty_like(codes, dtype=dtype)
-        _in_memory(target).copy_(values)
+        in_memory(target).copy_(values)
         out.append(target)
     return out
 
 
-def _real(t: Tensor) -> Tensor:
+def real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
-def _in_memory(t: Tensor) -> Tensor:
+def in_memory(t: Tensor) -> Tensor:
     """A gap-free tensor's elements in the order of memory."""
     return t.as_strided((t.numel(),), (1,))
 
@@ -66,12 +67,17 @@ def _quantize(t: Tensor) -> tuple[Tensor, Tensor]:
         dense.copy_(t)
     codes = torch.empty_like(dense, dtype=DTYPE)
     scales = torch.empty(-(-t.numel() // BLOCK), dtype=torch.float32, device=t.device)
-    source, target = _in_memory(dense), _in_memory(codes)
+    source, target = in_memory(dense), in_memory(codes)
     for start in range(0, t.numel(), _CHUNK):
         part = source[start : start + _CHUNK].float()
         padded = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
-        scale = padded.abs().amax(dim=1) / torch.finfo(DTYPE).max
+        scale = _upwards(padded.abs().amax(dim=1) / torch.finfo(DTYPE).max)
         scales[start // BLOCK : start // BLOCK + len(scale)] = scale
         unit = torch.where(scale > 0, scale, 1.0)[:, None]
         target[start : start + _CHUNK] = (padded / unit).view(-1)[: part.numel()].to(DTYPE)
     return codes, scales
+
+
+def _upwards(scale: Tensor) -> Tensor:
+    """Rounded up to 16 significant bits; the largest element of the block still rounds to the largest code."""
+    return (scale.view(torch.int32) + 0xFF).bitwise_and_(~0xFF).view(torch.float32)

@@ -1,23 +1,23 @@
 """Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`.
 
 Row 0 is the gradient, rows 1..K the protected directions. A row is a list with one tensor (or None) per parameter; a
-direction may also be a :class:`gradproj.float8.Float8Row`.
+direction may also be a :class:`gradproj.float8.Float8Row`, and lie in host memory (:class:`gradproj.offload.HostRow`).
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gradproj import distributed, methods, validate
+from gradproj import distributed, methods, offload, validate
 from gradproj.backends import Backend, select
-from gradproj.float8 import Float8Row
+from gradproj.float8 import BLOCK, Float8Row
 
 Buffers = Sequence[Tensor | None]
-Row = Buffers | Float8Row
+Row = Buffers | Float8Row | offload.HostRow
 
 
 class Projection(NamedTuple):
@@ -50,6 +50,11 @@ class Projection(NamedTuple):
         gram = torch.where(finite, self.gram, torch.eye(change.shape[-1], dtype=torch.float64, device=change.device))
         square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
         return square.clamp(min=0).sqrt() / gram[..., 0, 0].sqrt()
+
+    @property
+    def ignored(self) -> Tensor:
+        """[K] bool: directions without any length where there is a gradient; they take no part in a projection."""
+        return self.gram.diagonal(dim1=-2, dim2=-1)[..., 1:] == 0
 
     @property
     def finite(self) -> Tensor:
@@ -272,8 +277,8 @@ def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
     return list(itertools.chain.from_iterable(rows))
 
 
-def _device_of(column: Sequence[Tensor | None]) -> torch.device | None:
-    return next((t.device for t in column if t is not None), None)
+def _device_of(t: Tensor) -> torch.device:
+    return t.device
 
 
 class _SeveralDevices(Exception):
@@ -297,6 +302,7 @@ class _Call:
         base, part: one entry per column, or None.
         num_parts: 0 without parts.
         shards: what this rank has of rows that are spread over ranks; ``rows`` and ``base`` are then local. None if they are not.
+        on_host: which rows have to be brought to the others' device; empty if none.
     """
 
     public: str
@@ -309,6 +315,7 @@ class _Call:
     part: list[int] | None = None
     num_parts: int = 0
     shards: distributed.Shards | None = None
+    on_host: Sequence[bool] = ()
     # Not functools.cached_property: torch.compile does not trace its lock (Python < 3.12).
     _backend: Backend | None = dataclasses.field(default=None, init=False)
     _per_device: list["_Call"] | None = dataclasses.field(default=None, init=False)
@@ -318,6 +325,12 @@ class _Call:
         lists: list[list[Tensor | None]] = []
         scales: list[list[Tensor | None]] | None = None
         for row, name in zip(rows, names, strict=True):
+            if isinstance(row, offload.HostRow):
+                if written and not lists:
+                    raise TypeError(
+                        f"{public}: {name} is a HostRow, which is read, not written; pass a list of tensors"
+                    )
+                row = row.row
             if isinstance(row, Tensor):
                 raise TypeError(f"{public}: {name} is a tensor; pass a list of tensors, one per parameter")
             if isinstance(row, Float8Row):
@@ -330,6 +343,8 @@ class _Call:
                 row = row.codes
             lists.append(list(row))
         call = cls(public, lists, names, range(len(lists[0])), written, scales)
+        if offload.HostRow in set(map(type, rows)):
+            call.on_host = [isinstance(row, offload.HostRow) for row in rows]
         if base is not None:
             call.base = list(base)
         if parts is not None:
@@ -394,13 +409,23 @@ class _Call:
     def all_rows(self) -> list[list[Tensor | None]]:
         return self.rows if self.base is None else [*self.rows, self.base]
 
+    def _first(self, columns: Sequence[int] | None = None) -> Tensor | None:
+        """A tensor on the device where these columns are computed: one of the host's only if there is no other."""
+        on_host = self.on_host or [False] * len(self.rows)
+        rows = [row for row, host in zip(self.rows, on_host, strict=True) if not host]
+        for row in (*rows, *self.rows):
+            for t in row if columns is None else (row[i] for i in columns):
+                if t is not None:
+                    return t
+        return None
+
     @property
     def backend(self) -> Backend:
         if self._backend is None:
-            first = next(t for row in self.rows for t in row if t is not None)
+            first = self._first()
             if not isinstance(first, Tensor):
                 self.check()
-            self._backend = select(first.device.type)
+            self._backend = select(cast(Tensor, first).device.type)
         return self._backend
 
     def by_device(self) -> list["_Call"]:
@@ -409,10 +434,10 @@ class _Call:
             return self._per_device
         self.check()
         where: dict[torch.device, list[int]] = {}
-        for i, column in enumerate(zip(*self.rows, strict=True)):
-            device = _device_of(column)
-            if device is not None:
-                where.setdefault(device, []).append(i)
+        for i in range(len(self.kept)):
+            first = self._first([i])
+            if first is not None:
+                where.setdefault(_device_of(first), []).append(i)
         self._per_device = [self.columns(indices) for indices in where.values()]
         return self._per_device
 
@@ -438,28 +463,71 @@ class _Call:
         return self.columns(columns)._gram(known)
 
     def _gram(self, known: Tensor | None) -> Tensor:
+        if any(self.on_host):
+            return self._sum((call._gram(known) for call in self._buckets()), known)
         try:
             return self._run("gram", lambda op, c: op(_flat(c.rows), len(c.rows), c._here(known), *c._extras(0)))
         except _SeveralDevices:
-            first, *others = [call._gram(known) for call in self.by_device()]
-            for products in others:
-                first += products.to(first.device)
-            if known is not None:
-                first[..., 1:, 1:] = known
-            return first
+            return self._sum((call._gram(known) for call in self.by_device()), known)
+
+    def _sum(self, grams: Iterator[Tensor], known: Tensor | None) -> Tensor:
+        """The Gram of all columns from those of some."""
+        total = next(grams)
+        for products in grams:
+            total += products.to(total.device)
+        if known is not None:
+            total[..., 1:, 1:] = known
+        return total
 
     def combine(self, weights: Tensor) -> None:
         """Row 0 <- weights times the rows."""
+        if any(self.on_host):
+            for call in self._buckets(backwards=True):
+                call.combine(weights)
+        else:
+            self._combine(weights)
+        if self.shards is not None:
+            self.shards.written(weights)
+
+    def _combine(self, weights: Tensor) -> None:
         try:
             self._run("combine_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), c._here(weights), *c._extras(1)))
         except _SeveralDevices:
             for call in self.by_device():
                 call.combine(weights)
-        if self.shards is not None:
-            self.shards.written(weights)
+
+    def _buckets(self, backwards: bool = False) -> Iterator["_Call"]:
+        """The call in pieces, the host's rows of each brought to the device of its others.
+
+        What any of them would refuse is looked for first: a bucket is written only if all can be.
+        """
+        if len(self.by_device()) > 1:
+            for call in self.by_device():
+                yield from call._buckets(backwards)
+            return
+        self._take_real_views()
+        lists = [offload.Buffers(row, host) for row, host in zip(self.rows, self.on_host, strict=True)]
+        if self.scales is not None:
+            lists += [offload.Buffers(s, host, BLOCK) for s, host in zip(self.scales, self.on_host, strict=True)]
+        if self.base is not None:
+            lists.append(offload.Buffers(self.base, False))
+        first = cast(Tensor, self._first())
+        for cuts, buffers in offload.walk(lists, first.device, backwards):
+            yield dataclasses.replace(
+                self,
+                rows=buffers[: len(self.rows)],
+                kept=[self.kept[cut.column] for cut in cuts],
+                scales=None if self.scales is None else buffers[len(self.rows) : 2 * len(self.rows)],
+                base=None if self.base is None else buffers[-1],
+                part=None if self.part is None else [self.part[cut.column] for cut in cuts],
+                on_host=(),
+                shards=None,
+            )
 
     def project(self, rule: methods.Rule, known: Tensor | None) -> tuple[Tensor, Tensor]:
         try:
+            if any(self.on_host):
+                raise _SeveralDevices
             return self._run(
                 "project_", lambda op, c: op(c.rows[0], _flat(c.rows[1:]), *rule, c._here(known), *c._extras(1))
             )
@@ -491,8 +559,8 @@ class _Call:
         if self.shards is None:
             self.spread(None)  # refuses a DTensor among plain tensors
         backend = self._backend.name if self._backend else ""  # not self.backend: choosing one may lead here
-        names = [*self.names, "base"]
-        validate.check(self.public, self.all_rows, names, self.kept, self.written, self._scaled(), backend)
+        names, scaled = [*self.names, "base"], self._scaled()
+        validate.check(self.public, self.all_rows, names, self.kept, self.written, scaled, backend, self.on_host)
         if self.scales is not None:
             validate.check_scales(self.public, self.rows, self.scales, self.names, self.kept)
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradproj import checkpoint, distributed, methods
 from gradproj.functional import Projection
-from gradproj.projector import Projector
+from gradproj.projector import Per, Projector
 
 
 class ProjectedOptimizer(Optimizer):
@@ -33,6 +34,9 @@ class ProjectedOptimizer(Optimizer):
             them, once a step has made the rest of the state; ``load_state_dict`` restores them whenever they are there.
         plain: ``"replicated"`` (DDP) or ``"sharded"`` (FSDP1, ZeRO, pipeline stages), of parameters that are no DTensors.
         counted: parameter -> False where another rank counts it already. See :func:`gradproj.project_` for both.
+        per: ``"model"``, ``"group"`` or ``"tensor"``: what is projected as one vector.
+        store_dtype, store_device, average: how directions are kept; see :class:`gradproj.directions.Directions`.
+        refresh_every: after how many steps ``protection_due`` asks for a new direction.
     Raises:
         TypeError, ValueError, NotImplementedError: not an optimizer, an unknown setting, DeepSpeed's engine.
 
@@ -57,12 +61,18 @@ class ProjectedOptimizer(Optimizer):
         save_directions: bool = False,
         plain: distributed.Plain | None = None,
         counted: Callable[[Tensor], bool] | None = None,
+        per: Per = "model",
+        store_dtype: torch.dtype | None = None,
+        store_device: torch.device | str | None = None,
+        average: float | None = None,
+        refresh_every: int = 1,
     ):
         _check("ProjectedOptimizer", optimizer)
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
         self.optimizer = optimizer
-        self.projector = Projector(self._live_groups, method, directions, space, group, eps, plain, counted)
+        settings = (group, eps, plain, counted, per, store_dtype, store_device, average, refresh_every)
+        self.projector = Projector(self._live_groups, method, directions, space, *settings)
         self.save_directions = save_directions
 
     def _live_groups(self) -> list[dict[str, Any]]:
@@ -73,6 +83,15 @@ class ProjectedOptimizer(Optimizer):
     def protect(self):
         """Context manager: the gradients made inside become one protected direction. See :meth:`Projector.protect`."""
         return self.projector.protect()
+
+    def protect_each(self, losses) -> None:
+        """One protected direction per loss. See :meth:`Projector.protect_each`."""
+        self.projector.protect_each(losses)
+
+    @property
+    def protection_due(self) -> bool:
+        """Whether nothing was protected in the last ``refresh_every`` steps."""
+        return self.projector.protection_due
 
     def unprotect(self) -> None:
         """Forget all protected directions; the next ``step()`` is the plain step."""
@@ -192,6 +211,11 @@ def attach(
     save_directions: bool = False,
     plain: distributed.Plain | None = None,
     counted: Callable[[Tensor], bool] | None = None,
+    per: Per = "model",
+    store_dtype: torch.dtype | None = None,
+    store_device: torch.device | str | None = None,
+    average: float | None = None,
+    refresh_every: int = 1,
 ) -> Projector:
     """The machinery of :class:`ProjectedOptimizer` on the user's own optimizer object, by torch's hooks.
 
@@ -207,7 +231,8 @@ def attach(
         raise TypeError(
             f"attach: {type(optimizer).__name__} has no step hooks, because it is a wrapper; attach to the optimizer that it wraps"
         )
-    projector = Projector(lambda: optimizer.param_groups, method, directions, space, group, eps, plain, counted)
+    settings = (group, eps, plain, counted, per, store_dtype, store_device, average, refresh_every)
+    projector = Projector(lambda: optimizer.param_groups, method, directions, space, *settings)
     projector._attached = True
 
     def before(_, args, kwargs):

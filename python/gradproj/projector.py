@@ -5,7 +5,7 @@ import math
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,10 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from gradproj import checkpoint, distributed, methods
 from gradproj.capture import captured
 from gradproj.directions import Direction, Directions
-from gradproj.functional import Projection, combine_, gram, project_
+from gradproj.functional import Projection, project_
 
 ParamGroups = Callable[[], list[dict[str, Any]]]
+Per = Literal["model", "group", "tensor"]
 
 
 class Projector:
@@ -35,7 +36,12 @@ class Projector:
         counted: parameter -> whether this rank counts it in inner products; None counts all. See :func:`gradproj.project_`.
         directions: how many protected directions to keep; a further one replaces the oldest.
         space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
-            parameters, momentum and weight decay included, and keeps one copy of the parameters while it runs.
+            parameters, momentum and weight decay included. That takes one copy of the parameters that have gradients (with a
+            closure: of all that require them), N bytes more, kept from step to step.
+        per: ``"model"`` projects all parameters as one vector; ``"group"`` those of each parameter group, ``"tensor"`` each
+            parameter by itself, in the same passes: the tensors in ``last`` then have a leading dimension.
+        store_dtype, store_device, average: how directions are kept; see :class:`gradproj.directions.Directions`.
+        refresh_every: after how many steps ``protection_due`` asks for a new direction.
     Attributes:
         last: :class:`gradproj.Projection` of the last projection, or None.
     """
@@ -50,21 +56,34 @@ class Projector:
         eps: float = 0.0,
         plain: distributed.Plain | None = None,
         counted: Callable[[Tensor], bool] | None = None,
+        per: Per = "model",
+        store_dtype: torch.dtype | None = None,
+        store_device: torch.device | str | None = None,
+        average: float | None = None,
+        refresh_every: int = 1,
     ):
         methods.parse(method, eps)
         if space not in ("gradient", "update"):
             raise ValueError(f'space must be "gradient" or "update", got {space!r}')
+        if per not in ("model", "group", "tensor"):
+            raise ValueError(f'per must be "model", "group" or "tensor", got {per!r}')
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every must be >= 1, got {refresh_every}")
         self.param_groups: ParamGroups | None = param_groups
         self.method = method
         self.space = space
         self.group, self.plain, self.counted = group, plain, counted
         self.eps = eps
         self.last: Projection | None = None
-        self._directions = Directions(directions)
+        self.per = per
+        self.refresh_every = refresh_every
+        self._age: int | None = None  # steps since the last protect()
+        self._directions = Directions(directions, store_dtype, store_device, average)
         self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
         self._unread: _Lengths | None = None  # of the last projection's directions
         self._projected: weakref.ref[Tensor] | None = None  # a gradient that project() has already dealt with
-        self._before: list[Tensor] | None = None  # parameters before the inner step, in update space
+        self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
+        self._stepping = False  # _before is to be compared with the parameters
         self._protecting = False
         self._in_closure = False
         self._attached = False  # to an optimizer by hooks, which copies of that optimizer do not have
@@ -120,12 +139,39 @@ class Projector:
         self._directions.add(taken)
         self._owners = parameters
         self._projected = None
+        self._age = 0
+
+    def protect_each(self, losses: Iterable[Tensor]) -> None:
+        """One protected direction per loss, for example per example of a batch: ``protect_each(cross_entropy(..., "none"))``.
+
+        The graph is kept until the last backward pass. As :meth:`protect`, once for each; an exception leaves the directions
+        of the losses before it.
+
+        Args:
+            losses: scalars that may share a graph, or a tensor [B].
+        Raises:
+            ValueError: none, or more than directions are kept. Nothing is changed.
+        """
+        each = [*losses]
+        most = self._directions.capacity
+        if not each or (most is not None and len(each) > most):
+            raise ValueError(f"protect_each: {len(each)} losses, but directions={most}; pass 1 to {most} at a time")
+        for i, loss in enumerate(each):
+            with self.protect():
+                loss.backward(retain_graph=i + 1 < len(each))
+
+    @property
+    def protection_due(self) -> bool:
+        """Whether nothing was protected in the last ``refresh_every`` steps."""
+        return self._age is None or self._age >= self.refresh_every
 
     def unprotect(self) -> None:
         """Forget all protected directions: the next step is the plain step."""
         self._directions.clear()
         self._owners = []
         self._unread = None
+        self._before = {}
+        self._age = None
 
     def project(self) -> Projection | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
@@ -177,13 +223,13 @@ class Projector:
             self.unprotect()
             self._owners, self._projected = parameters, None
             for k in sorted(directions):
-                self._directions.add(directions[k])
+                self._directions.restore(directions[k])
 
     def with_directions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``state_dict``, the optimizer's, with the directions in it."""
         parameters = self.parameters()
         self._follow(parameters)
-        return checkpoint.insert(state_dict, self._directions.rows(parameters)) if self._directions else state_dict
+        return checkpoint.insert(state_dict, self._directions.tensors(parameters)) if self._directions else state_dict
 
     def observe(self, observer: Callable[[Projection | None], None]) -> Callable[[], None]:
         """Call ``observer`` with the projection of every step, None if it had none. Returns what ends that.
@@ -209,7 +255,7 @@ class Projector:
         if self.space == "update":
             if self._directions:
                 self._read_lengths()
-                self._before = [p.detach().clone() for p in self.parameters()]
+                self._copy_parameters(closure is not None)
         elif closure is None:
             self._project_once()
         if closure is None:
@@ -232,9 +278,11 @@ class Projector:
     def after_step(self) -> None:
         """To call after the inner step."""
         self._projected = None
-        before, self._before = self._before, None
-        if before is not None:
-            self._settle(lambda: self._project_update(before))
+        if self._stepping:
+            self._stepping = False
+            self._settle(self._project_update)
+        if self._age is not None:
+            self._age += 1
         for observer in self._observers:
             observer(self.last if self._directions else None)
 
@@ -264,39 +312,52 @@ class Projector:
         self._projected = None if some is None else weakref.ref(some)
         return self.last
 
-    def _project_rows(self, grads: list[Tensor | None]) -> Projection:
-        parameters = self.parameters()
-        self._follow(parameters)
-        rows = self._directions.rows(parameters)
-        spread = self._spread(parameters)
-        known = self._directions.share(grads, parameters, spread) if len(rows) > 1 else None
-        return project_(grads, *rows, method=self.method, eps=self.eps, known=known, **spread._asdict())
-
     def _spread(self, parameters: list[Tensor]) -> distributed.Spread:
         """How the rows are spread over ranks."""
         counted = None if self.counted is None else [bool(self.counted(p)) for p in parameters]
         return distributed.Spread(self.group, self.plain, counted)
 
     @torch.no_grad()
-    def _project_update(self, before: list[Tensor]) -> Projection:
-        """Parameters <- before + projected (parameters - before).
+    def _copy_parameters(self, any_may_change: bool) -> None:
+        """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
+        changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
+        before = {p: self._before.get(p) for p in changing}
+        self._before = {p: _like(p) if t is None or not _fits(t, p) else t for p, t in before.items()}
+        torch._foreach_copy_([*self._before.values()], changing)
+        self._stepping = True
 
-        A step descends along minus the update, so the directions' inner products change sign, and with them the weights.
-        """
-        rows = self._directions.rows(self.parameters())
-        parameters = [p.detach() for p in self.parameters()]
-        local, origin = distributed.local(parameters), distributed.local(before)  # foreach takes no mixture of DTensors
-        torch._foreach_sub_(local, origin)
-        sign = torch.ones(len(rows) + 1, dtype=torch.float64)
-        sign[0] = -1.0
-        products = gram(parameters, *rows, **self._spread(self.parameters())._asdict())
-        sign = sign.to(products.device)
-        products = products * sign * sign[:, None]
-        rule = methods.parse(self.method, self.eps)
-        weights = rule(products) if isinstance(rule, methods.Rule) else methods.apply_weighting(rule, products)
-        combine_(parameters, rows, weights * -sign)
-        torch._foreach_add_(local, origin)
-        return Projection(products, weights, "update")
+    @torch.no_grad()
+    def _project_update(self) -> Projection:
+        parameters = self.parameters()
+        after = [p.detach() if p in self._before else None for p in parameters]
+        return self._project_rows(after, [self._before.get(p) for p in parameters])
+
+    def _project_rows(self, grads: list[Tensor | None], base: list[Tensor | None] | None = None) -> Projection:
+        parameters = self.parameters()
+        self._follow(parameters)
+        rows, parts, spread = self._directions.rows(parameters), self._parts(parameters), self._spread(parameters)
+        known = self._directions.share(grads, parameters, spread, parts) if len(rows) > 1 else None
+        done = project_(
+            grads,
+            *rows,
+            method=self.method,
+            eps=self.eps,
+            known=known,
+            base=base,
+            parts=parts,
+            **spread._asdict(),
+        )
+        self._directions.keep(done.gram[..., 1:, 1:])
+        return done
+
+    def _parts(self, parameters: list[Tensor]) -> list[int] | None:
+        """The number of the part that each parameter belongs to; None if all are one."""
+        if self.per == "model":
+            return None
+        if self.per == "tensor":
+            return [*range(len(parameters))]
+        assert self.param_groups is not None  # parameters() has asked
+        return [i for i, group in enumerate(self.param_groups()) for _ in group["params"]]
 
     def _settle(self, project: Callable[[], Projection]) -> None:
         """``last = project()``, and again without the directions that turn out not to be finite, for which nothing was written."""
@@ -349,7 +410,8 @@ class Projector:
         if self._attached:
             self.warn_of_a_copy()
         state["param_groups"] = None  # the owner knows
-        state["_projected"] = state["_before"] = state["_unread"] = None  # references do not survive a copy
+        state["_projected"] = state["_unread"] = None  # references do not survive a copy
+        state["_before"] = {}
         state["_observers"] = []
         return state
 
@@ -373,6 +435,14 @@ class _Lengths:
             self._copied.synchronize()
         columns = zip(*self._lengths.reshape(-1, self._lengths.shape[-1]).tolist(), strict=True)
         return [k for k, column in enumerate(columns) if not all(map(math.isfinite, column))]
+
+
+def _like(p: Tensor) -> Tensor:
+    return torch.empty_like(p, requires_grad=False)
+
+
+def _fits(t: Tensor, p: Tensor) -> bool:
+    return t.shape == p.shape and t.dtype == p.dtype and t.device == p.device
 
 
 def _kind(p: Tensor) -> tuple:

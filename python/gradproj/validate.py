@@ -49,6 +49,7 @@ def check(
     written: bool,
     scaled: Sequence[bool] = (),
     backend: str = "",
+    on_host: Sequence[bool] = (),
 ):
     """Raise the first error of ``rows``, or return.
 
@@ -60,6 +61,7 @@ def check(
         written: row 0 is modified, so it may overlap neither itself nor, in part, another row.
         scaled: which rows are float8 codes.
         backend: which one would run, for limits of its own.
+        on_host: which rows may lie on another device than the others.
     Raises:
         ValueError, TypeError, NotImplementedError: naming row, index, shape, dtype or device.
     """
@@ -80,7 +82,7 @@ def check(
                     f"{op}: {_name(names, row, i)} has shape {tuple(t.shape)} but {_name(names, other, i)} has shape "
                     f"{tuple(like.shape)}; pass gradients of the same parameters in the same order"
                 )
-            if t.device != like.device:
+            if t.device != like.device and not any(r < len(on_host) and on_host[r] for r in (row, other)):
                 raise ValueError(
                     f"{op}: {_name(names, row, i)} is on {t.device} but {_name(names, other, i)} is on {like.device}; "
                     f"move it there first"
