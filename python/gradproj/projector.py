@@ -323,7 +323,8 @@ class Projector:
         changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
         before = {p: self._before.get(p) for p in changing}
         self._before = {p: _like(p) if t is None or not _fits(t, p) else t for p, t in before.items()}
-        torch._foreach_copy_([*self._before.values()], changing)
+        if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
+            torch._foreach_copy_(distributed.local([*self._before.values()]), distributed.local(changing))
         self._stepping = True
 
     @torch.no_grad()
