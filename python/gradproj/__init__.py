@@ -1,6 +1,6 @@
 """Gradient projection at the speed of memory, on any sharding, without ever building a flat gradient."""
 
-from gradproj import reference
+from gradproj import reference, tax
 from gradproj.backends import backends, use_backend
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
 from gradproj.optim import ProjectedOptimizer, attach
@@ -17,6 +17,7 @@ __all__ = [
     "orthogonal_gradient_projection",
     "project_",
     "reference",
+    "tax",
     "use_backend",
 ]
 __version__ = "0.1.0"
