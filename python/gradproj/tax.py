@@ -30,6 +30,8 @@ def sequence_logprob(logits: Tensor, targets: Tensor, mask: Tensor | None = None
         ValueError, TypeError: naming the argument whose shape or dtype does not fit.
     """
     _check("sequence_logprob", logits, targets, mask)
+    if logits.dim() != 3:
+        raise ValueError(f"sequence_logprob: logits must be [B, T, V], got shape {tuple(logits.shape)}")
     logprob = -F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
     return (logprob if mask is None else logprob.masked_fill(~mask, 0.0)).sum(1)
 
