@@ -1,7 +1,6 @@
 """One run: a copy of the base model, aligned under a cure."""
 
 import copy
-import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ class Cost(NamedTuple):
     """What a run spent.
 
     Attributes:
-        step_ms: median wall time of a step, its share of the capability batches' time included.
+        step_ms: mean wall time of a step, all capability batches included.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
             directions, the copy of the parameters that update space needs.
@@ -42,8 +41,9 @@ def align(
     model = copy.deepcopy(base)
     requests, anchors = (torch.Generator().manual_seed(s + seed) for s in (1000, 2000))
     pairs = data.pairs(held_out=False)
+    lr = {"dpo": settings.lr_dpo, "sft": settings.lr_sft}[objective]
     optimizer = gradproj.ProjectedOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0),
+        torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
         method=cure.method or "conflict",
         directions=cure.directions,
         space=cure.space,
@@ -74,7 +74,7 @@ def align(
         times.append(time.perf_counter() - start)
     held = _bytes(model) * (len(optimizer.projector) + (cure.space == "update"))
     held += _bytes(base) if objective == "dpo" or cure.kl else 0
-    return model, Cost(1e3 * statistics.mean(times), backwards, held)
+    return model, Cost(1e3 * sum(times) / len(times), backwards, held)
 
 
 def _alignment_loss(

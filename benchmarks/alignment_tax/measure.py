@@ -40,6 +40,8 @@ def measure(model: TinyLM, settings: Settings) -> dict[str, Any]:
 def _alignment(model: TinyLM, settings: Settings, device: torch.device) -> dict[str, Any]:
     pairs = data.pairs(held_out=True)
     n = settings.held_out_pairs
+    if n > len(pairs.harmful):
+        raise ValueError(f"held_out_pairs is {n}, but there are {len(pairs.harmful)} held-out requests")
     tokens, mask = pairs.tokens[:, :n].to(device), pairs.mask[:, :n].to(device)
     harmful, at = pairs.harmful[:n].to(device), pairs.prompt_length[:n].to(device) - 1
     logprob, first = [], None

@@ -25,16 +25,17 @@ class Settings:
     width: int = 96
     layers: int = 2
     heads: int = 4
-    base_steps: int = 1500
+    base_steps: int = 2500
     base_batch: int = 8
-    steps: int = 64
+    steps: int = 80
     batch: int = 8
     capability_batch: int = 8
-    lr: float = 1e-3
-    dpo_beta: float = 0.1
+    lr_dpo: float = 5e-4
+    lr_sft: float = 1e-3
+    dpo_beta: float = 0.3
     exercises: int = 150
     held_out_windows: int = 32
-    held_out_pairs: int = 128
+    held_out_pairs: int = 192
     samples: int = 24
     sample_bytes: int = 32
 
@@ -68,10 +69,11 @@ SCALES = {
         steps=256,
         batch=64,
         capability_batch=64,
-        lr=1e-4,
+        lr_dpo=1e-5,
+        lr_sft=5e-5,
         exercises=1500,
         held_out_windows=256,
-        held_out_pairs=512,
+        held_out_pairs=288,
         samples=256,
         sample_bytes=48,
     ),
@@ -124,9 +126,9 @@ def _projected(family: str, directions: tuple[int, ...], **kwargs) -> list[Cure]
 
 CURES = [
     NONE,
-    *(Cure("KL penalty", f"beta {b}", kl=b) for b in (0.03, 0.1, 0.3)),
+    *(Cure("KL penalty", f"beta {b}", kl=b) for b in (0.1, 0.3, 1.0)),
     *(Cure("PTX", f"gamma {g}", gamma=g) for g in (0.1, 0.3, 1.0)),
-    *(Cure("PTX, rare", f"gamma {g}", gamma=g, every=EVERY) for g in (0.3, 1.0, 3.0)),
+    *(Cure("PTX, rare", f"gamma {g}", gamma=g, every=EVERY) for g in (1.0, 3.0, 8.0)),
     *(Cure("interpolation", f"alpha {a}", alpha=a) for a in (0.2, 0.4, 0.6, 0.8)),
     Cure("orthogonal", "every step", method="orthogonal"),
     Cure("orthogonal", f"every {EVERY} steps", method="orthogonal", every=EVERY),
