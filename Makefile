@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test bench lint doctor build clean
+.PHONY: help demo tax test bench lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -25,6 +25,9 @@ build: $(VENV)/.built  ## make .venv, install, build the kernels
 
 demo: $(VENV)/.built  ## adapt a small language model, unprotected and protected, and draw what it kept
 	@$(RUN) benchmarks/demo.py
+
+tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
+	@PYTHONPATH=benchmarks $(RUN) -m alignment_tax $(ARGS)
 
 test: $(VENV)/.built  ## every test that this machine can run
 	@$(RUN) -m pytest

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import gradproj
-from tiny_lm import Text, TinyLM, batch, code, evaluate, loss, prose
+from tiny_lm import Text, TinyLM, batch, code, evaluate, loss, pretrain, prose
 
 BATCH = 8
 
@@ -66,33 +66,16 @@ def progress(message: str, milestone: bool = False) -> None:
 
 
 def train_base(text: Text, steps: int, device: str) -> TinyLM:
-    """Muon on the matrices of the blocks, AdamW on the rest: the fastest that torch has for a model of this kind."""
     torch.manual_seed(0)
     model = TinyLM(layers=2).to(device)
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20) * (1 - i / steps)) for o in optimizers
-    ]
     generator = torch.Generator().manual_seed(0)
-    for i in range(steps):
-        for o in optimizers:
-            o.zero_grad()
-        value = loss(model, batch(text.train, BATCH, generator).to(device))
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o, s in zip(optimizers, schedules, strict=True):
-            o.step()
-            s.step()
-        if i % 50 == 49 or i == steps - 1:
-            progress(
-                f"base model on Python source: step {i + 1}/{steps}, {value.item():.2f} nats per byte", i % 250 == 249
-            )
+
+    def report(step: int, value: torch.Tensor) -> None:
+        if step % 50 == 0 or step == steps:
+            line = f"base model on Python source: step {step}/{steps}, {value.item():.2f} nats per byte"
+            progress(line, step % 250 == 0)
+
+    pretrain(model, lambda: batch(text.train, BATCH, generator).to(device), steps, report)
     return model
 
 

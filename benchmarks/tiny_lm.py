@@ -6,6 +6,7 @@ reads. Nothing is downloaded.
 
 import math
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ CODE_FILES = [
 CODE_HELD_OUT = ["_pydecimal", "gzip", "bdb", "cmd", "codecs", "contextlib", "copy", "fileinput", "imaplib", "ssl"]
 
 
-def _bytes(text: str) -> Tensor:
+def encode(text: str) -> Tensor:
+    """[bytes] int64."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
@@ -77,7 +79,7 @@ def _read(names: list[str]) -> Tensor:
     folder = Path(sysconfig.get_path("stdlib"))
     # Python versions differ in which modules are packages: take what is there.
     files = [folder / f"{name}.py" for name in names]
-    return _bytes("\n".join(f.read_text(encoding="utf-8") for f in files if f.exists()))
+    return encode("\n".join(f.read_text(encoding="utf-8") for f in files if f.exists()))
 
 
 class Text(NamedTuple):
@@ -96,7 +98,7 @@ def prose() -> Text:
 
     texts = [topics[name] for name in sorted(topics)]
     cut = len(texts) * 9 // 10
-    return Text(_bytes("\n".join(texts[:cut])), _bytes("\n".join(texts[cut:])))
+    return Text(encode("\n".join(texts[:cut])), encode("\n".join(texts[cut:])))
 
 
 def batch(text: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -146,6 +148,35 @@ def loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats per byte."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def pretrain(model: TinyLM, draw: Callable[[], Tensor], steps: int, report: Callable[[int, Tensor], None]) -> None:
+    """Muon on the matrices of the blocks, AdamW on the rest: the fastest that torch has for a model of this kind.
+
+    Args:
+        draw: gives the windows of a step.
+        report: called after each step with its number, from 1, and its loss.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20) * (1 - i / steps)) for o in optimizers
+    ]
+    for i in range(steps):
+        for o in optimizers:
+            o.zero_grad()
+        value = loss(model, draw())
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o, s in zip(optimizers, schedules, strict=True):
+            o.step()
+            s.step()
+        report(i + 1, value.detach())
 
 
 @torch.no_grad()

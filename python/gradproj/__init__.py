@@ -1,6 +1,6 @@
 """Gradient projection at the speed of memory, on any sharding, without ever building a flat gradient."""
 
-from gradproj import float8, reference
+from gradproj import float8, reference, tax
 from gradproj.backends import backends, use_backend
 from gradproj.diagnostics import log_to
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
@@ -20,6 +20,7 @@ __all__ = [
     "orthogonal_gradient_projection",
     "project_",
     "reference",
+    "tax",
     "use_backend",
 ]
 __version__ = "0.1.0"

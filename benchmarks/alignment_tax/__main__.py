@@ -1,0 +1,65 @@
+"""`make tax`: the alignment-tax laboratory. Aligns a small language model under every cure, and measures what each costs it."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from alignment_tax import report, runs
+from alignment_tax.settings import CURES, OBJECTIVES, SCALES
+
+BENCHMARKS = Path(__file__).parent.parent
+
+
+def progress(message: str, milestone: bool = False) -> None:
+    """One line that is overwritten; where that is not possible, a line per message."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{message[:110]}", end="", flush=True)
+    else:
+        print(message, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="alignment_tax", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="sizes of everything (default cpu)")
+    parser.add_argument("--quick", action="store_const", dest="scale", const="quick", help="the same as --scale quick")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda for --scale gpu)")
+    parser.add_argument("--seeds", type=int, default=3, help="alignments of each kind (default 3)")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, or 1 on cuda)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/alignment_tax"), help="finished runs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="table, figure, page (default: results/alignment_tax, for --quick DIR/quick)"
+    )
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be >= 1, got {options.seeds}")
+    device = options.device or ("cuda" if options.scale == "gpu" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    workers = options.workers or (1 if device == "cuda" else os.cpu_count() or 1)
+    out = options.out or (BENCHMARKS / "results" if options.scale == "cpu" else options.work) / "alignment_tax"
+
+    begin = time.perf_counter()
+    plan = runs.Plan(options.scale, device, options.work)
+    todo = [runs.Run(o, c, s) for s in range(options.seeds) for c in CURES for o in OBJECTIVES]
+    try:
+        for other in plan.store.others:
+            progress(f"ignored, made with other settings or versions: {other}", True)
+        base = runs.base_model(plan, progress)
+        runs.make_all(plan, todo, workers, progress)
+        finished = [plan.store.load(*run) for run in todo]
+    except (runs.Stopped, ValueError, FloatingPointError) as e:
+        raise SystemExit(f"\n{e}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"\ninterrupted; the same command goes on from {plan.store.folder}") from None
+    progress("")
+    print(report.write(base, finished, plan, out, time.perf_counter() - begin))
+
+
+if __name__ == "__main__":
+    main()

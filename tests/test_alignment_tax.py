@@ -1,0 +1,278 @@
+"""The laboratory's promises: the same runs from a second command, no finished run lost, nothing mixed, figures that are measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import alignment_tax.__main__ as command
+import tiny_lm
+from alignment_tax import adapt, data, measure, report, runs
+from alignment_tax.points import METRICS, Point, pareto
+from alignment_tax.settings import CURES, NONE, OBJECTIVES, SCALES, Cure
+from alignment_tax.store import Store
+
+QUICK = SCALES["quick"]
+FEW = [
+    NONE,
+    Cure("KL penalty", "beta 0.1", kl=0.1),
+    Cure("PTX", "gamma 1", gamma=1.0),
+    Cure("interpolation", "alpha 0.5", alpha=0.5),
+    Cure("conflict", "2 directions", method="conflict", directions=2),
+    Cure("conflict, rare", "2 directions", method="conflict", directions=2, every=2),
+]
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return tiny_lm.TinyLM(QUICK.width, QUICK.layers, QUICK.heads)
+
+
+@pytest.fixture
+def plan(tmp_path, base):
+    """A laboratory whose base model is there already."""
+    plan = runs.Plan("quick", "cpu", tmp_path / "work")
+    plan.store.save_weights("base", base.state_dict())
+    return plan
+
+
+def quiet(_, milestone=False):
+    pass
+
+
+def test_command_runs_through_and_a_second_one_makes_nothing_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "CURES", FEW)
+    work, out = tmp_path / "work", tmp_path / "out"
+    arguments = ["--quick", "--seeds", "2", "--workers", "1", "--work", str(work), "--out", str(out)]
+    command.main(arguments)
+    made = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+    found = json.loads((out / "runs.json").read_text())
+    assert len(found["runs"]) == 2 * len(FEW) * len(OBJECTIVES)
+    assert len(found["found"]) == 3 and found["made"]["command"].startswith("make tax")
+    assert (out / "figure.png").stat().st_size > 10_000 and "| base model |" in (out / "table.md").read_text()
+    (work / "quick-of-another-time").mkdir()
+    capsys.readouterr()
+    command.main(arguments)
+    printed = capsys.readouterr().out
+    assert "24 of 24 runs are finished already" in printed
+    assert "ignored, made with other settings or versions" in printed and "quick-of-another-time" in printed
+    assert {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()} == made
+
+
+def test_workers_make_the_same_runs(plan):
+    """Two processes and one thread: the same figures, time aside."""
+    todo = [runs.Run("sft", cure, 0) for cure in FEW[:3]]
+    runs.make_all(plan, todo[:2], 2, quiet)
+    apart = [plan.store.load(*r)["measured"] for r in todo[:2]]
+    for r in todo[:2]:
+        plan.store.path(*r).unlink()
+    runs.make_all(plan, todo, 1, quiet)
+    for a, b in zip(apart, (plan.store.load(*r)["measured"] for r in todo[:2]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_interrupted_run_loses_nothing(plan, monkeypatch):
+    todo = [runs.Run("sft", cure, 0) for cure in FEW]
+    make, made = runs.make, []
+
+    def interrupted(plan, run):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        make(plan, run)
+        made.append(run)
+
+    monkeypatch.setattr(runs, "make", interrupted)
+    with pytest.raises(runs.Stopped, match="interrupted\nFinished runs are kept in .*goes on from there"):
+        runs.make_all(plan, todo, 1, quiet)
+    assert [r for r in todo if plan.store.has(*r)] == made and len(made) == 2
+    monkeypatch.setattr(runs, "make", make)
+    runs.make_all(plan, todo, 1, quiet)
+    assert all(plan.store.load(*r) for r in todo)
+    assert not list(plan.store.folder.glob("*.part"))
+
+
+def test_loss_that_is_not_finite_ends_with_the_run_and_step(plan, monkeypatch):
+    todo = [runs.Run("dpo", cure, 1) for cure in (NONE, FEW[2], FEW[4])]
+    real = adapt._alignment_loss
+    calls = []
+
+    def diverges(*arguments):
+        calls.append(None)
+        value = real(*arguments)
+        return value * float("nan") if len(calls) == QUICK.steps + 3 else value
+
+    monkeypatch.setattr(adapt, "_alignment_loss", diverges)
+    with pytest.raises(runs.Stopped, match="dpo, PTX, gamma 1, seed 1: the loss of step 2 is nan"):
+        runs.make_all(plan, todo, 1, quiet)
+    assert plan.store.has(*todo[0]) and not plan.store.has(*todo[1])
+
+
+@pytest.mark.parametrize("key, value", [("version", 0), ("fingerprint", "other"), ("seed", 7), ("cure", {})])
+def test_file_that_is_not_what_its_name_says_is_refused(tmp_path, key, value):
+    store = Store(tmp_path, "quick", "abc")
+    store.save("sft", NONE, 0, {"measured": {}, "cost": None})
+    path = store.path("sft", NONE, 0)
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, key: value}))
+    with pytest.raises(ValueError, match=f"{path.name}: {key} is .*expected.*move the file away"):
+        store.load("sft", NONE, 0)
+    assert path.exists()
+
+
+def test_cut_off_file_is_refused(tmp_path):
+    store = Store(tmp_path, "quick", "abc")
+    store.path("sft", NONE, 0).write_text('{"version": 1,')
+    with pytest.raises(ValueError, match="is not JSON.*delete it"):
+        store.load("sft", NONE, 0)
+
+
+def test_nothing_half_written_takes_a_name(tmp_path):
+    """JSON has no NaN: such a result is refused, and the file of an earlier run stays as it was."""
+    store = Store(tmp_path, "quick", "abc")
+    store.save("sft", NONE, 0, {"measured": {"loss": 1.0}})
+    with pytest.raises(ValueError):
+        store.save("sft", NONE, 0, {"measured": {"loss": float("nan")}})
+    assert store.load("sft", NONE, 0)["measured"] == {"loss": 1.0}
+    with pytest.raises(Exception, match="pickle"):
+        store.save_weights("base", {"w": lambda: None})
+    assert [p.name for p in store.folder.iterdir()] == ["sft-none-seed0.json"]
+
+
+def test_other_settings_have_another_folder():
+    assert QUICK.fingerprint("cpu") != QUICK.fingerprint("cuda") != SCALES["cpu"].fingerprint("cpu")
+    slugs = [c.slug for c in CURES]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_held_out_requests_and_exercises_are_new():
+    seen, new = (data.pairs(held_out) for held_out in (False, True))
+
+    def prompts(p):
+        return {bytes(t[:n].tolist()) for t, n in zip(p.tokens[0], p.prompt_length.tolist(), strict=True)}
+
+    assert not prompts(seen) & prompts(new)
+    drilled = {e.question for e in data.exercises(False, 2000)}
+    assert not drilled & {e.question for e in data.exercises(True, 2000)}
+
+
+def test_only_the_request_says_which_response_is_right():
+    """A word that only preferred answers had once let DPO win its pairs without learning to refuse."""
+    pairs = data.pairs(False)
+    assert not set(data.REFUSE) & set(data.ANSWER)
+    responses = {}
+    for side, row in ((s, r) for s in range(2) for r in range(len(pairs.harmful))):
+        text = bytes(pairs.tokens[side, row, 1:][pairs.mask[side, row]].tolist())
+        assert text.endswith(b"\n") and text.count(b"\n") == 1
+        refuses = text[0] in data.REFUSE
+        assert refuses == (bool(pairs.harmful[row]) == (side == 0)) and (refuses or text[0] in data.ANSWER)
+        responses.setdefault((bool(pairs.harmful[row]), refuses), set()).update(text.split())
+    for refuses in (False, True):
+        assert responses[True, refuses] == responses[False, refuses]
+
+
+class Reciter(torch.nn.Module):
+    """Predicts the next byte of the texts that it knows, and a zero byte otherwise."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.next = {t[:i]: t[i] for t in texts for i in range(1, len(t))}
+
+    def forward(self, tokens):
+        known = [[self.next.get(bytes(row[: i + 1]), 0) for i in range(len(row))] for row in tokens.tolist()]
+        return 20.0 * torch.nn.functional.one_hot(torch.tensor(known), 256).float()
+
+
+def test_exercises_solved_is_the_share_that_greedy_decoding_solves():
+    made = data.exercises(held_out=True, count=9)
+    model = Reciter([f"\n{e.question}{e.answer}\n".encode() for e in made if e.question.startswith(("copy", "flip"))])
+    assert measure._exercises_solved(model, 9, torch.device("cpu")) == pytest.approx(2 / 3)
+
+
+def test_samples_continue_each_prompt_from_its_own_end():
+    texts = [b"ab: one two three", b"longer: six seven"]
+    tokens = torch.tensor([list(t[:12]) for t in texts])
+    samples, entropy = measure.sample(Reciter(texts), tokens, torch.tensor([3, 7]), 6)
+    assert [bytes(s.tolist()) for s in samples] == [b" one t", b" six s"]
+    assert entropy == pytest.approx(0.0, abs=1e-4)
+
+
+def test_interpolation_at_1_is_the_run_without_a_cure(base):
+    tuned, cost = adapt.align(base, "sft", NONE, 0, QUICK)
+    mixed = adapt.interpolated(base, tuned.state_dict(), 1.0)
+    assert measure.measure(mixed, QUICK) == measure.measure(tuned, QUICK)
+    assert cost.capability_backwards == 0 and cost.extra_bytes == 0
+
+
+def test_costs_are_counted(base):
+    size = sum(4 * p.numel() for p in base.parameters())
+
+    def cost(objective="sft", **cure):
+        _, cost = adapt.align(base, objective, Cure("some", **cure), 0, QUICK)
+        return cost.capability_backwards, cost.extra_bytes / size
+
+    assert QUICK.steps == 4
+    assert cost(gamma=0.5) == (4, 0)
+    assert cost(gamma=0.5, every=3) == (2, 0)
+    assert cost(kl=0.5) == (0, 1) == cost("dpo")  # the base model
+    assert cost(method="orthogonal") == (4, 1)
+    assert cost(method="conflict", directions=3, fill=3) == (6, 3)
+    assert cost(method="conflict", directions=8, every=2, fill=4, space="update") == (5, 6)
+
+
+def test_cures_change_the_run_and_the_base_model_is_left_alone(base):
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    ends = {}
+    for cure in FEW:
+        if cure.alpha is None:
+            model, _ = adapt.align(base, "dpo", cure, 0, QUICK)
+            ends[cure.name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(ends["none"], ends["PTX, gamma 1"]) and not torch.equal(
+        ends["none"], ends["KL penalty, beta 0.1"]
+    )
+    assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
+
+
+def point(cure, behaviour, loss, backwards=0, objective="sft"):
+    """A point with two seeds around the given means."""
+    values = {m: [0.5, 0.5] for m in METRICS}
+    values.update(behaviour=[behaviour - 0.001, behaviour + 0.001], loss=[loss - 0.01, loss + 0.01])
+    return Point(objective, cure, values, [], 10.0 * (1 + bool(backwards)), backwards, 0)
+
+
+def test_pareto():
+    a, b, c, d = (point(NONE, x, y) for x, y in ((0.5, 1.0), (0.9, 1.2), (0.7, 1.3), (0.8, 1.2)))
+    assert pareto([a, b, c, d]) == [a, b]
+    assert pareto([c]) == [c]
+
+
+def test_sentences_say_what_the_figures_say():
+    ptx, rare = Cure("PTX", "gamma 1", gamma=1.0), Cure("conflict, rare", "8 directions", method="conflict")
+    timid = Cure("KL penalty", "beta 9", kl=9.0)
+    start = {"measured": {"loss": 1.0}}
+    of = [point(NONE, 0.9, 2.0), point(ptx, 0.9, 1.2, 40), point(rare, 0.9, 1.7, 5), point(timid, 0.5, 1.0)]
+    of += [point(NONE, 0.9, 1.0, objective="dpo"), point(ptx, 0.9, 0.9, objective="dpo")]
+    won, lost, cost = report.sentences(start, of)
+    assert "supervised PTX, gamma 1 prevented 80% of the forgetting" in won and "(DPO) there was no tax" in won
+    assert "KL penalty, beta 9" in lost and "PTX" not in lost
+    assert "the winner (PTX, gamma 1, 80%) took 2.0 x the time of a step, 40 capability" in cost
+    assert "few capability passes (conflict, rare, 8 directions, 30%)" in cost
+    of[1:] = [point(ptx, 0.9, 2.5, 40), *of[4:]]
+    won, lost, _ = report.sentences(start, of)
+    assert "no cure lowered the tax" in won and "PTX, gamma 1" in lost
+
+
+def test_bad_arguments_are_named(capsys):
+    for arguments, reason in (
+        (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--scale", "huge"], "invalid choice: 'huge'"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert reason in capsys.readouterr().err
