@@ -128,8 +128,8 @@ def small_buckets(monkeypatch):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=100)
 def test_rows_in_host_memory_give_the_same(on, small_buckets, data):
-    if on.slow:
-        hypothesis.assume(data.draw(st.integers(0, 4)) == 0)
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
     grads, directions = data.draw(rows(device=on.device, max_directions=3, max_buffers=4))
     forms = [float8.quantize(d) if data.draw(st.booleans()) else d for d in directions]
     brought = [offload.HostRow(d) if data.draw(st.booleans()) else d for d in forms]
@@ -144,7 +144,8 @@ def test_rows_in_host_memory_give_the_same(on, small_buckets, data):
     gradproj.combine_(b, brought, weights, parts=parts, base=base)
     for x, y in zip(a, b, strict=True):
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+            # A bucket without float64 is computed in float32: a tie of the rounding may fall the other way.
+            torch.testing.assert_close(x, y, rtol=1e-5 + torch.finfo(x.dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

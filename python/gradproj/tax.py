@@ -120,7 +120,7 @@ def interpolate(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: 
     if not math.isfinite(alpha):
         raise ValueError(f"interpolate: alpha must be finite, got {alpha}")
     if base.keys() != tuned.keys():
-        key = sorted(base.keys() ^ tuned.keys())[0]
+        key = min(base.keys() ^ tuned.keys())
         raise ValueError(f"interpolate: {key!r} is in {'base' if key in base else 'tuned'} only")
     result = {}
     for key, a in base.items():
