@@ -1,4 +1,7 @@
-"""The Pareto figure: right behaviour against capability, both objectives, error bars over the seeds."""
+"""The Pareto figure: what is not right yet against what was forgotten, both objectives, error bars over the seeds.
+
+Both axes are logarithmic, since cures differ by factors: from a hundredth of a nat forgotten to two.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,13 @@ STYLES = {
     "conflict, update space": ("#6a3d9a", "^"),
 }
 
+SMALLEST = 0.003  # nats a byte: what lies lower is drawn here
+
+
+def _clipped(at: list[float], spread: list[float]) -> list[list[float]]:
+    """Error bars below and above, those below ending before the end of a logarithmic axis."""
+    return [[min(s, 0.95 * a) for a, s in zip(at, spread, strict=True)], spread]
+
 
 def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
     """Write a PNG with a panel for each objective."""
@@ -30,18 +40,32 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     made, axes = plt.subplots(1, len(OBJECTIVES), figsize=(13, 6), dpi=130, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
+    start = base["measured"]
+
+    def wrong(p: Point) -> float:
+        return max(100 * (1 - p.mean("behaviour")), 0.1)
+
+    def forgotten(p: Point) -> float:
+        return max(p.mean("loss") - start["loss"], SMALLEST)
+
     for panel, (objective, title) in zip(axes[0], OBJECTIVES.items(), strict=True):
         mine = [p for p in points if p.objective == objective]
-        start = base["measured"]
-        panel.axhline(start["loss"], color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
-        panel.plot(100 * start["behaviour"], start["loss"], marker="*", markersize=15, color="black", linestyle="none")
+        before = 100 * (1 - start["behaviour"])
+        panel.axvline(before, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
         panel.annotate(
-            "base model", (100 * start["behaviour"], start["loss"]), (0, -17), textcoords="offset points", ha="center"
+            "base model",
+            (before, 1),
+            (4, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            color="#777777",
+            fontsize=10,
         )
         front = pareto(mine)
         panel.plot(
-            [100 * p.mean("behaviour") for p in front],
-            [p.mean("loss") for p in front],
+            [wrong(p) for p in front],
+            [forgotten(p) for p in front],
             color="#bbbbbb",
             linewidth=5,
             zorder=0,
@@ -53,10 +77,10 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
             if not of:
                 continue
             handles[family] = panel.errorbar(
-                [100 * p.mean("behaviour") for p in of],
-                [p.mean("loss") for p in of],
-                xerr=[100 * p.spread("behaviour") for p in of],
-                yerr=[p.spread("loss") for p in of],
+                [wrong(p) for p in of],
+                [forgotten(p) for p in of],
+                xerr=_clipped([wrong(p) for p in of], [100 * p.spread("behaviour") for p in of]),
+                yerr=_clipped([forgotten(p) for p in of], [p.spread("loss") for p in of]),
                 color=colour,
                 marker=marker,
                 markersize=7,
@@ -67,10 +91,14 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
                 label=family,
             )
         panel.set_title(f"aligned by {title}", loc="left", fontsize=12.5)
-        panel.set_xlabel("right behaviour on held-out requests, %   (better to the right)")
+        panel.set(xscale="log", yscale="log", xlim=(0.8, 100), ylim=(SMALLEST, 5))
+        panel.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+        panel.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3], ["0.01", "0.03", "0.1", "0.3", "1", "3"])
+        panel.minorticks_off()
+        panel.set_xlabel("wrong behaviour on held-out requests, %   (better to the left)")
         panel.grid(color="#eeeeee")
         panel.set_axisbelow(True)
-    axes[0][0].set_ylabel("loss on held-out Python, nats a byte   (better below)")
+    axes[0][0].set_ylabel("forgotten Python, nats a byte   (better below)")
     made.legend(handles.values(), handles.keys(), loc="lower center", ncol=5, frameon=False)
     made.tight_layout(rect=(0, 0.1, 1, 1))
     made.savefig(path)

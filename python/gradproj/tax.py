@@ -151,7 +151,7 @@ class Calibration(NamedTuple):
     ece: Tensor
     confidence: Tensor
     accuracy: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of this
 
 
 def calibration(logits: Tensor, targets: Tensor, mask: Tensor | None = None, bins: int = 15) -> Calibration:
