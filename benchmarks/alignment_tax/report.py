@@ -86,8 +86,10 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
             cost.append(f"with {title} {role} ({p.cure.name}, {prevented(p):.0%}) took {price}")
     return [
         f"What won: {'; '.join(won)}.",
-        f"What did not, at any strength, lower the tax beyond the seeds' spread and end within {SAME_ALIGNMENT:.0%} of the best right "
-        f"behaviour: {' / '.join(lost)}.",
+        (
+            f"What did not, at any strength, lower the tax beyond the seeds' spread and end within {SAME_ALIGNMENT:.0%} of the best right "
+            f"behaviour: {' / '.join(lost)}."
+        ),
         f"What it cost: {'; '.join(cost)}.",
     ]
 
