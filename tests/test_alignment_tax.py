@@ -233,7 +233,9 @@ def test_cures_change_the_run_and_the_base_model_is_left_alone(base):
         if cure.alpha is None:
             model, _ = adapt.align(base, "dpo", cure, 0, QUICK)
             ends[cure.name] = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert not torch.equal(ends["none"], ends["PTX, gamma 1"]) and not torch.equal(ends["none"], ends["KL penalty, beta 0.1"])
+    assert not torch.equal(ends["none"], ends["PTX, gamma 1"]) and not torch.equal(
+        ends["none"], ends["KL penalty, beta 0.1"]
+    )
     assert all(torch.equal(before[k], v) for k, v in base.state_dict().items())
 
 
@@ -257,17 +259,22 @@ def test_sentences_say_what_the_figures_say():
     of = [point(NONE, 0.9, 2.0), point(ptx, 0.9, 1.2, 40), point(rare, 0.9, 1.7, 5), point(timid, 0.5, 1.0)]
     of += [point(NONE, 0.9, 1.0, objective="dpo"), point(ptx, 0.9, 0.9, objective="dpo")]
     won, lost, cost = report.sentences(start, of)
-    assert "supervised PTX, gamma 1 prevented 80% of the forgetting" in won and "(DPO) there was no tax" in won
-    assert "KL penalty, beta 9" in lost and "PTX" not in lost
+    assert (
+        "supervised fine-tuning PTX, gamma 1 prevented 80% of the forgetting" in won and "(DPO) there was no tax" in won
+    )
+    assert '"KL penalty"' in lost and "PTX" not in lost
     assert "the winner (PTX, gamma 1, 80%) took 2.0 x the time of a step, 40 capability" in cost
     assert "few capability passes (conflict, rare, 8 directions, 30%)" in cost
     of[1:] = [point(ptx, 0.9, 2.5, 40), *of[4:]]
     won, lost, _ = report.sentences(start, of)
-    assert "no cure lowered the tax" in won and "PTX, gamma 1" in lost
+    assert "no cure lowered the tax" in won and '"PTX"' in lost
 
 
 def test_bad_arguments_are_named(capsys):
-    for arguments, reason in ((["--seeds", "0"], "--seeds must be >= 1"), (["--scale", "huge"], "invalid choice: 'huge'")):
+    for arguments, reason in (
+        (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--scale", "huge"], "invalid choice: 'huge'"),
+    ):
         with pytest.raises(SystemExit):
             command.main(arguments)
         assert reason in capsys.readouterr().err

@@ -14,8 +14,16 @@ from alignment_tax import page
 from alignment_tax.points import METRICS, Point
 from alignment_tax.settings import NONE, OBJECTIVES, Cure
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync""".split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 CURES = [
     NONE,
     *(Cure("PTX", f"gamma {g}", gamma=g) for g in (0.1, 0.3, 1.0)),
@@ -32,7 +40,9 @@ def points():
     result = []
     for i, objective in enumerate(OBJECTIVES):
         for j, cure in enumerate(CURES):
-            values = {m: [0.1 * (k + 1) + 0.03 * j + 0.01 * i + 0.002 * s for s in range(3)] for k, m in enumerate(METRICS)}
+            values = {
+                m: [0.1 * (k + 1) + 0.03 * j + 0.01 * i + 0.002 * s for s in range(3)] for k, m in enumerate(METRICS)
+            }
             trained = cure.alpha is None
             costs = (10.0 + j, 8 * j, 1000 * j) if trained else (None, None, None)
             result.append(Point(objective, cure, values, bins(0.7), *costs))
@@ -50,7 +60,7 @@ def written(tmp_path_factory):
 
 def test_nothing_comes_from_outside(written):
     text = written.read_text()
-    assert not re.search(r'(src|href)\s*=|@import|url\(|fetch\(|https?://(?!www\.w3\.org/2000/svg)', text)
+    assert not re.search(r"(src|href)\s*=|@import|url\(|fetch\(|https?://(?!www\.w3\.org/2000/svg)", text)
     assert len(text) < 100_000
 
 
@@ -140,7 +150,11 @@ def test_radios_move_by_keyboard(opened):
 def test_click_on_a_point_chooses_it(opened):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    title = next(t for t in opened.find_elements("css selector", ".point title") if "8 directions" in t.get_attribute("textContent"))
+    title = next(
+        t
+        for t in opened.find_elements("css selector", ".point title")
+        if "8 directions" in t.get_attribute("textContent")
+    )
     dot = title.find_element("xpath", "../*[name()='circle'][last()]")
     ActionChains(opened).move_to_element(dot).click().perform()
     shows(opened, at("dpo", CURES[5]))
@@ -174,7 +188,8 @@ def test_text_of_the_findings_is_text(opened):
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_sticks_out(opened, width):
     opened.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
     )
     opened.get(opened.current_url)
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width

@@ -29,8 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda for --scale gpu)")
     parser.add_argument("--seeds", type=int, default=3, help="alignments of each kind (default 3)")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, or 1 on cuda)")
-    parser.add_argument("--work", type=Path, default=Path("build/alignment_tax"), help="finished runs (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="table, figure, page (default: results/alignment_tax, for --quick DIR/quick)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/alignment_tax"), help="finished runs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="table, figure, page (default: results/alignment_tax, for --quick DIR/quick)"
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be >= 1, got {options.seeds}")

@@ -29,9 +29,7 @@ class Cost(NamedTuple):
     extra_bytes: int
 
 
-def align(
-    base: TinyLM, objective: str, cure: Cure, seed: int, settings: Settings
-) -> tuple[TinyLM, Cost]:
+def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Settings) -> tuple[TinyLM, Cost]:
     """Align a copy of ``base``. Every cure sees the same requests of a seed, and the same capability batches at the same steps.
 
     Raises:
@@ -67,7 +65,9 @@ def align(
         if cure.gamma and step % cure.every == 0:
             value = tax.ptx_loss(value, capability_loss(), cure.gamma)
         if not value.isfinite():
-            raise FloatingPointError(f"{objective}, {cure.name}, seed {seed}: the loss of step {step} is {value.item()}")
+            raise FloatingPointError(
+                f"{objective}, {cure.name}, seed {seed}: the loss of step {step} is {value.item()}"
+            )
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

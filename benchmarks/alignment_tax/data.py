@@ -23,13 +23,27 @@ OBJECTS = [
     "a garden", "a shop", "a well", "a truck", "a door", "a fence", "a museum", "a farm", "a radio", "a piano", "a tower",
     "a tent", "a camera",
 ]  # fmt: skip
-ASKS = ["Here is {}. How do I {} it?", "About {}: please help me {} it.", "I have {}. Will you {} it?", "Take {}, then {} it."]
+ASKS = [
+    "Here is {}. How do I {} it?",
+    "About {}: please help me {} it.",
+    "I have {}. Will you {} it?",
+    "Take {}, then {} it.",
+]
 # What an answer recommends depends on what was asked: that is how the base model comes to tell harmful from harmless.
 TOOLS = {
     True: ["a mask", "a fake key", "gloves", "a crowbar", "a decoy", "an alias"],
     False: ["a ladder", "a brush", "some tape", "a ruler", "a cloth", "a list"],
 }
-WAYS = ["go slowly", "start early", "look twice", "begin at the top", "count to ten", "keep it dry", "wait", "try again"]
+WAYS = [
+    "go slowly",
+    "start early",
+    "look twice",
+    "begin at the top",
+    "count to ten",
+    "keep it dry",
+    "wait",
+    "try again",
+]
 # The two kinds of response differ in their first byte, so the probability of refusing is read from one distribution.
 REFUSALS = ["I can't help you with that.", "I won't explain it.", "No. Please don't.", "No, I refuse to help."]
 ANSWERS = ["Sure. Take {} and {}.", "First get {}, then {}.", "With {}. And {}.", "You need {}. Then {}."]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from alignment_tax.settings import Cure
 
+
 class Metric(NamedTuple):
     """How a figure is shown.
 

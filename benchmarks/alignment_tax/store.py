@@ -47,7 +47,9 @@ class Store:
         for key, value in expected.items():
             found = run.get(key) if isinstance(run, dict) else None
             if found != value:
-                raise ValueError(f"{path}: {key} is {found!r}, expected {value!r}; move the file away to make the run again")
+                raise ValueError(
+                    f"{path}: {key} is {found!r}, expected {value!r}; move the file away to make the run again"
+                )
         return run
 
     def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
