@@ -259,13 +259,15 @@ def test_sentences_say_what_the_figures_say():
     of = [point(NONE, 0.9, 2.0), point(ptx, 0.9, 1.2, 40), point(rare, 0.9, 1.7, 5), point(timid, 0.5, 1.0)]
     of += [point(NONE, 0.9, 1.0, objective="dpo"), point(ptx, 0.9, 0.9, objective="dpo")]
     won, lost, cost = report.sentences(start, of)
-    assert "supervised examples PTX, gamma 1 prevented 80% of the forgetting" in won and "(DPO) there was no tax" in won
-    assert "KL penalty" in lost and "PTX" not in lost
+    assert (
+        "supervised fine-tuning PTX, gamma 1 prevented 80% of the forgetting" in won and "(DPO) there was no tax" in won
+    )
+    assert '"KL penalty"' in lost and "PTX" not in lost
     assert "the winner (PTX, gamma 1, 80%) took 2.0 x the time of a step, 40 capability" in cost
     assert "few capability passes (conflict, rare, 8 directions, 30%)" in cost
     of[1:] = [point(ptx, 0.9, 2.5, 40), *of[4:]]
     won, lost, _ = report.sentences(start, of)
-    assert "no cure lowered the tax" in won and "PTX" in lost
+    assert "no cure lowered the tax" in won and '"PTX"' in lost
 
 
 def test_bad_arguments_are_named(capsys):

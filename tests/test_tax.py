@@ -135,7 +135,7 @@ def test_calibration(seed, n, v, bins):
         members[k].append((p.max().item(), float(p.argmax() == target)))
     ece = 0.0
     for k, inside in enumerate(members):
-        assert found.count[k] == len(inside)
+        assert found.counts[k] == len(inside)
         if not inside:
             assert found.confidence[k].isnan() and found.accuracy[k].isnan()
             continue
@@ -149,7 +149,7 @@ def test_calibration(seed, n, v, bins):
 def test_calibration_counts_only_the_mask():
     logits = torch.tensor([[[9.0, 0.0], [0.0, 9.0]]])
     found = tax.calibration(logits, torch.tensor([[0, 0]]), torch.tensor([[True, False]]), bins=2)
-    assert found.count.tolist() == [0, 1] and found.accuracy[1] == 1.0
+    assert found.counts.tolist() == [0, 1] and found.accuracy[1] == 1.0
 
 
 @given

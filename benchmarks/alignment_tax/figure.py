@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment_tax.points import Point, pareto
-from alignment_tax.settings import OBJECTIVES
+from alignment_tax.settings import NONE, OBJECTIVES
 
 # Okabe & Ito's colours, which the colour-blind tell apart; a marker each for those who see none.
 STYLES = {
@@ -40,29 +40,18 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     made, axes = plt.subplots(1, len(OBJECTIVES), figsize=(13, 6), dpi=130, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
-    start = base["measured"]
-
-    def wrong(p: Point) -> float:
-        return max(100 * (1 - p.mean("behaviour")), 0.1)
-
-    def forgotten(p: Point) -> float:
-        return max(p.mean("loss") - start["loss"], SMALLEST)
-
+    # A cure that made things many times worse would press all others into one line: it is drawn at the edge, with its loss.
+    none = max(p.mean("loss") for p in points if p.cure == NONE)
+    tax = max(none - base["measured"]["loss"], 0.01)
+    bottom, top = base["measured"]["loss"] - 0.2 * tax, none + 2 * tax
     for panel, (objective, title) in zip(axes[0], OBJECTIVES.items(), strict=True):
         mine = [p for p in points if p.objective == objective]
-        before = 100 * (1 - start["behaviour"])
-        panel.axvline(before, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
-        panel.annotate(
-            "base model",
-            (before, 1),
-            (4, -4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            color="#777777",
-            fontsize=10,
-        )
-        front = pareto(mine)
+        start = base["measured"]
+        panel.axhline(start["loss"], color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
+        at = (100 * start["behaviour"], start["loss"])
+        panel.plot(*at, marker="*", markersize=15, color="black", linestyle="none")
+        panel.annotate("base model", at, (0, 10), textcoords="offset points", ha="center")
+        front = [p for p in pareto(mine) if p.mean("loss") <= top]
         panel.plot(
             [wrong(p) for p in front],
             [forgotten(p) for p in front],
@@ -74,6 +63,13 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
         )
         for family, (colour, marker) in STYLES.items():
             of = [p for p in mine if p.cure.family == family]
+            for p in of:
+                if p.mean("loss") > top:
+                    x = 100 * p.mean("behaviour")
+                    panel.plot(x, top, marker=marker, markersize=7, color=colour, clip_on=False)
+                    label = f"{p.mean('loss'):.1f} $\\uparrow$ "
+                    panel.annotate(label, (x, top), (-6, 6), textcoords="offset points", color=colour, ha="right")
+            of = [p for p in of if p.mean("loss") <= top]
             if not of:
                 continue
             handles[family] = panel.errorbar(
@@ -90,12 +86,9 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
                 capsize=2,
                 label=family,
             )
-        panel.set_title(f"aligned by {title}", loc="left", fontsize=12.5)
-        panel.set(xscale="log", yscale="log", xlim=(0.8, 100), ylim=(SMALLEST, 5))
-        panel.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
-        panel.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3], ["0.01", "0.03", "0.1", "0.3", "1", "3"])
-        panel.minorticks_off()
-        panel.set_xlabel("wrong behaviour on held-out requests, %   (better to the left)")
+        panel.set_ylim(bottom, top)
+        panel.set_title(f"aligned by {title}", loc="left", fontsize=12.5, pad=22)
+        panel.set_xlabel("right behaviour on held-out requests, %   (better to the right)")
         panel.grid(color="#eeeeee")
         panel.set_axisbelow(True)
     axes[0][0].set_ylabel("forgotten Python, nats a byte   (better below)")

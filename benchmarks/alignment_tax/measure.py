@@ -75,7 +75,7 @@ def _capability(model: TinyLM, settings: Settings, device: torch.device) -> dict
         # An empty bin is null: JSON has no NaN.
         "bins": [
             {"count": c, "confidence": p if c else None, "accuracy": a if c else None}
-            for c, p, a in zip(found.count.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True)
+            for c, p, a in zip(found.counts.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True)
         ],
     }
 

@@ -13,7 +13,7 @@ from alignment_tax.runs import Plan
 from alignment_tax.settings import NONE, OBJECTIVES, VERSION
 from harness import machine
 
-SAME_ALIGNMENT = 0.02  # right behaviour lost, against the best of all, by a cure that still counts as aligned
+SAME_ALIGNMENT = 0.02  # right behaviour below the best cure's, down to which a cure counts as aligned
 RARE = 1 / 4  # capability backward passes a step up to which a cure counts as cheap
 
 
@@ -60,20 +60,20 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
         aligned = [p for p in cures if p.mean("behaviour") >= enough]
         best = max(aligned, key=prevented, default=None)
         if best is None or prevented(best) <= 0:
-            won.append(f"with {title} no cure lowered the tax and ended well aligned")
+            won.append(f"with {title} no cure lowered the tax and aligned as well as the best")
         else:
             won.append(
                 f"with {title} {best.cure.name} prevented {prevented(best):.0%} of the forgetting "
                 f"({best.mean('behaviour'):.1%} right behaviour, {none.mean('behaviour'):.1%} without a cure)"
             )
-        helped = {p.cure.family for p in aligned if none.mean("loss") - p.mean("loss") >= none.spread("loss")}
-        failed = [family for family in dict.fromkeys(p.cure.family for p in cures) if family not in helped]
-        lost.append(f"with {title} {'; '.join(failed) or 'nothing'}")
+        helped = {p.cure.family for p in aligned if none.mean("loss") - p.mean("loss") > none.spread("loss")}
+        failed = [f'"{f}"' for f in dict.fromkeys(p.cure.family for p in cures) if f not in helped]
+        lost.append(f"with {title} {', '.join(failed) or 'nothing'}")
         trained = [p for p in aligned if p.step_ms is not None and p.backwards is not None]
         steps = max(p.backwards for p in mine if p.backwards is not None) or 1
         cheap = max((p for p in trained if p.backwards <= RARE * steps), key=prevented, default=None)
         for p, role in ((best, "the winner"), (cheap, "the best with few capability passes")):
-            if p is None or (p is best and role != "the winner"):
+            if p is None or prevented(p) <= 0 or (p is best and role != "the winner"):
                 continue
             price = (
                 "no training"
@@ -84,13 +84,11 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
                 )
             )
             cost.append(f"with {title} {role} ({p.cure.name}, {prevented(p):.0%}) took {price}")
+    bar = f"lower the tax beyond the seeds' spread within {100 * SAME_ALIGNMENT:.0f} points of the best right behaviour"
     return [
         f"What won: {'; '.join(won)}.",
-        (
-            f"What did not, at any strength, lower the tax beyond the seeds' spread and end within {SAME_ALIGNMENT:.0%} of the best right "
-            f"behaviour: {' / '.join(lost)}."
-        ),
-        f"What it cost: {'; '.join(cost)}.",
+        f"What did not, at any strength, {bar}: {'; '.join(lost)}.",
+        f"What it cost: {'; '.join(cost) or 'nothing was won'}.",
     ]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 VERSION = 1  # of the run files: raise it when a change here makes older figures mean something else
-OBJECTIVES = {"dpo": "preferences (DPO)", "sft": "supervised examples"}
+OBJECTIVES = {"dpo": "preferences (DPO)", "sft": "supervised fine-tuning"}
 
 
 @dataclasses.dataclass(frozen=True)

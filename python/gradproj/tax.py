@@ -145,13 +145,13 @@ class Calibration(NamedTuple):
         ece: 0-d expected calibration error: mean over predictions of |accuracy - confidence| of their bin.
         confidence: [bins] mean confidence; NaN in an empty bin.
         accuracy: [bins] share of right predictions; NaN in an empty bin.
-        count: [bins] int64.
+        counts: [bins] int64, predictions in each bin.
     """
 
     ece: Tensor
     confidence: Tensor
     accuracy: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of this
+    counts: Tensor
 
 
 def calibration(logits: Tensor, targets: Tensor, mask: Tensor | None = None, bins: int = 15) -> Calibration:
@@ -179,11 +179,11 @@ def calibration(logits: Tensor, targets: Tensor, mask: Tensor | None = None, bin
     if not len(top):
         raise ValueError("calibration: no position counts")
     which = (top * bins).ceil().long().clamp(1, bins) - 1
-    count = torch.bincount(which, minlength=bins)
+    counts = torch.bincount(which, minlength=bins)
     confidence = torch.zeros(bins, dtype=torch.float64, device=top.device).index_add_(0, which, top)
     accuracy = torch.zeros_like(confidence).index_add_(0, which, right)
     ece = (accuracy - confidence).abs().sum() / len(top)
-    return Calibration(ece, confidence / count, accuracy / count, count)
+    return Calibration(ece, confidence / counts, accuracy / counts, counts)
 
 
 def entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
