@@ -1,7 +1,4 @@
-"""The Pareto figure: what is not right yet against what was forgotten, both objectives, error bars over the seeds.
-
-Both axes are logarithmic, since cures differ by factors: from a hundredth of a nat forgotten to two.
-"""
+"""The Pareto figure: right behaviour against capability, both objectives, error bars over the seeds."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,6 @@ STYLES = {
     "conflict, rare": ("#56b4e9", "o"),
     "conflict, update space": ("#6a3d9a", "^"),
 }
-
-SMALLEST = 0.003  # nats a byte: what lies lower is drawn here
-
-
-def _clipped(at: list[float], spread: list[float]) -> list[list[float]]:
-    """Error bars below and above, those below ending before the end of a logarithmic axis."""
-    return [[min(s, 0.95 * a) for a, s in zip(at, spread, strict=True)], spread]
 
 
 def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
@@ -53,8 +43,8 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
         panel.annotate("base model", at, (0, 10), textcoords="offset points", ha="center")
         front = [p for p in pareto(mine) if p.mean("loss") <= top]
         panel.plot(
-            [wrong(p) for p in front],
-            [forgotten(p) for p in front],
+            [100 * p.mean("behaviour") for p in front],
+            [p.mean("loss") for p in front],
             color="#bbbbbb",
             linewidth=5,
             zorder=0,
@@ -73,10 +63,10 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
             if not of:
                 continue
             handles[family] = panel.errorbar(
-                [wrong(p) for p in of],
-                [forgotten(p) for p in of],
-                xerr=_clipped([wrong(p) for p in of], [100 * p.spread("behaviour") for p in of]),
-                yerr=_clipped([forgotten(p) for p in of], [p.spread("loss") for p in of]),
+                [100 * p.mean("behaviour") for p in of],
+                [p.mean("loss") for p in of],
+                xerr=[100 * p.spread("behaviour") for p in of],
+                yerr=[p.spread("loss") for p in of],
                 color=colour,
                 marker=marker,
                 markersize=7,
@@ -91,7 +81,7 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
         panel.set_xlabel("right behaviour on held-out requests, %   (better to the right)")
         panel.grid(color="#eeeeee")
         panel.set_axisbelow(True)
-    axes[0][0].set_ylabel("forgotten Python, nats a byte   (better below)")
+    axes[0][0].set_ylabel("loss on held-out Python, nats a byte   (better below)")
     made.legend(handles.values(), handles.keys(), loc="lower center", ncol=5, frameon=False)
     made.tight_layout(rect=(0, 0.1, 1, 1))
     made.savefig(path)
