@@ -30,6 +30,7 @@ void combine_typed(const Plan& plan, const double* weights) {
     std::vector<const BF16*> halves;
     std::vector<T> scale;
     TileReader<T> reader(plan);
+    StoredRows stored;
     int part = -1;
     const double* w = nullptr;
     std::vector<int> used;
@@ -55,17 +56,32 @@ void combine_typed(const Plan& plan, const double* weights) {
             return row_kernels<T, BF16>().combine(reinterpret_cast<BF16*>(gradient) + start, halves.data(), scale.data(),
                                                   static_cast<int>(halves.size()), n);
         }
-      for (int r : used) {
-        if (!views[r].data) continue;
-        rows.push_back(r == 0 ? reader.gradient(piece, start, n) : reader.read(piece, r, start, n));
-        scale.push_back(static_cast<T>(w[r]));
-      }
       const bool in_place = plan.pieces[piece].ndim == 0 && views[0].dtype == dtype_of<T>() && !plan.base;
       T* out = in_place ? reinterpret_cast<T*>(gradient) + start : reader.buffer(0);
-      if (rows.empty())
-        std::fill(out, out + n, T(0));
-      else
-        row_kernels<T, T>().combine(out, rows.data(), scale.data(), static_cast<int>(rows.size()), n);
+      auto combine_tiles = [&] {
+        for (int r : used) {
+          if (!views[r].data) continue;
+          rows.push_back(r == 0 ? reader.gradient(piece, start, n) : reader.read(piece, r, start, n));
+          scale.push_back(static_cast<T>(w[r]));
+        }
+        if (rows.empty())
+          std::fill(out, out + n, T(0));
+        else
+          row_kernels<T, T>().combine(out, rows.data(), scale.data(), static_cast<int>(rows.size()), n);
+      };
+      if constexpr (sizeof(T) == 4) {
+        if (!stored_as<T>(plan, piece) && stored.take(plan, piece, used)) {
+          for (int r : used)
+            if (r > 0) scale.push_back(static_cast<T>(w[r]));
+          const T* g = used[0] == 0 ? reader.gradient(piece, start, n) : reader.zeros();
+          stored_kernels(stored.dtype).combine(out, g, used[0] == 0 ? static_cast<T>(w[0]) : T(0), stored.data.data(),
+                                               stored.scales.data(), scale.data(), static_cast<int>(scale.size()), start, n);
+        } else {
+          combine_tiles();
+        }
+      } else {
+        combine_tiles();
+      }
       if (plan.base) {
         const T* base = reader.read(piece, plan.rows - 1, start, n);
         for (int64_t i = 0; i < n; ++i) out[i] = base[i] - out[i];

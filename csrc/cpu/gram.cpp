@@ -40,12 +40,15 @@ void gram_typed(const Plan& plan, const double* known, double* gram) {
   const int64_t pairs = row_only ? R : int64_t{R} * (R + 1) / 2;
   const Tasks tasks = make_tasks(plan, pairs * 8);
   Partials partials(plan, tasks, pairs);
+  std::vector<int> all(static_cast<size_t>(R));
+  std::iota(all.begin(), all.end(), 0);
 
   for_each_task(tasks, false, [&](int64_t task) {
     std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
     std::vector<const T*> rows(static_cast<size_t>(R));
     std::vector<const BF16*> halves(static_cast<size_t>(R));
     TileReader<T> reader(plan);
+    StoredRows stored;
     int part = -1;
     auto finish_part = [&] {
       for (int64_t p = 0; part >= 0 && p < pairs; ++p) {
@@ -67,6 +70,11 @@ void gram_typed(const Plan& plan, const double* known, double* gram) {
           return row_kernels<T, BF16>().gram(halves.data(), R, n, row_only, acc.data());
         }
       rows[0] = reader.gradient(piece, start, n);
+      if constexpr (sizeof(T) == 4)
+        if (row_only && !stored_as<T>(plan, piece) && stored.take(plan, piece, all)) {
+          row_kernels<T, T>().gram(rows.data(), 1, n, true, acc.data());
+          return stored_kernels(stored.dtype).products(rows[0], stored.data.data(), stored.scales.data(), R - 1, start, n, acc.data() + kLanes);
+        }
       for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, start, n);
       row_kernels<T, T>().gram(rows.data(), R, n, row_only, acc.data());
     });

@@ -34,11 +34,29 @@ struct Converters {
 struct BF16 {
   uint16_t bits;
 };
+struct F16 {
+  uint16_t bits;
+};
+struct F8 {
+  uint8_t bits;
+};
+
+// A float32 gradient with directions of one storage type, decoded in registers: nothing but what is stored is moved. Elements
+// start to start + n of the directions, whose pointers (and scales, for f8) are those of element 0.
+struct StoredKernels {
+  // acc + r * kLanes += <g, rows[r]>. Reads g once per row, from L1 if it is a tile.
+  void (*products)(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
+                   double* acc);
+  // out = weight g + sum_r weights[r] rows[r]; out may be g.
+  void (*combine)(float* out, const float* g, float weight, const void* const* rows, const float* const* scales,
+                  const float* weights, int num_rows, int64_t start, int64_t n);
+};
 
 struct Kernels {
   RowKernels<float, float> f32;
   RowKernels<double, double> f64;
   RowKernels<float, BF16> bf16;  // straight from memory: half the bytes are only worth something if nothing else is moved
+  StoredKernels f32_with_f32, f32_with_bf16, f32_with_f16, f32_with_f8;
   Converters<float> to_f32;
   Converters<double> to_f64;
   const char* name;
@@ -65,6 +83,10 @@ const RowKernels<T, S>& row_kernels() {
     return kernels().f32;
   else
     return kernels().bf16;
+}
+inline const StoredKernels& stored_kernels(DType directions) {
+  const Kernels& k = kernels();
+  return directions == DType::f32 ? k.f32_with_f32 : directions == DType::bf16 ? k.f32_with_bf16 : directions == DType::f16 ? k.f32_with_f16 : k.f32_with_f8;
 }
 template <typename T>
 const Converters<T>& converters() {

@@ -5,7 +5,6 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#define __F16C__ 1
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -1,5 +1,6 @@
 // Included by tile_portable.cpp, tile_avx2.cpp and tile_avx512.cpp, each under its own target and with its own
 // GRADPROJ_ISA and GRADPROJ_VECTOR_BYTES. Vectors are the compiler's vector extension, so one source serves every processor.
+// Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on telling so by __F16C__ inside a pragma.
 // No header that defines inline functions may be included from here: the linker would keep one instruction set's copy for all.
 
 namespace gradproj::cpu::GRADPROJ_ISA {
@@ -185,7 +186,7 @@ void combine(S* out, const S* const* rows, const T* weights, int num_rows, int64
   for (int64_t i = 0; i < n; ++i) out[i] = Lane<T, S>::put(partial[i]);
 }
 
-#if !defined(__F16C__)
+#if GRADPROJ_VECTOR_BYTES == 16
 // Branch-free, exact: the exponent is rebased by a multiplication, which also normalises subnormals.
 inline float from_f16(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
@@ -234,7 +235,7 @@ template <typename T>
 void load_f16(const uint16_t* s, T* out, int64_t n) {
   in_lines(s, n, [&](int64_t i, int64_t count) {
     const int64_t stop = i + count;
-#if defined(__F16C__)
+#if GRADPROJ_VECTOR_BYTES > 16
     for (; i + 8 <= stop; i += 8) {
       const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i)));
       for (int l = 0; l < 8; ++l) out[i + l] = static_cast<T>(wide[l]);
@@ -248,7 +249,7 @@ void load_f16(const uint16_t* s, T* out, int64_t n) {
 
 template <typename T>
 void store_f16(const T* s, uint16_t* out, int64_t n) {
-#if defined(__F16C__)
+#if GRADPROJ_VECTOR_BYTES > 16
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     __m256 wide;
@@ -277,44 +278,205 @@ inline bool any_nan_f8(const uint8_t* s, int64_t n) {
   return found;
 }
 
+// A vector of float32 out of consecutive elements of S, and one element. kFactor: what is left to multiply them with.
+template <typename S>
+struct Decode;
+
+template <>
+struct Decode<float> {
+  using V = Vector<float>::type;
+  static constexpr float kFactor = 1.0f;
+  static inline V load(const float* p) { return *reinterpret_cast<const Vector<float>::unaligned*>(p); }
+  static inline float get(float x) { return x; }
+};
+
+template <>
+struct Decode<BF16> {
+  using V = Vector<float>::type;
+  static constexpr float kFactor = 1.0f;
+  typedef uint16_t halves __attribute__((vector_size(GRADPROJ_VECTOR_BYTES / 2), aligned(2), may_alias));
+  static inline V load(const BF16* p) {
+    return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type) << 16);
+  }
+  static inline float get(BF16 x) { return from_bf16(x.bits); }
+};
+
+template <>
+struct Decode<F16> {
+  using V = Vector<float>::type;
+  static constexpr float kFactor = 1.0f;
+  static inline V load(const F16* p) {
+#if GRADPROJ_VECTOR_BYTES == 64
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif GRADPROJ_VECTOR_BYTES > 16
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    V v;
+    for (int l = 0; l < Vector<float>::kWidth; ++l) v[l] = get(p[l]);
+    return v;
+#endif
+  }
+  static inline float get(F16 x) {
+#if GRADPROJ_VECTOR_BYTES > 16
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
+#else
+    return from_f16(x.bits);
+#endif
+  }
+};
+
+// A code shifted into the place of a float16 is that number times 2^-8, subnormals included, which the processor converts at
+// full speed. Only the NaN has no place there: whoever loads vectors has looked for it.
+template <>
+struct Decode<F8> {
+  using V = Vector<float>::type;
+#if GRADPROJ_VECTOR_BYTES > 16
+  static constexpr float kFactor = 256.0f;
+#else
+  static constexpr float kFactor = 1.0f;
+#endif
+  static inline V load(const F8* p) {
+#if GRADPROJ_VECTOR_BYTES == 64
+    const __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16(static_cast<short>(0xbf80))));
+#elif GRADPROJ_VECTOR_BYTES > 16
+    const __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8);
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(word, 1), _mm_set1_epi16(static_cast<short>(0xbf80))));
+#else
+    V v;
+    for (int l = 0; l < Vector<float>::kWidth; ++l) v[l] = from_f8(p[l].bits);
+    return v;
+#endif
+  }
+  static inline float get(F8 x) { return from_f8(x.bits) * (1.0f / kFactor); }
+};
+
+// f(start, n, block) for the runs of elements that share a scale; without scales all are one.
+template <typename S, typename F>
+inline void for_each_block(int64_t start, int64_t n, const F& f) {
+  if constexpr (sizeof(S) > 1) return f(start, n, int64_t{0});
+  for (const int64_t end = start + n; start < end;) {
+    const int64_t left = kScaleBlock - start % kScaleBlock, count = end - start < left ? end - start : left;
+    f(start, count, start / kScaleBlock);
+    start += count;
+  }
+}
+
+template <typename S>
+inline bool vectors_hold(const S* p, int64_t n) {
+  if constexpr (sizeof(S) == 1)
+    return !any_nan_f8(reinterpret_cast<const uint8_t*>(p), n);
+  else
+    return true;
+}
+
+template <typename S>
+void stored_products(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
+                     double* acc) {
+  using D = Decode<S>;
+  constexpr int kWidth = Vector<float>::kWidth, kUnroll = 4;
+  for (int r = 0; r < num_rows; ++r) {
+    double* pair = acc + r * kLanes;
+    for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
+      const S* x = static_cast<const S*>(rows[r]) + at;
+      const float* y = g + (at - start);
+      typename D::V sums[kUnroll] = {};
+      int64_t i = 0;
+      if (vectors_hold(x, count))
+        for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
+          prefetch(x + i + kTile);
+          for (int u = 0; u < kUnroll; ++u)
+            sums[u] += D::load(x + i + u * kWidth) * Decode<float>::load(y + i + u * kWidth);
+        }
+      float tail = 0.0f;
+      for (; i < count; ++i) tail += D::get(x[i]) * y[i];
+      const double scale = static_cast<double>(D::kFactor) * (sizeof(S) == 1 ? scales[r][block] : 1.0f);
+      const typename D::V total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (int l = 0; l < kWidth; ++l) pair[l % kLanes] += static_cast<double>(total[l]) * scale;
+      pair[0] += static_cast<double>(tail) * scale;
+    });
+  }
+}
+
+template <typename S, int kRows>
+void stored_combine_rows(float* out, const float* g, float weight, const S* const* rows, const float* weights, int64_t n) {
+  using D = Decode<S>;
+  constexpr int kWidth = Vector<float>::kWidth;
+  int64_t i = 0;
+  bool vectors = true;
+  for (int r = 0; r < kRows; ++r) vectors = vectors && vectors_hold(rows[r], n);
+  if (vectors)
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      typename D::V total[2];
+      for (int u = 0; u < 2; ++u) total[u] = weight * Decode<float>::load(g + i + u * kWidth);
+      for (int r = 0; r < kRows; ++r) {
+        prefetch(rows[r] + i + kTile);
+        for (int u = 0; u < 2; ++u) total[u] += weights[r] * D::load(rows[r] + i + u * kWidth);
+      }
+      for (int u = 0; u < 2; ++u) *reinterpret_cast<Vector<float>::unaligned*>(out + i + u * kWidth) = total[u];
+    }
+  for (; i < n; ++i) {
+    float total = weight * g[i];
+    for (int r = 0; r < kRows; ++r) total += weights[r] * D::get(rows[r][i]);
+    out[i] = total;
+  }
+}
+
+template <typename S>
+void stored_combine(float* out, const float* g, float weight, const void* const* rows, const float* const* scales,
+                    const float* weights, int num_rows, int64_t start, int64_t n) {
+  for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
+    const float* source = g + (at - start);
+    float* target = out + (at - start);
+    float first = weight;
+    for (int r = 0; r < num_rows || r == 0; r += 8) {
+      const int width = num_rows - r < 8 ? num_rows - r : 8;
+      const S* x[8];
+      float w[8];
+      for (int k = 0; k < width; ++k) {
+        x[k] = static_cast<const S*>(rows[r + k]) + at;
+        w[k] = weights[r + k] * (Decode<S>::kFactor * (sizeof(S) == 1 ? scales[r + k][block] : 1.0f));
+      }
+      switch (width) {
+        case 0: stored_combine_rows<S, 0>(target, source, first, x, w, count); break;
+        case 1: stored_combine_rows<S, 1>(target, source, first, x, w, count); break;
+        case 2: stored_combine_rows<S, 2>(target, source, first, x, w, count); break;
+        case 3: stored_combine_rows<S, 3>(target, source, first, x, w, count); break;
+        case 4: stored_combine_rows<S, 4>(target, source, first, x, w, count); break;
+        case 5: stored_combine_rows<S, 5>(target, source, first, x, w, count); break;
+        case 6: stored_combine_rows<S, 6>(target, source, first, x, w, count); break;
+        case 7: stored_combine_rows<S, 7>(target, source, first, x, w, count); break;
+        default: stored_combine_rows<S, 8>(target, source, first, x, w, count);
+      }
+      source = target;
+      first = 1.0f;
+    }
+  });
+}
+
 // One block's codes, all with one scale.
 template <typename T>
-inline void load_f8(const uint8_t* s, float scale, T* out, int64_t n) {
-#if defined(__F16C__)
-  // A code shifted into the place of a float16 is that number times 2^-8, subnormals included, which the processor converts
-  // at full speed. Only the NaN has no place there.
+inline void load_f8(const uint8_t* codes, float scale, T* out, int64_t n) {
   if constexpr (sizeof(T) == 4)
-    if (!any_nan_f8(s, n)) {
-      const float factor = scale * 256.0f;
+    if (!any_nan_f8(codes, n)) {
+      using D = Decode<F8>;
+      const F8* s = reinterpret_cast<const F8*>(codes);
+      const float factor = scale * D::kFactor;
       return in_lines(s, n, [&](int64_t i, int64_t count) {
         const int64_t stop = i + count;
-#if GRADPROJ_VECTOR_BYTES == 64
-        for (; i + 16 <= stop; i += 16) {
-          const __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i))), 8);
-          const __m256i half = _mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-          _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half) * factor);
-        }
-#endif
-        for (; i + 8 <= stop; i += 8) {
-          const __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + i))), 8);
-          const __m128i half = _mm_and_si128(_mm_srai_epi16(word, 1), _mm_set1_epi16(static_cast<short>(0xbf80)));
-          _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half) * factor);
-        }
-        for (; i < stop; ++i) out[i] = from_f8(s[i]) * scale;
+        for (; i + Vector<float>::kWidth <= stop; i += Vector<float>::kWidth)
+          *reinterpret_cast<Vector<float>::unaligned*>(out + i) = D::load(s + i) * factor;
+        for (; i < stop; ++i) out[i] = D::get(s[i]) * factor;
       });
     }
-#endif
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f8(s[i])) * static_cast<T>(scale);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f8(codes[i])) * static_cast<T>(scale);
 }
 
 template <typename T>
 void load_blocks(const char* codes, const float* scales, int64_t start, T* out, int64_t n) {
-  const uint8_t* s = reinterpret_cast<const uint8_t*>(codes);
-  for (int64_t done = 0; done < n;) {
-    const int64_t at = start + done, left = kScaleBlock - at % kScaleBlock, count = n - done < left ? n - done : left;
-    load_f8<T>(s + at, scales[at / kScaleBlock], out + done, count);
-    done += count;
-  }
+  for_each_block<F8>(start, n, [&](int64_t at, int64_t count, int64_t block) {
+    load_f8<T>(reinterpret_cast<const uint8_t*>(codes) + at, scales[block], out + (at - start), count);
+  });
 }
 
 template <typename T>
@@ -367,6 +529,10 @@ void store_tile(const T* source, char* out, DType dtype, int64_t n) {
     static constexpr Kernels table = {{gram<float, float>, combine<float, float>},                     \
                                       {gram<double, double>, combine<double, double>},                 \
                                       {gram<float, BF16>, combine<float, BF16>},                       \
+                                      {stored_products<float>, stored_combine<float>},                 \
+                                      {stored_products<BF16>, stored_combine<BF16>},                   \
+                                      {stored_products<F16>, stored_combine<F16>},                     \
+                                      {stored_products<F8>, stored_combine<F8>},                       \
                                       {load_tile<float>, load_blocks<float>, store_tile<float>},                           \
                                       {load_tile<double>, load_blocks<double>, store_tile<double>},                         \
                                       GRADPROJ_QUOTE(GRADPROJ_ISA)};                                   \

@@ -170,6 +170,11 @@ class TileReader {
     });
   }
 
+  const T* zeros() {
+    if (zeros_.empty()) zeros_.assign(kTile, T(0));
+    return zeros_.data();
+  }
+
   T* buffer(int row) {
     auto& b = buffers_[static_cast<size_t>(row)];
     if (b.empty()) b.resize(kTile);
@@ -177,10 +182,6 @@ class TileReader {
   }
 
  private:
-  const T* zeros() {
-    if (zeros_.empty()) zeros_.assign(kTile, T(0));
-    return zeros_.data();
-  }
 
   const Plan& plan_;
   const Converters<T>& converters_;
@@ -198,6 +199,29 @@ bool stored_as(const Plan& plan, size_t piece) {
     if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;
   return true;
 }
+
+// Directions of a dense piece as they are stored.
+struct StoredRows {
+  std::vector<const void*> data;
+  std::vector<const float*> scales;
+  DType dtype = DType::f64;
+
+  // Takes the rows `which`, 0 left out. False if one is absent or float64, or their types differ: kernels then read tiles.
+  bool take(const Plan& plan, size_t piece, const std::vector<int>& which) {
+    data.clear();
+    scales.clear();
+    if (plan.pieces[piece].ndim > 0 || plan.any_f64) return false;
+    const RowView* views = plan.row_views(piece);
+    for (int r : which) {
+      if (r == 0) continue;
+      if (!views[r].data || (!data.empty() && views[r].dtype != dtype)) return false;
+      dtype = views[r].dtype;
+      data.push_back(views[r].data);
+      scales.push_back(views[r].scale);
+    }
+    return !data.empty();
+  }
+};
 
 // Runs f(piece, start, n) for every tile of a task.
 template <typename F>
