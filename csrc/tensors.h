@@ -160,8 +160,6 @@ class Rows {
     const size_t given = buffers_.size();
     if (num_rows < 1 || given % static_cast<size_t>(num_rows) != 0) throw PlanError("gradproj: rows of different length");
     if (extras.scales) add_scales(*extras.scales, unscaled);
-    for (const Buffer& b : buffers_)
-      if (b.dtype == DType::f8 && b.numel > 0 && !b.scale) throw PlanError("gradproj: a float8 buffer without its scales");
     layout_.rows = static_cast<int>(num_rows);
     if (extras.base) {
       add(*extras.base, true);
@@ -170,6 +168,8 @@ class Rows {
       if ((buffers_.size() - given) * static_cast<size_t>(num_rows) != given)
         throw PlanError("gradproj: base: one tensor per buffer of row 0");
     }
+    for (const Buffer& b : buffers_)
+      if (b.dtype == DType::f8 && b.numel > 0 && !b.scale) throw PlanError("gradproj: a float8 buffer without its scales");
     size_t count = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(extras.parts, &count));
     for (size_t i = 0; i < count; ++i) {
