@@ -164,7 +164,7 @@ def targets(rows: dict[str, dict[str, Any]], captured: dict[str, float]) -> list
 
 
 def sanitize_case(device: str) -> None:
-    """Short, and touches every kernel: dense, strided, mixed, misaligned, K = 1, 8 and 12, every method."""
+    """Short, and touches every kernel: dense, strided, mixed, misaligned, K = 1, 8 and 12, every method, every form of a row."""
     import gradproj
 
     def rows(count, dtype=torch.float32):
@@ -182,11 +182,15 @@ def sanitize_case(device: str) -> None:
         with gradproj.use_backend(name):
             for dtype in (torch.float32, torch.float64, torch.float16):
                 for k in (1, 8, 12):
-                    for method in ("orthogonal", "conflict", ("mix", 0.5)):
+                    for method in ("orthogonal", "conflict", "pcgrad", ("mix", 0.5)):
                         g, *ds = rows(k + 1, dtype)
                         ds[0][1] = ds[0][1].contiguous()
                         info = gradproj.project_(g, *ds, method=method)
                         assert bool(info.finite)
+                    base, g, *ds = rows(k + 2, dtype)
+                    ds[-1] = gradproj.float8.quantize(ds[-1])
+                    info = gradproj.project_(g, *ds, base=base, parts=[0, 1, 1, 2])
+                    assert bool(info.finite)
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------------
