@@ -51,14 +51,13 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
             alpha=0.5,
             solid_capstyle="round",
         )
+        beyond: list[str] = []
         for family, (colour, marker) in STYLES.items():
             of = [p for p in mine if p.cure.family == family]
             for p in of:
                 if p.mean("loss") > top:
-                    x = 100 * p.mean("behaviour")
-                    panel.plot(x, top, marker=marker, markersize=7, color=colour, clip_on=False)
-                    label = f"{p.mean('loss'):.1f} $\\uparrow$ "
-                    panel.annotate(label, (x, top), (-6, 6), textcoords="offset points", color=colour, ha="right")
+                    panel.plot(100 * p.mean("behaviour"), top, marker=marker, markersize=7, color=colour, clip_on=False)
+                    beyond.append(f"{p.cure.name}: {p.mean('loss'):.2f}")
             of = [p for p in of if p.mean("loss") <= top]
             if not of:
                 continue
@@ -76,8 +75,11 @@ def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
                 capsize=2,
                 label=family,
             )
+        if beyond:
+            lines = "\n".join(["beyond the scale:", *beyond])
+            panel.text(0.03, 0.96, lines, transform=panel.transAxes, va="top", fontsize=10, color="#555555")
         panel.set_ylim(bottom, top)
-        panel.set_title(f"aligned by {title}", loc="left", fontsize=12.5, pad=22)
+        panel.set_title(f"aligned by {title}", loc="left", fontsize=12.5)
         panel.set_xlabel("right behaviour on held-out requests, %   (better to the right)")
         panel.grid(color="#eeeeee")
         panel.set_axisbelow(True)
