@@ -175,9 +175,13 @@ class Rows {
     for (size_t i = 0; i < count; ++i) {
       StableIValue item;
       STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(extras.parts, i, &item));
-      layout_.part.push_back(static_cast<int32_t>(torch::stable::detail::to<int64_t>(item)));
+      const int64_t part = torch::stable::detail::to<int64_t>(item);
+      if (part < 0 || part >= extras.num_parts || part > INT32_MAX)
+        throw PlanError("gradproj: parts: a number is not below num_parts");
+      layout_.part.push_back(static_cast<int32_t>(part));
     }
     STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(extras.parts));
+    if (extras.num_parts < 0 || extras.num_parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
     batched_ = extras.num_parts > 0;
     if (batched_ == layout_.part.empty() && given > 0) throw PlanError("gradproj: parts and num_parts go together");
     layout_.parts = batched_ ? static_cast<int>(extras.num_parts) : 1;
