@@ -89,7 +89,9 @@ Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> kn
 
 Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
   const auto [parts, rows] = gram_shape(gram);
-  check_rows(rows);
+  if (rows > kMaxRows)
+    throw PlanError("gradproj: " + std::to_string(rows - 1) + " directions; the CUDA kernels take up to " +
+                    std::to_string(kMaxRows - 1));
   const RunContext run({aoti_torch_device_type_cuda(), gram.get_device_index()});
   Tensor weights = gram.dim() == 2 ? run.doubles({rows}) : run.doubles({parts, rows});
   launch_weights(run.device.stream, parse_rule(method, gamma, eps), small(run, gram, parts * rows * rows, "gram"), parts, rows,
