@@ -1,7 +1,5 @@
 """Shapes of real models, as lists: what a projection walks."""
 
-from math import prod
-
 Shapes = list[tuple[int, ...]]
 
 
@@ -40,7 +38,3 @@ def ten_million() -> Shapes:
 
 def uniform(count: int, size: int) -> Shapes:
     return [(size,)] * count
-
-
-def elements(shapes: Shapes) -> int:
-    return sum(prod(s) for s in shapes)

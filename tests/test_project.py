@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import gradproj
 from cases import clone, make_buffer, rows
-from gradproj import functional, reference
+from gradproj import call as calls
+from gradproj import reference
 
 METHODS = ["orthogonal", "conflict", ("mix", 0.3)]
 
@@ -212,8 +213,8 @@ def test_buffers_on_several_devices(on, monkeypatch, method, known):
     info = gradproj.project_(expected, *ds, method=method)
     products = gradproj.gram(*ds) if known else None
     devices = []
-    monkeypatch.setattr(functional, "_device_of", lambda t: devices.append(t.numel() % 2) or devices[-1])
-    monkeypatch.setattr(functional._Call, "_run", functools.partialmethod(_split_first, functional._Call._run))
+    monkeypatch.setattr(calls, "_device_of", lambda t: devices.append(t.numel() % 2) or devices[-1])
+    monkeypatch.setattr(calls.Call, "_run", functools.partialmethod(_split_first, calls.Call._run))
     again = gradproj.project_(g, *ds, method=method, known=products)
     assert set(devices) == {0, 1}
     torch.testing.assert_close(again.gram, info.gram, rtol=1e-6, atol=1e-6)
@@ -230,7 +231,7 @@ def _split_first(call, run, name, op):
 
 def test_a_device_that_refuses_leaves_the_others_unwritten(on, monkeypatch):
     g = [torch.ones(4, device=on.device), torch.ones(3, dtype=torch.int64, device=on.device)]
-    monkeypatch.setattr(functional, "_device_of", lambda t: t.numel() % 2)
+    monkeypatch.setattr(calls, "_device_of", lambda t: t.numel() % 2)
     with pytest.raises(TypeError, match=r"grads\[1\] has dtype torch.int64 \(shape \(3,\)"):
         gradproj.project_(g, [torch.ones(4, device=on.device), torch.ones(3, device=on.device)])
     assert g[0].eq(1).all()

@@ -5,6 +5,7 @@ Every buffer is walked in blocks of at most ``_BLOCK_BYTES`` of float64, so the 
 
 from collections.abc import Iterator
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from gradproj.ops import implement
 _BLOCK_BYTES = 1 << 18
 
 
-class _Column:
+class _Column(NamedTuple):
     """One buffer of every row, and of the base if there is one; which part it belongs to."""
 
-    def __init__(self, tensors: list[Tensor | None], part: int):
-        self.tensors, self.part = tensors, part
+    tensors: list
+    part: int
 
 
 def _rows(rows, num_rows: int, base, scales, parts) -> Iterator[_Column]:
