@@ -26,67 +26,60 @@ void combine_typed(const Plan& plan, const double* weights) {
   const Tasks tasks = make_tasks(plan, 0);
 
   for_each_task(tasks, true, [&](int64_t task) {
-    std::vector<const T*> rows;
-    std::vector<const BF16*> halves;
-    std::vector<T> scale;
-    TileReader<T> reader(plan);
-    StoredRows stored;
-    int part = -1;
-    const double* w = nullptr;
     std::vector<int> used;
-    for_each_tile(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
+    std::vector<T> scale, tile_scale;
+    std::vector<const T*> rows;
+    InPlace<T> whole;
+    InPlace<BF16> halves;
+    StoredRows stored;
+    TileReader<T> reader(plan);
+    int part = -1;
+    for_each_span(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
+      const double* w = weights + int64_t{plan.pieces[piece].part} * R;
       if (plan.pieces[piece].part != part) {
         part = plan.pieces[piece].part;
-        w = weights + int64_t{part} * R;
         used = used_rows(w, R);
+        scale.clear();
+        for (int r : used) scale.push_back(static_cast<T>(w[r]));
       }
       if (plan.parts > 1 && unchanged(w, used)) return;
-      const RowView* views = plan.row_views(piece);
-      char* gradient = const_cast<char*>(views[0].data);
-      rows.clear();
-      halves.clear();
-      scale.clear();
-      if constexpr (sizeof(T) == 4)
-        if (stored_as<BF16>(plan, piece)) {
-          for (int r : used) {
-            halves.push_back(reinterpret_cast<const BF16*>(views[r].data) + start);
-            scale.push_back(static_cast<T>(w[r]));
-          }
-          if (!halves.empty())
-            return row_kernels<T, BF16>().combine(reinterpret_cast<BF16*>(gradient) + start, halves.data(), scale.data(),
-                                                  static_cast<int>(halves.size()), n);
-        }
-      const bool in_place = plan.pieces[piece].ndim == 0 && views[0].dtype == dtype_of<T>() && !plan.base;
-      T* out = in_place ? reinterpret_cast<T*>(gradient) + start : reader.buffer(0);
-      auto combine_tiles = [&] {
-        for (int r : used) {
-          if (!views[r].data) continue;
-          rows.push_back(r == 0 ? reader.gradient(piece, start, n) : reader.read(piece, r, start, n));
-          scale.push_back(static_cast<T>(w[r]));
-        }
-        if (rows.empty())
-          std::fill(out, out + n, T(0));
-        else
-          row_kernels<T, T>().combine(out, rows.data(), scale.data(), static_cast<int>(rows.size()), n);
-      };
+      const int count_used = static_cast<int>(used.size());
+      if (whole.take(plan, piece, used, start))
+        return row_kernels<T, T>().combine(whole.gradient, whole.rows.data(), scale.data(), count_used, n);
+      const int reads_gradient = !used.empty() && used[0] == 0;
+      bool decoded = false;
       if constexpr (sizeof(T) == 4) {
-        if (!stored_as<T>(plan, piece) && stored.take(plan, piece, used)) {
-          for (int r : used)
-            if (r > 0) scale.push_back(static_cast<T>(w[r]));
-          const T* g = used[0] == 0 ? reader.gradient(piece, start, n) : reader.zeros();
-          stored_kernels(stored.dtype).combine(out, g, used[0] == 0 ? static_cast<T>(w[0]) : T(0), stored.data.data(),
-                                               stored.scales.data(), scale.data(), static_cast<int>(scale.size()), start, n);
+        if (halves.take(plan, piece, used, start))
+          return row_kernels<T, BF16>().combine(halves.gradient, halves.rows.data(), scale.data(), count_used, n);
+        decoded = stored.take(plan, piece, used);
+      }
+      const RowView* views = plan.row_views(piece);
+      const bool in_place = reader.in_place(piece);
+      for_each_tile(decoded && in_place && reads_gradient ? n : tasks.tile, start, n, [&](int64_t at, int64_t count) {
+        T* out = in_place ? reinterpret_cast<T*>(const_cast<char*>(views[0].data)) + at : reader.buffer(0);
+        if (decoded) {
+          if constexpr (sizeof(T) == 4)
+            stored_kernels(stored.dtype)
+                .combine(out, reads_gradient ? reader.gradient(piece, at, count) : reader.zeros(), reads_gradient ? scale[0] : 0,
+                         stored.data.data(), stored.scales.data(), scale.data() + reads_gradient, count_used - reads_gradient, at,
+                         count);
         } else {
-          combine_tiles();
+          rows.clear();
+          tile_scale.clear();
+          for (int i = 0; i < count_used; ++i) {
+            const int r = used[static_cast<size_t>(i)];
+            if (!views[r].data) continue;
+            rows.push_back(r == 0 ? reader.gradient(piece, at, count) : reader.read(piece, r, at, count));
+            tile_scale.push_back(scale[static_cast<size_t>(i)]);
+          }
+          row_kernels<T, T>().combine(out, rows.data(), tile_scale.data(), static_cast<int>(rows.size()), count);
         }
-      } else {
-        combine_tiles();
-      }
-      if (plan.base) {
-        const T* base = reader.read(piece, plan.rows - 1, start, n);
-        for (int64_t i = 0; i < n; ++i) out[i] = base[i] - out[i];
-      }
-      reader.write(piece, out, start, n);
+        if (plan.base) {
+          const T* base = reader.read(piece, plan.rows - 1, at, count);
+          for (int64_t i = 0; i < count; ++i) out[i] = base[i] - out[i];
+        }
+        reader.write(piece, out, at, count);
+      });
     });
   });
 }

@@ -46,9 +46,10 @@ void gram_typed(const Plan& plan, const double* known, double* gram) {
   for_each_task(tasks, false, [&](int64_t task) {
     std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
     std::vector<const T*> rows(static_cast<size_t>(R));
-    std::vector<const BF16*> halves(static_cast<size_t>(R));
-    TileReader<T> reader(plan);
+    InPlace<T> whole;
+    InPlace<BF16> halves;
     StoredRows stored;
+    TileReader<T> reader(plan);
     int part = -1;
     auto finish_part = [&] {
       for (int64_t p = 0; part >= 0 && p < pairs; ++p) {
@@ -58,25 +59,26 @@ void gram_typed(const Plan& plan, const double* known, double* gram) {
       }
       std::fill(acc.begin(), acc.end(), 0.0);
     };
-    for_each_tile(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
+    for_each_span(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
       if (plan.pieces[piece].part != part) {
         finish_part();
         part = plan.pieces[piece].part;
       }
-      if constexpr (sizeof(T) == 4)
-        if (stored_as<BF16>(plan, piece)) {
-          for (int r = 0; r < R; ++r)
-            halves[static_cast<size_t>(r)] = reinterpret_cast<const BF16*>(plan.row_views(piece)[r].data) + start;
-          return row_kernels<T, BF16>().gram(halves.data(), R, n, row_only, acc.data());
-        }
-      rows[0] = reader.gradient(piece, start, n);
-      if constexpr (sizeof(T) == 4)
-        if (row_only && !stored_as<T>(plan, piece) && stored.take(plan, piece, all)) {
-          row_kernels<T, T>().gram(rows.data(), 1, n, true, acc.data());
-          return stored_kernels(stored.dtype).products(rows[0], stored.data.data(), stored.scales.data(), R - 1, start, n, acc.data() + kLanes);
-        }
-      for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, start, n);
-      row_kernels<T, T>().gram(rows.data(), R, n, row_only, acc.data());
+      if (whole.take(plan, piece, all, start)) return row_kernels<T, T>().gram(whole.rows.data(), R, n, row_only, acc.data());
+      if constexpr (sizeof(T) == 4) {
+        if (halves.take(plan, piece, all, start))
+          return row_kernels<T, BF16>().gram(halves.rows.data(), R, n, row_only, acc.data());
+        if (row_only && stored.take(plan, piece, all))
+          return for_each_tile(reader.in_place(piece) ? n : tasks.tile, start, n, [&](int64_t at, int64_t count) {
+            stored_kernels(stored.dtype)
+                .products(reader.gradient(piece, at, count), stored.data.data(), stored.scales.data(), R - 1, at, count, acc.data());
+          });
+      }
+      for_each_tile(tasks.tile, start, n, [&](int64_t at, int64_t count) {
+        rows[0] = reader.gradient(piece, at, count);
+        for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, at, count);
+        row_kernels<T, T>().gram(rows.data(), R, count, row_only, acc.data());
+      });
     });
     finish_part();
   });

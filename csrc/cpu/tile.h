@@ -1,5 +1,6 @@
-// The arithmetic of both operations on one tile: a short run of elements, every row of which is contiguous, already of the
-// compute type, and (but for dense rows read in place) in L1. Compiled once per instruction set; see tile_impl.h.
+// The arithmetic of both operations on runs of elements, every row of which is contiguous. A run is as long as it gets (rows
+// read in place) or a tile (rows that went through a buffer); what has to be read twice is taken by the tile, from L1, in here.
+// Compiled once per instruction set; see tile_impl.h.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +9,14 @@
 
 namespace gradproj::cpu {
 
-constexpr int kTile = 1024;  // elements at most: R rows of float32 fit L1 for K = 1..7
+constexpr int kTile = 1024;  // elements: R rows of float32 fit L1 for K = 1..7
 constexpr int kLanes = 8;    // float64 partial sums per pair of rows, added up once per task
 
 // Rows of storage type S, computed in T.
 template <typename T, typename S>
 struct RowKernels {
   // Adds the products of rows i <= j (only i = 0 if row_only) to acc, kLanes doubles per pair, pairs in row-major order of
-  // the upper triangle. Reads R n elements. Float products are summed over at most kTile / 8 elements per lane before they
-  // are widened.
+  // the upper triangle. Reads R n elements. Float products are summed over one tile at most before they are widened.
   void (*gram)(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc);
   // out = sum_r weights[r] rows[r], rounded once; out may be one of the rows. Reads R n elements, writes n.
   void (*combine)(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n);
@@ -42,9 +42,9 @@ struct F8 {
 };
 
 // A float32 gradient with directions of one storage type, decoded in registers: nothing but what is stored is moved. Elements
-// start to start + n of the directions, whose pointers (and scales, for f8) are those of element 0.
+// start to start + n of the directions, whose pointers (and scales, for f8) are those of element 0; g is that of `start`.
 struct StoredKernels {
-  // acc + r * kLanes += <g, rows[r]>. Reads g once per row, from L1 if it is a tile.
+  // acc += <g, g>, then acc + (1 + r) * kLanes += <g, rows[r]>.
   void (*products)(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
                    double* acc);
   // out = weight g + sum_r weights[r] rows[r]; out may be g.
@@ -56,7 +56,7 @@ struct Kernels {
   RowKernels<float, float> f32;
   RowKernels<double, double> f64;
   RowKernels<float, BF16> bf16;  // straight from memory: half the bytes are only worth something if nothing else is moved
-  StoredKernels f32_with_f32, f32_with_bf16, f32_with_f16, f32_with_f8;
+  StoredKernels f32_with_bf16, f32_with_f16, f32_with_f8;
   Converters<float> to_f32;
   Converters<double> to_f64;
   const char* name;
@@ -86,7 +86,7 @@ const RowKernels<T, S>& row_kernels() {
 }
 inline const StoredKernels& stored_kernels(DType directions) {
   const Kernels& k = kernels();
-  return directions == DType::f32 ? k.f32_with_f32 : directions == DType::bf16 ? k.f32_with_bf16 : directions == DType::f16 ? k.f32_with_f16 : k.f32_with_f8;
+  return directions == DType::bf16 ? k.f32_with_bf16 : directions == DType::f16 ? k.f32_with_f16 : k.f32_with_f8;
 }
 template <typename T>
 const Converters<T>& converters() {

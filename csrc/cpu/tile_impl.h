@@ -3,6 +3,13 @@
 // Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on telling so by __F16C__ inside a pragma.
 // No header that defines inline functions may be included from here: the linker would keep one instruction set's copy for all.
 
+// Before loops of constant length over arrays that are to live in registers: gcc leaves an array in memory if it keeps one loop.
+#if defined(__clang__)
+#define GRADPROJ_UNROLL _Pragma("unroll")
+#else
+#define GRADPROJ_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
@@ -62,12 +69,15 @@ struct Lane<float, BF16> {
   static inline BF16 put(float x) { return {to_bf16(x)}; }
 };
 
-// Folds a vector's lanes into kLanes float64 sums: lane l goes to l modulo kLanes, so the order depends on the vector's
+// Adds factor times a vector's lanes to kLanes float64 sums, lane l to sum l modulo kLanes: the order depends on the vector's
 // width alone.
 template <typename T>
-inline void flush(typename Vector<T>::type v, double* acc) {
-  constexpr int width = Vector<T>::kWidth;
-  for (int l = 0; l < width; ++l) acc[l % kLanes] += static_cast<double>(v[l]);
+inline void flush(typename Vector<T>::type v, double* acc, double factor = 1.0) {
+  constexpr int kStep = Vector<double>::kWidth;
+  typedef T part __attribute__((vector_size(kStep * sizeof(T)), may_alias));
+  GRADPROJ_UNROLL for (int l = 0; l < Vector<T>::kWidth; l += kStep)
+    *reinterpret_cast<Vector<double>::unaligned*>(acc + l % kLanes) +=
+        __builtin_convertvector(reinterpret_cast<const part*>(&v)[l / kStep], Vector<double>::type) * factor;
 }
 
 // With many rows a tile of each is about a page, and the processor's own prefetcher starts anew on every page: whoever touches
@@ -77,113 +87,156 @@ inline void prefetch(const S* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// Products of kX rows with kY others, pair (a, b) added to acc + at(a, b) * kLanes; with kTriangle the others are the rows
-// themselves and only a <= b counts. Rows are taken in blocks so that each load serves several products.
+// Products of kX rows with kY others over elements begin to end, pair (a, b) added to acc + at(a, b) * kLanes; with kTriangle
+// the others are the rows themselves and only a <= b counts. Rows are taken in blocks so that each load serves several products.
 template <typename T, typename S, int kX, int kY, bool kTriangle, int kUnroll, typename At>
-inline void products(const S* const* x, const S* const* y, int64_t n, double* acc, const At& at) {
+inline void products(const S* const* x, const S* const* y, int64_t begin, int64_t end, double* acc, const At& at) {
   using L = Lane<T, S>;
   using V = typename L::V;
-  V sums[kUnroll][kX][kY] = {};
-  int64_t i = 0;
-  for (; i + kUnroll * L::kElements <= n; i += kUnroll * L::kElements)
-    for (int u = 0; u < kUnroll; ++u) {
-      V vx[kX][L::kVectors], vy[kY][L::kVectors];
-      for (int a = 0; a < kX; ++a) {
-        L::load(x[a] + i + u * L::kElements, vx[a]);
-        if (kTriangle && kX == 3) prefetch(x[a] + i + u * L::kElements + kTile);
+  constexpr int64_t kStep = kUnroll * L::kElements;
+  static_assert(kTile % kStep == 0, "only the last tile has a tail");
+  for (int64_t i = begin; i < end;) {
+    const int64_t stop = end - i < kTile ? end : i + kTile;
+    V sums[kUnroll][kX][kY];
+    GRADPROJ_UNROLL for (int u = 0; u < kUnroll; ++u)
+      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+        GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) sums[u][a][b] = V{};
+    for (; i + kStep <= stop; i += kStep)
+      GRADPROJ_UNROLL for (int u = 0; u < kUnroll; ++u) {
+        V vx[kX][L::kVectors], vy[kY][L::kVectors];
+        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) {
+          L::load(x[a] + i + u * L::kElements, vx[a]);
+          if (kTriangle && kX == 3) prefetch(x[a] + i + u * L::kElements + kTile);
+        }
+        if (!kTriangle)
+          GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) L::load(y[b] + i + u * L::kElements, vy[b]);
+        GRADPROJ_UNROLL for (int v = 0; v < L::kVectors; ++v)
+          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+            GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b)
+              sums[u][a][b] += vx[a][v] * (kTriangle ? vx[b][v] : vy[b][v]);
       }
-      if (!kTriangle)
-        for (int b = 0; b < kY; ++b) L::load(y[b] + i + u * L::kElements, vy[b]);
-      for (int v = 0; v < L::kVectors; ++v)
-        for (int a = 0; a < kX; ++a)
-          for (int b = kTriangle ? a : 0; b < kY; ++b) sums[u][a][b] += vx[a][v] * (kTriangle ? vx[b][v] : vy[b][v]);
-    }
-  for (int a = 0; a < kX; ++a)
-    for (int b = kTriangle ? a : 0; b < kY; ++b) {
-      V total = sums[0][a][b];
-      for (int u = 1; u < kUnroll; ++u) total += sums[u][a][b];
-      double* pair = acc + at(a, b) * kLanes;
-      flush<T>(total, pair);
-      for (int64_t k = i; k < n; ++k) pair[0] += static_cast<double>(L::get(x[a][k]) * L::get((kTriangle ? x : y)[b][k]));
-    }
-}
-
-template <typename T, typename S, int kX, typename At>
-inline void block_row(const S* const* x, const S* const* y, int count, int64_t n, double* acc, const At& at) {
-  switch (count) {
-    case 1: return products<T, S, kX, 1, false, 2>(x, y, n, acc, at);
-    case 2: return products<T, S, kX, 2, false, 2>(x, y, n, acc, at);
-    default: return products<T, S, kX, 3, false, 1>(x, y, n, acc, at);
+    GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+      GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) {
+        V total = sums[0][a][b];
+        GRADPROJ_UNROLL for (int u = 1; u < kUnroll; ++u) total += sums[u][a][b];
+        double* pair = acc + at(a, b) * kLanes;
+        flush<T>(total, pair);
+        for (int64_t k = i; k < stop; ++k)
+          pair[0] += static_cast<double>(L::get(x[a][k]) * L::get((kTriangle ? x : y)[b][k]));
+      }
+    i = stop;
   }
 }
 
-// K = 1, the case that has to run at the speed of memory, is one block of two rows and three products.
+template <typename T, typename S, int kX, typename At>
+inline void block_row(const S* const* x, const S* const* y, int count, int64_t begin, int64_t end, double* acc, const At& at) {
+  switch (count) {
+    case 1: return products<T, S, kX, 1, false, 2>(x, y, begin, end, acc, at);
+    case 2: return products<T, S, kX, 2, false, 2>(x, y, begin, end, acc, at);
+    default: return products<T, S, kX, 3, false, 1>(x, y, begin, end, acc, at);
+  }
+}
+
+// Rows in blocks of three. K = 1, the case that has to run at the speed of memory, is one block of two rows.
 template <typename T, typename S>
-void gram(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc) {
+inline void gram_blocks(const S* const* rows, int num_rows, int64_t begin, int64_t end, bool row_only, double* acc) {
   if (row_only) {
-    products<T, S, 1, 1, true, 4>(rows, rows, n, acc, [](int, int) { return 0; });
-    for (int j = 1; j < num_rows; j += 3) {
+    for (int j = 0; j < num_rows; j += 3) {
       const int count = num_rows - j < 3 ? num_rows - j : 3;
-      block_row<T, S, 1>(rows, rows + j, count, n, acc, [j](int, int b) { return j + b; });
+      block_row<T, S, 1>(rows, rows + j, count, begin, end, acc, [j](int, int b) { return j + b; });
     }
     return;
   }
   auto pair = [num_rows](int i, int j) { return i * num_rows - i * (i - 1) / 2 + j - i; };
   for (int i = 0; i < num_rows; i += 3) {
+    const S* const* x = rows + i;
     const int height = num_rows - i < 3 ? num_rows - i : 3;
     auto diagonal = [=](int a, int b) { return pair(i + a, i + b); };
-    if (height == 1) products<T, S, 1, 1, true, 4>(rows + i, rows + i, n, acc, diagonal);
-    if (height == 2) products<T, S, 2, 2, true, 4>(rows + i, rows + i, n, acc, diagonal);
-    if (height == 3) products<T, S, 3, 3, true, 2>(rows + i, rows + i, n, acc, diagonal);
+    if (height == 1) products<T, S, 1, 1, true, 4>(x, x, begin, end, acc, diagonal);
+    if (height == 2) products<T, S, 2, 2, true, 4>(x, x, begin, end, acc, diagonal);
+    if (height == 3) products<T, S, 3, 3, true, 2>(x, x, begin, end, acc, diagonal);
     for (int j = i + 3; j < num_rows; j += 3) {
       const int count = num_rows - j < 3 ? num_rows - j : 3;
-      block_row<T, S, 3>(rows + i, rows + j, count, n, acc, [=](int a, int b) { return pair(i + a, j + b); });
+      block_row<T, S, 3>(x, rows + j, count, begin, end, acc, [=](int a, int b) { return pair(i + a, j + b); });
     }
   }
 }
 
+// Several blocks read rows again, so they take a tile at a time, from L1. One block reads each row once and never pauses.
+template <typename T, typename S>
+void gram(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc) {
+  const int64_t step = num_rows <= 3 ? n : kTile;
+  for (int64_t i = 0; i < n; i += step) gram_blocks<T, S>(rows, num_rows, i, n - i < step ? n : i + step, row_only, acc);
+}
+
+// Calls f with a compile-time count.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <typename F>
+inline void with_count(int n, const F& f) {
+  switch (n) {
+    case 0: return f(Count<0>{});
+    case 1: return f(Count<1>{});
+    case 2: return f(Count<2>{});
+    case 3: return f(Count<3>{});
+    case 4: return f(Count<4>{});
+    case 5: return f(Count<5>{});
+    case 6: return f(Count<6>{});
+    case 7: return f(Count<7>{});
+    case 8: return f(Count<8>{});
+    default: return f(Count<9>{});
+  }
+}
+
+// Weights and pointers in locals: what lies in memory could be what out points to, and would be read again after every store.
 template <typename T, typename S, int kRows>
 void combine_rows(S* out, const S* const* rows, const T* weights, int64_t n) {
   using L = Lane<T, S>;
   using V = typename L::V;
+  const S* x[kRows];
+  T w[kRows];
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+    x[r] = rows[r];
+    w[r] = weights[r];
+  }
   int64_t i = 0;
   for (; i + 2 * L::kElements <= n; i += 2 * L::kElements) {
     V total[2][L::kVectors];
-    for (int u = 0; u < 2; ++u)
-      for (int r = 0; r < kRows; ++r) {
-        V x[L::kVectors];
-        L::load(rows[r] + i + u * L::kElements, x);
-        if (kRows >= 4) prefetch(rows[r] + i + u * L::kElements + kTile);
-        for (int v = 0; v < L::kVectors; ++v) total[u][v] = r ? total[u][v] + weights[r] * x[v] : weights[r] * x[v];
+    GRADPROJ_UNROLL for (int u = 0; u < 2; ++u)
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+        V value[L::kVectors];
+        L::load(x[r] + i + u * L::kElements, value);
+        if (kRows >= 4) prefetch(x[r] + i + u * L::kElements + kTile);
+        GRADPROJ_UNROLL for (int v = 0; v < L::kVectors; ++v)
+          total[u][v] = r ? total[u][v] + w[r] * value[v] : w[r] * value[v];
       }
-    for (int u = 0; u < 2; ++u) L::store(out + i + u * L::kElements, total[u]);
+    GRADPROJ_UNROLL for (int u = 0; u < 2; ++u) L::store(out + i + u * L::kElements, total[u]);
   }
   for (; i < n; ++i) {
-    T total = weights[0] * L::get(rows[0][i]);
-    for (int r = 1; r < kRows; ++r) total += weights[r] * L::get(rows[r][i]);
+    T total = w[0] * L::get(x[0][i]);
+    for (int r = 1; r < kRows; ++r) total += w[r] * L::get(x[r][i]);
     out[i] = L::put(total);
   }
 }
 
 template <typename T, typename S>
 void combine(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n) {
-  switch (num_rows) {
-    case 1: return combine_rows<T, S, 1>(out, rows, weights, n);
-    case 2: return combine_rows<T, S, 2>(out, rows, weights, n);
-    case 3: return combine_rows<T, S, 3>(out, rows, weights, n);
-    case 4: return combine_rows<T, S, 4>(out, rows, weights, n);
-    case 5: return combine_rows<T, S, 5>(out, rows, weights, n);
-    case 6: return combine_rows<T, S, 6>(out, rows, weights, n);
-    case 7: return combine_rows<T, S, 7>(out, rows, weights, n);
-    case 8: return combine_rows<T, S, 8>(out, rows, weights, n);
-    case 9: return combine_rows<T, S, 9>(out, rows, weights, n);
-  }
+  if (num_rows > 0 && num_rows <= 9)
+    return with_count(num_rows, [&](auto c) {
+      constexpr int kRows = decltype(c)::value;
+      if constexpr (kRows > 0) combine_rows<T, S, kRows>(out, rows, weights, n);
+    });
   // More rows: the sum in T on the stack, because a later row may be the very memory of out.
   alignas(64) T partial[kTile];
-  for (int64_t i = 0; i < n; ++i) partial[i] = T(0);
-  for (int r = 0; r < num_rows; ++r)
-    for (int64_t i = 0; i < n; ++i) partial[i] += weights[r] * Lane<T, S>::get(rows[r][i]);
-  for (int64_t i = 0; i < n; ++i) out[i] = Lane<T, S>::put(partial[i]);
+  for (int64_t start = 0; start < n; start += kTile) {
+    const int64_t count = n - start < kTile ? n - start : kTile;
+    for (int64_t i = 0; i < count; ++i) partial[i] = T(0);
+    for (int r = 0; r < num_rows; ++r)
+      for (int64_t i = 0; i < count; ++i) partial[i] += weights[r] * Lane<T, S>::get(rows[r][start + i]);
+    for (int64_t i = 0; i < count; ++i) out[start + i] = Lane<T, S>::put(partial[i]);
+  }
 }
 
 #if GRADPROJ_VECTOR_BYTES == 16
@@ -351,73 +404,115 @@ struct Decode<F8> {
   static inline float get(F8 x) { return from_f8(x.bits) * (1.0f / kFactor); }
 };
 
-// f(start, n, block) for the runs of elements that share a scale; without scales all are one.
+// f(start, n, block) for runs of elements that share a scale, or for tiles where there are no scales.
 template <typename S, typename F>
 inline void for_each_block(int64_t start, int64_t n, const F& f) {
-  if constexpr (sizeof(S) > 1) return f(start, n, int64_t{0});
+  constexpr int64_t kBlock = sizeof(S) == 1 ? kScaleBlock : kTile;
   for (const int64_t end = start + n; start < end;) {
-    const int64_t left = kScaleBlock - start % kScaleBlock, count = end - start < left ? end - start : left;
-    f(start, count, start / kScaleBlock);
+    const int64_t left = kBlock - start % kBlock, count = end - start < left ? end - start : left;
+    f(start, count, start / kBlock);
     start += count;
   }
 }
 
+// Up to kGroup rows of a block, each with a factor: what 16 registers hold beside the gradient.
+constexpr int kGroup = 8;
+
 template <typename S>
-inline bool vectors_hold(const S* p, int64_t n) {
-  if constexpr (sizeof(S) == 1)
-    return !any_nan_f8(reinterpret_cast<const uint8_t*>(p), n);
-  else
-    return true;
+struct Group {
+  int count;
+  const S* x[kGroup];
+  float factor[kGroup];  // what a decoded element is to be multiplied with
+
+  Group(const void* const* rows, const float* const* scales, int count, int64_t at, int64_t block) : count(count) {
+    for (int r = 0; r < count; ++r) {
+      x[r] = static_cast<const S*>(rows[r]) + at;
+      factor[r] = Decode<S>::kFactor * (sizeof(S) == 1 ? scales[r][block] : 1.0f);
+    }
+  }
+  bool vectors_hold(int64_t n) const {
+    bool hold = true;
+    if constexpr (sizeof(S) == 1)
+      for (int r = 0; r < count; ++r) hold = hold && !any_nan_f8(reinterpret_cast<const uint8_t*>(x[r]), n);
+    return hold;
+  }
+};
+
+// Asks for the next tile's lines of rows that walk in step, once per line.
+template <int kRows, typename S>
+inline void prefetch_rows(const S* const* x, int64_t i) {
+  if (i % (64 / static_cast<int64_t>(sizeof(S))) == 0)
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) prefetch(x[r] + i + kTile);
+}
+
+template <typename S, int kRows, bool kOwn>
+inline void stored_products_of(const float* g, const Group<S>& group, int64_t n, double* own_acc, double* acc) {
+  using V = Vector<float>::type;
+  using D = Decode<S>;
+  constexpr int kWidth = Vector<float>::kWidth;
+  const S* x[kRows + 1];
+  V own = {}, sums[kRows + 1];
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+    x[r] = group.x[r];
+    sums[r] = V{};
+  }
+  int64_t i = 0;
+  if (group.vectors_hold(n))
+    for (; i + kWidth <= n; i += kWidth) {
+      prefetch_rows<kRows>(x, i);
+      const V y = Decode<float>::load(g + i);
+      if (kOwn) own += y * y;
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] += D::load(x[r] + i) * y;
+    }
+  if (kOwn) flush<float>(own, own_acc);
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) flush<float>(sums[r], acc + r * kLanes, group.factor[r]);
+  for (; i < n; ++i) {
+    if (kOwn) own_acc[0] += static_cast<double>(g[i] * g[i]);
+    for (int r = 0; r < kRows; ++r)
+      acc[r * kLanes] += static_cast<double>(D::get(x[r][i]) * g[i]) * static_cast<double>(group.factor[r]);
+  }
 }
 
 template <typename S>
 void stored_products(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
                      double* acc) {
-  using D = Decode<S>;
-  constexpr int kWidth = Vector<float>::kWidth, kUnroll = 4;
-  for (int r = 0; r < num_rows; ++r) {
-    double* pair = acc + r * kLanes;
-    for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
-      const S* x = static_cast<const S*>(rows[r]) + at;
-      const float* y = g + (at - start);
-      typename D::V sums[kUnroll] = {};
-      int64_t i = 0;
-      if (vectors_hold(x, count))
-        for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
-          prefetch(x + i + kTile);
-          for (int u = 0; u < kUnroll; ++u)
-            sums[u] += D::load(x + i + u * kWidth) * Decode<float>::load(y + i + u * kWidth);
-        }
-      float tail = 0.0f;
-      for (; i < count; ++i) tail += D::get(x[i]) * y[i];
-      const double scale = static_cast<double>(D::kFactor) * (sizeof(S) == 1 ? scales[r][block] : 1.0f);
-      const typename D::V total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      for (int l = 0; l < kWidth; ++l) pair[l % kLanes] += static_cast<double>(total[l]) * scale;
-      pair[0] += static_cast<double>(tail) * scale;
-    });
-  }
+  for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
+    for (int r = 0; r < num_rows; r += kGroup) {
+      const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
+      double* pairs = acc + (1 + r) * kLanes;
+      with_count(group.count, [&](auto c) {
+        constexpr int kRows = decltype(c)::value;
+        if (r == 0)
+          stored_products_of<S, kRows, true>(g + (at - start), group, count, acc, pairs);
+        else
+          stored_products_of<S, kRows, false>(g + (at - start), group, count, acc, pairs);
+      });
+    }
+  });
 }
 
 template <typename S, int kRows>
-void stored_combine_rows(float* out, const float* g, float weight, const S* const* rows, const float* weights, int64_t n) {
+inline void stored_combine_of(float* out, const float* g, float weight, const Group<S>& group, const float* weights, int64_t n) {
+  using V = Vector<float>::type;
   using D = Decode<S>;
   constexpr int kWidth = Vector<float>::kWidth;
+  const S* x[kRows + 1];
+  float w[kRows + 1];
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+    x[r] = group.x[r];
+    w[r] = weights[r] * group.factor[r];
+  }
   int64_t i = 0;
-  bool vectors = true;
-  for (int r = 0; r < kRows; ++r) vectors = vectors && vectors_hold(rows[r], n);
-  if (vectors)
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-      typename D::V total[2];
-      for (int u = 0; u < 2; ++u) total[u] = weight * Decode<float>::load(g + i + u * kWidth);
-      for (int r = 0; r < kRows; ++r) {
-        prefetch(rows[r] + i + kTile);
-        for (int u = 0; u < 2; ++u) total[u] += weights[r] * D::load(rows[r] + i + u * kWidth);
-      }
-      for (int u = 0; u < 2; ++u) *reinterpret_cast<Vector<float>::unaligned*>(out + i + u * kWidth) = total[u];
+  if (group.vectors_hold(n))
+    for (; i + kWidth <= n; i += kWidth) {
+      prefetch_rows<kRows>(x, i);
+      V total = weight * Decode<float>::load(g + i);
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) total += w[r] * D::load(x[r] + i);
+      *reinterpret_cast<Vector<float>::unaligned*>(out + i) = total;
     }
   for (; i < n; ++i) {
     float total = weight * g[i];
-    for (int r = 0; r < kRows; ++r) total += weights[r] * D::get(rows[r][i]);
+    for (int r = 0; r < kRows; ++r) total += w[r] * D::get(x[r][i]);
     out[i] = total;
   }
 }
@@ -429,25 +524,11 @@ void stored_combine(float* out, const float* g, float weight, const void* const*
     const float* source = g + (at - start);
     float* target = out + (at - start);
     float first = weight;
-    for (int r = 0; r < num_rows || r == 0; r += 8) {
-      const int width = num_rows - r < 8 ? num_rows - r : 8;
-      const S* x[8];
-      float w[8];
-      for (int k = 0; k < width; ++k) {
-        x[k] = static_cast<const S*>(rows[r + k]) + at;
-        w[k] = weights[r + k] * (Decode<S>::kFactor * (sizeof(S) == 1 ? scales[r + k][block] : 1.0f));
-      }
-      switch (width) {
-        case 0: stored_combine_rows<S, 0>(target, source, first, x, w, count); break;
-        case 1: stored_combine_rows<S, 1>(target, source, first, x, w, count); break;
-        case 2: stored_combine_rows<S, 2>(target, source, first, x, w, count); break;
-        case 3: stored_combine_rows<S, 3>(target, source, first, x, w, count); break;
-        case 4: stored_combine_rows<S, 4>(target, source, first, x, w, count); break;
-        case 5: stored_combine_rows<S, 5>(target, source, first, x, w, count); break;
-        case 6: stored_combine_rows<S, 6>(target, source, first, x, w, count); break;
-        case 7: stored_combine_rows<S, 7>(target, source, first, x, w, count); break;
-        default: stored_combine_rows<S, 8>(target, source, first, x, w, count);
-      }
+    for (int r = 0; r < num_rows; r += kGroup) {
+      const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
+      with_count(group.count, [&](auto c) {
+        stored_combine_of<S, decltype(c)::value>(target, source, first, group, weights + r, count);
+      });
       source = target;
       first = 1.0f;
     }
@@ -529,7 +610,6 @@ void store_tile(const T* source, char* out, DType dtype, int64_t n) {
     static constexpr Kernels table = {{gram<float, float>, combine<float, float>},                     \
                                       {gram<double, double>, combine<double, double>},                 \
                                       {gram<float, BF16>, combine<float, BF16>},                       \
-                                      {stored_products<float>, stored_combine<float>},                 \
                                       {stored_products<BF16>, stored_combine<BF16>},                   \
                                       {stored_products<F16>, stored_combine<F16>},                     \
                                       {stored_products<F8>, stored_combine<F8>},                       \

@@ -137,6 +137,11 @@ class TileReader {
     return out;
   }
 
+  // Whether gradient() is row 0's own memory, for a run of any length, and what is written there needs no write().
+  bool in_place(size_t piece_index) const {
+    return plan_.pieces[piece_index].ndim == 0 && plan_.row_views(piece_index)[0].dtype == dtype_of<T>() && !plan_.base;
+  }
+
   // What row 0 stands for: itself, or base - row 0.
   const T* gradient(size_t piece_index, int64_t start, int64_t n) {
     const T* row0 = read(piece_index, 0, start, n);
@@ -190,23 +195,33 @@ class TileReader {
   alignas(64) char gathered_[kTile * 8];
 };
 
-// Whether every row of a dense piece is present and stores S, and row 0 is meant as it is: then kernels read them in place.
+// Rows of a dense piece that all store S, from element `start`: kernels read and write them in place, in one walk.
 template <typename S>
-bool stored_as(const Plan& plan, size_t piece) {
-  if (plan.pieces[piece].ndim > 0 || plan.base) return false;
-  const RowView* views = plan.row_views(piece);
-  for (int r = 0; r < plan.rows; ++r)
-    if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;
-  return true;
-}
+struct InPlace {
+  S* gradient = nullptr;
+  std::vector<const S*> rows;
 
-// Directions of a dense piece as they are stored.
+  // Takes the rows `which`. False if one of them or row 0 is absent or stores something else, or row 0 is not meant as it is.
+  bool take(const Plan& plan, size_t piece, const std::vector<int>& which, int64_t start) {
+    const RowView* views = plan.row_views(piece);
+    if (plan.pieces[piece].ndim > 0 || plan.base || !views[0].data || views[0].dtype != dtype_of<S>()) return false;
+    gradient = reinterpret_cast<S*>(const_cast<char*>(views[0].data)) + start;
+    rows.clear();
+    for (int r : which) {
+      if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;
+      rows.push_back(reinterpret_cast<const S*>(views[r].data) + start);
+    }
+    return true;
+  }
+};
+
+// Directions of a dense piece as they are stored, of another type than what is computed in.
 struct StoredRows {
   std::vector<const void*> data;
   std::vector<const float*> scales;
   DType dtype = DType::f64;
 
-  // Takes the rows `which`, 0 left out. False if one is absent or float64, or their types differ: kernels then read tiles.
+  // Takes the rows `which`, 0 left out. False if one is absent or needs no decoding, or their types differ: then tiles are read.
   bool take(const Plan& plan, size_t piece, const std::vector<int>& which) {
     data.clear();
     scales.clear();
@@ -214,7 +229,7 @@ struct StoredRows {
     const RowView* views = plan.row_views(piece);
     for (int r : which) {
       if (r == 0) continue;
-      if (!views[r].data || (!data.empty() && views[r].dtype != dtype)) return false;
+      if (!views[r].data || views[r].dtype == DType::f32 || (!data.empty() && views[r].dtype != dtype)) return false;
       dtype = views[r].dtype;
       data.push_back(views[r].data);
       scales.push_back(views[r].scale);
@@ -223,18 +238,23 @@ struct StoredRows {
   }
 };
 
-// Runs f(piece, start, n) for every tile of a task.
+// Runs f(piece, start, n) for the part of every piece that lies in a task.
 template <typename F>
-void for_each_tile(const Plan& plan, const Tasks& tasks, int64_t task, const F& f) {
+void for_each_span(const Plan& plan, const Tasks& tasks, int64_t task, const F& f) {
   const int64_t begin = task * tasks.elements, end = std::min(begin + tasks.elements, tasks.starts.back());
   size_t piece = static_cast<size_t>(std::upper_bound(tasks.starts.begin(), tasks.starts.end(), begin) - tasks.starts.begin()) - 1;
-  for (int64_t at = begin; at < end;) {
+  for (int64_t at = begin; at < end; ++piece) {
     const int64_t start = at - tasks.starts[piece];
-    const int64_t n = std::min({plan.pieces[piece].numel - start, end - at, tasks.tile});
+    const int64_t n = std::min(plan.pieces[piece].numel - start, end - at);
     f(piece, start, n);
     at += n;
-    if (start + n == plan.pieces[piece].numel) ++piece;
   }
+}
+
+// Runs f(start, n) for the tiles of a span.
+template <typename F>
+void for_each_tile(int64_t tile, int64_t start, int64_t n, const F& f) {
+  for (const int64_t end = start + n; start < end; start += tile) f(start, std::min(tile, end - start));
 }
 
 }  // namespace gradproj::cpu
