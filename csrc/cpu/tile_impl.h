@@ -58,9 +58,7 @@ struct Lane<float, BF16> {
   // In the upper half of each word; round to nearest even, NaN stays NaN.
   static inline U rounded(V x) {
     const U u = reinterpret_cast<U>(x);
-    const U nearest = u + 0x7fffu + (u >> 16 & 1u);
-    const U nan = reinterpret_cast<U>((u & 0x7fffffffu) > 0x7f800000u);
-    return (nan & (u | 0x400000u)) | (~nan & nearest);
+    return x != x ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
   }
   static inline void store(BF16* p, const V (&in)[2]) {
     *reinterpret_cast<Vector<uint32_t>::unaligned_for_2*>(p) = rounded(in[0]) >> 16 | (rounded(in[1]) & 0xffff0000u);
@@ -390,11 +388,11 @@ struct Decode<F8> {
 #endif
   static inline V load(const F8* p) {
 #if GRADPROJ_VECTOR_BYTES == 64
-    const __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
-    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16(static_cast<short>(0xbf80))));
+    const __m256i word = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(word, _mm256_set1_epi16(static_cast<short>(0xbf80))));
 #elif GRADPROJ_VECTOR_BYTES > 16
-    const __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 8);
-    return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(word, 1), _mm_set1_epi16(static_cast<short>(0xbf80))));
+    const __m128i word = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(word, _mm_set1_epi16(static_cast<short>(0xbf80))));
 #else
     V v;
     for (int l = 0; l < Vector<float>::kWidth; ++l) v[l] = from_f8(p[l].bits);
