@@ -508,6 +508,21 @@ def test_row_of_weight_zero_is_not_read(driver, tmp_path):
     assert_combined_close(run(binary, [case], tmp_path)[0].grads, expected, clean, case.weights)
 
 
+def test_any_number_of_rows_is_taken_in_groups(driver, tmp_path):
+    """Groups of 1 to 4 rows, in whole steps, heads and tails; rows that are not read lie between those that are."""
+    name, binary = driver
+    cases = []
+    for dtype in DTYPES if name == "plain" else DTYPES[:1]:
+        for used in range(1, 10):
+            rows = [[t.to(dtype) for t in row] for row in dense_rows(2 * used, [1203, 700])]
+            weights = [(0.5 + k // 2 if k % 2 == 0 else 0.0) for k in range(2 * used)]
+            cases.append(Case(COMBINE, rows, weights))
+            if used > 1:
+                cases.append(Case(COMBINE, rows, [0.0, *weights[1:]]))
+    for case, result in zip(cases, run(binary, cases, tmp_path), strict=True):
+        verify(case, result)
+
+
 def test_direction_that_is_the_gradient_itself(driver, tmp_path):
     _, binary = driver
     g = torch.arange(1000.0)

@@ -19,12 +19,15 @@ struct WeightSource {
 };
 static_assert(sizeof(WeightSource) <= 64, "what Segments leaves of the kernel parameters");
 
+constexpr int kMostLoads = 4;  // rows of a group
+
 // The rows that have to be read, and their weights.
 template <typename C>
 struct Used {
   C weight[kMaxRows];
   int row[kMaxRows];  // index within the launch
   int count;
+  int size, larger;  // rows of a group, and how many groups have one more: all are loaded before the first is waited for
   bool unchanged;  // weights (1, 0, .., 0): nothing is read or written
 };
 
@@ -48,7 +51,10 @@ __device__ inline void find_used(Used<C>& used, const double* weights, const Row
     count += __popc(read);
   }
   if (lane == 0) {
+    const int groups = (count + kMostLoads - 1) / kMostLoads;
     used.count = count;
+    used.size = groups ? count / groups : 0;
+    used.larger = count - used.size * groups;
     used.unchanged = unchanged;
   }
 }
@@ -135,7 +141,6 @@ __global__ __launch_bounds__(kThreads, Access::kMixed ? 2 : 4) void combine_dens
           Part base{};
           if (from_base) base = rows.load_some(p.base, i, from, to);
           C total[kCount] = {};
-#pragma unroll 4
           for (int k = 0; k < used.count; ++k) {
             const int r = used.row[k];
             const Part part = rows.load_some(r, i, from, to);
@@ -148,9 +153,11 @@ __global__ __launch_bounds__(kThreads, Access::kMixed ? 2 : 4) void combine_dens
           Access::template store<C>(rows.at(0, i), total, rows.dtype(0), from, to);
         }
       };
+      bool good = rows.aligned(0) && (!from_base || rows.aligned(p.base));
+      for (int k = lane; k < used.count; k += 32) good = good && rows.aligned(used.row[k]);
+      const bool aligned = __ballot_sync(0xffffffffu, !good) == 0;
       if (run.pad > 0) some(kStep < run.end ? kStep : run.end);
-      if (used.count == 2 && used.row[0] == 0 && rows.aligned(0) && rows.aligned(used.row[1]) &&
-          (!from_base || rows.aligned(p.base))) {
+      if (aligned && used.count == 2 && used.row[0] == 0) {
         const int r1 = used.row[1];
         const C w0 = used.weight[0], w1 = used.weight[1];
         for (; at + kUnroll * kStep <= run.end; at += kUnroll * kStep) {
@@ -174,6 +181,36 @@ __global__ __launch_bounds__(kThreads, Access::kMixed ? 2 : 4) void combine_dens
             if (from_base) subtract_from(i, base[u], total);
             Access::template store<C>(rows.at(0, i), total, rows.dtype(0), 0, kCount);
           }
+        }
+      } else if (aligned) {
+        for (; at + kStep <= run.end; at += kStep) {
+          const int i = at + lane * kCount;
+          Part base{};
+          if (from_base) base = rows.load(p.base, i);
+          C total[kCount] = {};
+          auto group = [&](auto size, int k) {
+            constexpr int kRows = decltype(size)::value;
+            Part part[kRows];
+#pragma unroll
+            for (int j = 0; j < kRows; ++j) part[j] = rows.load(used.row[k + j], i);
+#pragma unroll
+            for (int j = 0; j < kRows; ++j) {
+              C v[kCount];
+              rows.values(used.row[k + j], i, part[j], v);
+              if (from_base && used.row[k + j] == 0) subtract_from(i, base, v);
+              add(total, used.weight[k + j], v);
+            }
+          };
+          for (int k = 0, larger = used.larger; k < used.count; --larger) {
+            const int size = used.size + (larger > 0);
+            if (size == 4) group(std::integral_constant<int, 4>{}, k);
+            if (size == 3) group(std::integral_constant<int, 3>{}, k);
+            if (size == 2) group(std::integral_constant<int, 2>{}, k);
+            if (size == 1) group(std::integral_constant<int, 1>{}, k);
+            k += size;
+          }
+          if (from_base) subtract_from(i, base, total);
+          Access::template store<C>(rows.at(0, i), total, rows.dtype(0), 0, kCount);
         }
       }
       some(run.end);
