@@ -46,8 +46,8 @@ def prepare(op: str, grads: Buffers, directions: Sequence[Row], base, parts, spr
     return call
 
 
-def _flat(rows: Sequence[Buffers]) -> list[Tensor | None]:
-    return list(itertools.chain.from_iterable(rows))
+def _flat(rows: Sequence[list[Tensor | None]]) -> list[Tensor | None]:
+    return rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
 
 
 def _device_of(t: Tensor) -> torch.device:
