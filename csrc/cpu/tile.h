@@ -16,7 +16,7 @@ constexpr int kLanes = 8;    // float64 partial sums per pair of rows, added up 
 template <typename T, typename S>
 struct RowKernels {
   // Adds the products of rows i <= j (only i = 0 if row_only) to acc, kLanes doubles per pair, pairs in row-major order of
-  // the upper triangle. Reads R n elements. Float products are summed over one tile at most before they are widened.
+  // the upper triangle. Reads R n elements. Sums of float products are widened after 48 to a lane.
   void (*gram)(const S* const* rows, int num_rows, int64_t n, bool row_only, double* acc);
   // out = sum_r weights[r] rows[r], rounded once; out may be one of the rows. Reads R n elements, writes n.
   void (*combine)(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n);
