@@ -54,7 +54,9 @@ def test_equal_elements_round_the_same_way(on, k, stored):
     n = 4096 if on.slow else 65_536
     rng = torch.Generator().manual_seed(k)
     for _ in range(3 if on.slow else 20):
-        rows: list = [[torch.full((n,), v, device=on.device)] for v in (torch.rand(k + 1, generator=rng) + 0.5).tolist()]
+        rows: list = [
+            [torch.full((n,), v, device=on.device)] for v in (torch.rand(k + 1, generator=rng) + 0.5).tolist()
+        ]
         exact = rows
         if stored == "bfloat16":
             exact = rows = [rows[0], *([t.bfloat16() for t in d] for d in rows[1:])]
