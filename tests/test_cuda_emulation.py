@@ -539,6 +539,18 @@ def test_error_does_not_grow_with_length(driver, tmp_path):
     assert_gram_close(result.gram[0], reference.oracle_gram(*rows), 1e-7)
 
 
+def test_equal_elements_round_the_same_way(driver, tmp_path):
+    """Then every addition to a float32 sum may be off in the same direction."""
+    name, binary = driver
+    if name != "plain":
+        pytest.skip("about numbers, not memory")
+    values = torch.rand(30, 9, generator=torch.Generator().manual_seed(0)) + 0.5
+    rows = [[[torch.full((66_000,), x)] for x in v[: 2 + i % 3 * 3].tolist()] for i, v in enumerate(values)]
+    cases = [Case(GRAM, r, [0.0] * len(r)) for r in rows]
+    for case, result in zip(cases, run(binary, cases, tmp_path), strict=True):
+        assert_gram_close(result.gram[0], reference.oracle_gram(*case.rows), 8e-7)
+
+
 @pytest.mark.parametrize("operation", [GRAM, WEIGHTS])
 def test_the_harness_sees_a_missing_barrier(driver, tmp_path, monkeypatch, operation):
     """Without __syncthreads the last sum of a block is a race. A harness that cannot see that proves nothing. "pcgrad", because

@@ -37,10 +37,7 @@ void combine_rows(S* out, const S* const* rows, const T* weights, int64_t n) {
 template <typename T, typename S>
 void combine(S* out, const S* const* rows, const T* weights, int num_rows, int64_t n) {
   if (num_rows > 0 && num_rows <= 9)
-    return with_count(num_rows, [&](auto c) {
-      constexpr int kRows = decltype(c)::value;
-      if constexpr (kRows > 0) combine_rows<T, S, kRows>(out, rows, weights, n);
-    });
+    return with_count<9>(num_rows, [&](auto c) { combine_rows<T, S, decltype(c)::value>(out, rows, weights, n); });
   // More rows: the sum in T on the stack, because a later row may be the very memory of out.
   alignas(64) T partial[kTile];
   for (int64_t start = 0; start < n; start += kTile) {
@@ -57,8 +54,8 @@ inline void stored_combine_of(float* out, const float* g, float weight, const Gr
   using V = Vector<float>::type;
   using D = Decode<S>;
   constexpr int kWidth = Vector<float>::kWidth;
-  const S* x[kRows + 1];
-  float w[kRows + 1];
+  const S* x[kRows];
+  float w[kRows];
   GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
     x[r] = group.x[r];
     w[r] = weights[r] * group.factor[r];
@@ -87,7 +84,7 @@ void stored_combine(float* out, const float* g, float weight, const void* const*
     float first = weight;
     for (int r = 0; r < num_rows; r += kGroup) {
       const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
-      with_count(group.count, [&](auto c) {
+      with_count<kGroup>(group.count, [&](auto c) {
         stored_combine_of<S, decltype(c)::value>(target, source, first, group, weights + r, count);
       });
       source = target;

@@ -94,13 +94,13 @@ inline void stored_products_of(const float* g, const Group<S>& group, int64_t n,
   using V = Vector<float>::type;
   using D = Decode<S>;
   constexpr int kWidth = Vector<float>::kWidth;
-  const S* x[kRows + 1];
+  const S* x[kRows];
   GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) x[r] = group.x[r];
   int64_t i = 0;
   if (group.vectors_hold(n))
     while (i + kWidth <= n) {
       const int64_t stop = n - i < kChain * kWidth ? n : i + kChain * kWidth;
-      V own = {}, sums[kRows + 1];
+      V own = {}, sums[kRows];
       GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = V{};
       for (; i + kWidth <= stop; i += kWidth) {
         prefetch_rows<kRows>(x, i);
@@ -125,7 +125,7 @@ void stored_products(const float* g, const void* const* rows, const float* const
     for (int r = 0; r < num_rows; r += kGroup) {
       const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
       double* pairs = acc + (1 + r) * kLanes;
-      with_count(group.count, [&](auto c) {
+      with_count<kGroup>(group.count, [&](auto c) {
         constexpr int kRows = decltype(c)::value;
         if (r == 0)
           stored_products_of<S, kRows, true>(g + (at - start), group, count, acc, pairs);

@@ -49,25 +49,16 @@ inline void in_lines(const S* s, int64_t n, const F& f) {
   f(i, n - i);
 }
 
-// Calls f with a compile-time count.
+// Calls f with n, 1 to kMost, as a compile-time count.
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
-template <typename F>
+template <int kMost, typename F>
 inline void with_count(int n, const F& f) {
-  switch (n) {
-    case 0: return f(Count<0>{});
-    case 1: return f(Count<1>{});
-    case 2: return f(Count<2>{});
-    case 3: return f(Count<3>{});
-    case 4: return f(Count<4>{});
-    case 5: return f(Count<5>{});
-    case 6: return f(Count<6>{});
-    case 7: return f(Count<7>{});
-    case 8: return f(Count<8>{});
-    default: return f(Count<9>{});
-  }
+  if constexpr (kMost > 1)
+    if (n < kMost) return with_count<kMost - 1>(n, f);
+  f(Count<kMost>{});
 }
 
 }  // namespace

@@ -291,10 +291,12 @@ inline int64_t blocks_for(int64_t granules, int64_t most) {
   return std::max<int64_t>(1, std::min(most, (granules + kWarps - 1) / kWarps));
 }
 
-// Granules per chunk: at most 32 (2,048 elements), and small enough that every warp of the grid gets one.
+constexpr int kMostOfALane = 48;  // elements of a chunk: as many float32 products are added up before they are widened
+
+// Granules per chunk: at most 24 (1,536 elements), and small enough that every warp of the grid gets one.
 inline uint32_t chunk_for(uint32_t granules, int64_t blocks) {
   const int64_t per_warp = granules / (blocks * kWarps);
-  return static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(32, per_warp)));
+  return static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(32 * kMostOfALane / kGranule, per_warp)));
 }
 
 }  // namespace gradproj::cuda
