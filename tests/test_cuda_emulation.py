@@ -512,8 +512,8 @@ def test_any_number_of_rows_is_taken_in_groups(driver, tmp_path):
     """Groups of 1 to 4 rows, in whole steps, heads and tails; rows that are not read lie between those that are."""
     name, binary = driver
     cases = []
-    for dtype in DTYPES if name == "plain" else DTYPES[:1]:
-        for used in range(1, 10):
+    for dtype in DTYPES[::2] if name == "plain" else DTYPES[:1]:
+        for used in range(1, 10) if name == "plain" else (3, 5):
             rows = [[t.to(dtype) for t in row] for row in dense_rows(2 * used, [1203, 700])]
             weights = [(0.5 + k // 2 if k % 2 == 0 else 0.0) for k in range(2 * used)]
             cases.append(Case(COMBINE, rows, weights))
@@ -544,8 +544,8 @@ def test_equal_elements_round_the_same_way(driver, tmp_path):
     name, binary = driver
     if name != "plain":
         pytest.skip("about numbers, not memory")
-    values = torch.rand(30, 9, generator=torch.Generator().manual_seed(0)) + 0.5
-    rows = [[[torch.full((66_000,), x)] for x in v[: 2 + i % 3 * 3].tolist()] for i, v in enumerate(values)]
+    values = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) + 0.5
+    rows = [[[torch.full((12_000,), x)] for x in v[: 2 + i % 3 * 3].tolist()] for i, v in enumerate(values)]
     cases = [Case(GRAM, r, [0.0] * len(r)) for r in rows]
     for case, result in zip(cases, run(binary, cases, tmp_path), strict=True):
         assert_gram_close(result.gram[0], reference.oracle_gram(*case.rows), 8e-7)
