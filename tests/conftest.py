@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 import gradproj
+from training import WRAPPINGS
 
 hypothesis.settings.register_profile(
     "gradproj",
@@ -74,3 +75,9 @@ def on(request):
         pytest.skip(f"backend {backend.name} does not take {request.param.device} tensors here")
     with gradproj.use_backend(backend.name):
         yield request.param
+
+
+@pytest.fixture(params=WRAPPINGS)
+def wrapping(request):
+    """Tests that take it cover ProjectedOptimizer and attach()."""
+    return WRAPPINGS[request.param]

@@ -6,12 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training import WRAPPINGS, assert_same, loss, model_and_batches, number_protected, parameters, protect, stored
-
-
-@pytest.fixture(params=WRAPPINGS)
-def wrapping(request):
-    return WRAPPINGS[request.param]
+from training import assert_same, loss, model_and_batches, number_protected, parameters, protect, stored
 
 
 def sgd(wrapping, parameters):

@@ -6,17 +6,12 @@ import pytest
 import torch
 
 import gradproj
-from training import WRAPPINGS, assert_same, loss, model_and_batches, number_protected, protect, stored, train
+from training import assert_same, loss, model_and_batches, number_protected, protect, stored, train
 
 INNER = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),  # without state of its own
 }
-
-
-@pytest.fixture(params=WRAPPINGS)
-def wrapping(request):
-    return WRAPPINGS[request.param]
 
 
 def through_a_file(state):

@@ -13,11 +13,6 @@ from training import WRAPPINGS, loss, model_and_batches, protect, stored, train
 NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
 
 
-@pytest.fixture(params=WRAPPINGS)
-def wrapping(request):
-    return WRAPPINGS[request.param]
-
-
 def sgd(wrapping, model, **kwargs):
     return wrapping(torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
 

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 import gradproj
-from training import WRAPPINGS, assert_same, loss, model_and_batches, parameters, protect, train, train_by_hand, twins
-
-
-@pytest.fixture(params=WRAPPINGS)
-def wrapping(request):
-    return WRAPPINGS[request.param]
+from training import assert_same, loss, model_and_batches, parameters, protect, train, train_by_hand, twins
 
 
 def package(name):
