@@ -80,7 +80,6 @@ inline void check_writable(const std::vector<Buffer>& buffers, int rows) {
   for (int64_t i = 0; i < n; ++i) {
     const Buffer& g = buffers[static_cast<size_t>(i)];
     if (!g.present || g.numel == 0) continue;
-    if (g.dtype == DType::f8) detail::refuse("float8 is read, not written", 0, i);
     if (!detail::nested(g)) detail::refuse("overlaps itself and cannot be written", 0, i);
     spans.push_back({g.data, g.data + detail::extent_bytes(g), i});
   }

@@ -1,11 +1,11 @@
 // From lists of buffers to what a kernel walks: pure host code, shared by CPU and CUDA, free of torch.
 //
 // A row is a list of n buffers (one per parameter); R rows are R x n buffers, row-major. Column i holds buffer i of every
-// row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). The last row may be a base: row 0
-// then stands for base minus row 0, what an optimizer's step took off the parameters. A plan cuts the columns into pieces. A dense piece is a run of elements that every row holds gap-free and in the same
-// order, so that one flat loop walks it whatever its shape; neighbours that touch in memory in every row become one piece.
-// What has no such run (a transposed g against a contiguous d, a sliced view) is a strided piece with its own sizes and
-// strides, coalesced and ordered by row 0. Absent buffers count as zeros and are null pointers in a piece.
+// row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). A plan turns columns into
+// segments. A dense segment is a run of elements that every row holds gap-free and in the same order, so that one flat loop
+// walks it whatever its shape; neighbours that touch in memory in every row become one segment. What has no such run (a
+// transposed g against a contiguous d, a sliced view) is a strided segment with sizes and strides of its own, coalesced and
+// ordered by row 0. An absent buffer counts as zeros and is a null pointer.
 #pragma once
 
 #include <algorithm>
@@ -17,19 +17,15 @@
 
 namespace gradproj {
 
-enum class DType : uint8_t { f32, f64, f16, bf16, f8 };  // f8: e4m3fn with a scale per block
+enum class DType : uint8_t { f32, f64, f16, bf16 };
 
-constexpr int64_t element_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::f8 ? 1 : 2; }
-
-// Elements that share a scale in an f8 buffer, counted from its first element in memory: element i is code[i] * scale[i / 512].
-constexpr int64_t kScaleBlock = 512;
+constexpr int64_t element_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // What the host knows of one tensor. data == nullptr with numel > 0 never happens; present == false is an absent row.
 struct Buffer {
   const char* data = nullptr;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;  // in elements
-  const float* scale = nullptr;      // f8 only: (numel + 511) / 512 of them
   int64_t numel = 0;
   int32_t ndim = 0;
   DType dtype = DType::f32;
@@ -45,29 +41,26 @@ struct PlanError : std::runtime_error {
 struct RowView {
   const char* data;  // null: absent, counts as zeros
   DType dtype;
-  const float* scale;  // f8 only: of the block that starts at data
 };
 
-struct Piece {
+struct Segment {
   int64_t numel;  // > 0
   int64_t dims;   // strided: where its sizes start in Plan::dims
   int32_t ndim;   // 0: dense
-  int32_t part;   // ascending from piece to piece
+  int32_t part;   // ascending from segment to segment
 };
 
 struct Plan {
-  int rows = 0;       // with the base, if there is one
-  bool base = false;  // the last row is the base
+  int rows = 0;  // of every part's Gram: the gradient and the directions
   int parts = 1;
-  std::vector<Piece> pieces;
-  std::vector<RowView> views;  // rows per piece, in the order of pieces
-  std::vector<int64_t> dims;   // per strided piece: ndim sizes, then ndim strides of every row (zeros for absent rows)
+  std::vector<Segment> segments;
+  std::vector<RowView> views;  // rows per segment, in the order of segments
+  std::vector<int64_t> dims;   // per strided segment: ndim sizes, then ndim strides of every row (zeros for absent rows)
   bool any_f64 = false;        // then products and coefficients are float64
 
-  int gram_rows() const { return rows - base; }  // of a part's Gram: the gradient and the directions
-  const RowView* row_views(size_t piece) const { return &views[piece * static_cast<size_t>(rows)]; }
-  const int64_t* sizes(const Piece& p) const { return &dims[static_cast<size_t>(p.dims)]; }
-  const int64_t* strides(const Piece& p, int row) const { return sizes(p) + (1 + row) * p.ndim; }
+  const RowView* row_views(size_t segment) const { return &views[segment * static_cast<size_t>(rows)]; }
+  const int64_t* sizes(const Segment& s) const { return &dims[static_cast<size_t>(s.dims)]; }
+  const int64_t* strides(const Segment& s, int row) const { return sizes(s) + (1 + row) * s.ndim; }
 };
 
 namespace detail {
@@ -141,8 +134,7 @@ inline bool coalesce(const Buffer* column, int rows, int64_t stride_between_rows
 
 // What is asked of a plan beyond the buffers. part: of each column, or empty for one part.
 struct Layout {
-  int rows;  // with the base, if there is one
-  bool base = false;
+  int rows;
   std::vector<int32_t> part = {};
   int parts = 1;
 };
@@ -150,7 +142,7 @@ struct Layout {
 // Refuses rows whose shapes differ within a column. buffers: rows x n, row-major.
 inline Plan make_plan(const std::vector<Buffer>& buffers, const Layout& layout) {
   const int rows = layout.rows;
-  if (rows < 1 + layout.base || buffers.size() % static_cast<size_t>(rows) != 0)
+  if (rows < 1 || buffers.size() % static_cast<size_t>(rows) != 0)
     throw PlanError("gradproj: rows of different length");
   const int64_t n = static_cast<int64_t>(buffers.size()) / rows;
   if (!layout.part.empty() && static_cast<int64_t>(layout.part.size()) != n)
@@ -167,9 +159,8 @@ inline Plan make_plan(const std::vector<Buffer>& buffers, const Layout& layout) 
   }
   Plan plan;
   plan.rows = rows;
-  plan.base = layout.base;
   plan.parts = layout.parts;
-  plan.pieces.reserve(static_cast<size_t>(n));
+  plan.segments.reserve(static_cast<size_t>(n));
   plan.views.reserve(buffers.size());
   std::vector<int64_t> sizes;
   std::vector<std::vector<int64_t>> strides;
@@ -189,34 +180,30 @@ inline Plan make_plan(const std::vector<Buffer>& buffers, const Layout& layout) 
       flat = flat && b.contiguous;
       plan.any_f64 = plan.any_f64 || b.dtype == DType::f64;
     }
-    if (layout.base && column[0].present != column[(rows - 1) * n].present)
-      detail::refuse("the base is absent where row 0 is not, or the other way round", rows - 1, i);
     if (leader < 0 || column[leader * n].numel == 0) continue;
     const int64_t numel = column[leader * n].numel;
     const bool dense = flat || detail::coalesce(column, rows, n, leader, sizes, strides);
 
-    if (dense && !plan.pieces.empty() && plan.pieces.back().ndim == 0 && plan.pieces.back().part == part) {
-      Piece& last = plan.pieces.back();
-      const RowView* before = plan.row_views(plan.pieces.size() - 1);
+    if (dense && !plan.segments.empty() && plan.segments.back().ndim == 0 && plan.segments.back().part == part) {
+      Segment& last = plan.segments.back();
+      const RowView* before = plan.row_views(plan.segments.size() - 1);
       bool touches = true;
       for (int r = 0; r < rows && touches; ++r) {
         const Buffer& b = column[r * n];
         touches = b.present ? before[r].data && before[r].dtype == b.dtype &&
                                   before[r].data + last.numel * element_size(b.dtype) == b.data
                             : !before[r].data;
-        if (touches && b.present && b.scale)
-          touches = last.numel % kScaleBlock == 0 && before[r].scale + last.numel / kScaleBlock == b.scale;
       }
       if (touches) {
         last.numel += numel;
         continue;
       }
     }
-    plan.pieces.push_back(
+    plan.segments.push_back(
         {numel, static_cast<int64_t>(plan.dims.size()), dense ? 0 : static_cast<int32_t>(sizes.size()), part});
     for (int r = 0; r < rows; ++r) {
       const Buffer& b = column[r * n];
-      plan.views.push_back({b.present ? b.data : nullptr, b.dtype, b.scale});
+      plan.views.push_back({b.present ? b.data : nullptr, b.dtype});
     }
     if (!dense) {
       plan.dims.insert(plan.dims.end(), sizes.begin(), sizes.end());

@@ -41,17 +41,17 @@ class TensorList {
  public:
   TensorList(StableListHandle list, bool optional) {
     size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     handles_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
       if (optional)
         handles_.push_back(torch::stable::detail::to<std::optional<AtenTensorHandle>>(item).value_or(nullptr));
       else
         handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
@@ -75,7 +75,7 @@ struct Where {
 // Appends the buffers of a list. All tensors must be strided, floating, and on one device, which is noted in `where`.
 inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
-                       bf16 = aoti_torch_dtype_bfloat16(), f8 = aoti_torch_dtype_float8_e4m3fn();
+                       bf16 = aoti_torch_dtype_bfloat16();
   for (size_t i = 0; i < list.size(); ++i) {
     buffers.emplace_back();
     const AtenTensorHandle h = list[i];
@@ -87,15 +87,15 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     int32_t dtype, type, index;
     int64_t ndim;
     int64_t *sizes, *strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
-    if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16 && dtype != f8) refuse("dtype without a kernel");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
+    if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16) refuse("dtype without a kernel");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
     if (where.type < 0) where = {type, index};
     if (type != where.type || index != where.index) refuse("on another device than the first");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
     b.sizes = sizes;
     b.strides = strides;
     b.ndim = static_cast<int32_t>(ndim);
@@ -106,45 +106,43 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
       b.numel *= sizes[d];
     }
     b.contiguous = b.contiguous || b.numel == 0;
-    b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : dtype == bf16 ? DType::bf16 : DType::f8;
+    b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : DType::bf16;
     b.present = true;
     if (b.numel > 0) {
       void* data;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
       b.data = static_cast<const char*>(data);
       if (!data) refuse("has no memory");
     }
   }
 }
 
-// What every op on rows takes besides them; see python/gradproj/ops.py.
-struct Extras {
-  std::optional<StableListHandle> base, scales;
-  StableListHandle parts;
-  int64_t num_parts;
+// The part of every column; see python/gradproj/ops.py.
+struct Parts {
+  StableListHandle list;
+  int64_t count;  // 0: all columns are one part, and results have no leading dimension
 };
 
 // The rows of one op call as plan.h wants them. Owns the tensors.
 class Rows {
  public:
   // One list of all rows: a Gram.
-  Rows(StableListHandle rows, int64_t num_rows, const Extras& extras) {
+  Rows(StableListHandle rows, int64_t num_rows, const Parts& parts) {
     add(rows, true);
-    finish(num_rows, 0, extras);
+    finish(num_rows, parts);
   }
   // Gradients and directions: an op that writes the gradients.
-  Rows(StableListHandle grads, StableListHandle directions, const Extras& extras) {
+  Rows(StableListHandle grads, StableListHandle directions, const Parts& parts) {
     const size_t n = add(grads, false), rest = add(directions, true);
     if (n == 0 || rest % n != 0) throw PlanError("gradproj: rows of different length");
-    finish(1 + static_cast<int64_t>(rest / n), n, extras);
+    finish(1 + static_cast<int64_t>(rest / n), parts);
   }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   const Layout& layout() const { return layout_; }
   const Where& where() const { return where_; }
-  int gram_rows() const { return layout_.rows - layout_.base; }
   // [R] or [P, R]; [R, R] or [P, R, R].
   std::vector<int64_t> shape(int dims) const {
-    std::vector<int64_t> s(static_cast<size_t>(dims), gram_rows());
+    std::vector<int64_t> s(static_cast<size_t>(dims), layout_.rows);
     if (batched_) s.insert(s.begin(), layout_.parts);
     return s;
   }
@@ -156,52 +154,25 @@ class Rows {
     append_buffers(*lists_.back(), buffers_, where_);
     return lists_.back()->size();
   }
-  void finish(int64_t num_rows, size_t unscaled, const Extras& extras) {
-    const size_t given = buffers_.size();
-    if (num_rows < 1 || given % static_cast<size_t>(num_rows) != 0) throw PlanError("gradproj: rows of different length");
-    if (extras.scales) add_scales(*extras.scales, unscaled);
+  void finish(int64_t num_rows, const Parts& parts) {
+    if (num_rows < 1 || buffers_.size() % static_cast<size_t>(num_rows) != 0)
+      throw PlanError("gradproj: rows of different length");
     layout_.rows = static_cast<int>(num_rows);
-    if (extras.base) {
-      add(*extras.base, true);
-      layout_.base = true;
-      ++layout_.rows;
-      if ((buffers_.size() - given) * static_cast<size_t>(num_rows) != given)
-        throw PlanError("gradproj: base: one tensor per buffer of row 0");
-    }
-    for (const Buffer& b : buffers_)
-      if (b.dtype == DType::f8 && b.numel > 0 && !b.scale) throw PlanError("gradproj: a float8 buffer without its scales");
     size_t count = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(extras.parts, &count));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(parts.list, &count));
     for (size_t i = 0; i < count; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(extras.parts, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(parts.list, i, &item));
       const int64_t part = torch::stable::detail::to<int64_t>(item);
-      if (part < 0 || part >= extras.num_parts || part > INT32_MAX)
+      if (part < 0 || part >= parts.count || part > INT32_MAX)
         throw PlanError("gradproj: parts: a number is not below num_parts");
       layout_.part.push_back(static_cast<int32_t>(part));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(extras.parts));
-    if (extras.num_parts < 0 || extras.num_parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
-    batched_ = extras.num_parts > 0;
-    if (batched_ == layout_.part.empty() && given > 0) throw PlanError("gradproj: parts and num_parts go together");
-    layout_.parts = batched_ ? static_cast<int>(extras.num_parts) : 1;
-  }
-  void add_scales(StableListHandle list, size_t first) {
-    lists_.push_back(std::make_unique<TensorList>(list, true));
-    const TensorList& scales = *lists_.back();
-    if (first + scales.size() != buffers_.size()) throw PlanError("gradproj: scales: one entry per buffer");
-    std::vector<Buffer> facts;
-    append_buffers(scales, facts, where_);
-    for (size_t i = 0; i < facts.size(); ++i) {
-      Buffer& b = buffers_[first + i];
-      const Buffer& s = facts[i];
-      if (s.present != (b.present && b.dtype == DType::f8)) throw PlanError("gradproj: scales belong to float8 buffers");
-      if (!s.present || b.numel == 0) continue;
-      if (s.dtype != DType::f32 || !s.contiguous || s.numel != (b.numel + kScaleBlock - 1) / kScaleBlock)
-        throw PlanError("gradproj: scales must be contiguous float32, one per 512 elements");
-      if (detail::extent_bytes(b) != b.numel) throw PlanError("gradproj: a float8 buffer has gaps");
-      b.scale = reinterpret_cast<const float*>(s.data);
-    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(parts.list));
+    if (parts.count < 0 || parts.count > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
+    batched_ = parts.count > 0;
+    if (batched_ == layout_.part.empty() && !buffers_.empty()) throw PlanError("gradproj: parts and num_parts go together");
+    layout_.parts = batched_ ? static_cast<int>(parts.count) : 1;
   }
 
   std::vector<std::unique_ptr<TensorList>> lists_;

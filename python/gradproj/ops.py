@@ -4,12 +4,8 @@ The same four ops exist in three namespaces: ``gradproj`` (native: C++ on CPU te
 ``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was built.
 
 ``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the gradient.
-``known``, if given, is the [num_rows - 1, num_rows - 1] Gram of rows 1.., which is then copied instead of computed.
-``base``, if given, makes row 0 stand for ``base - row 0``: what an optimizer's step took off the parameters. The difference
-is taken in the kernels, and what is written is ``base`` minus the combination.
-``scales`` belongs to float8_e4m3fn buffers, one entry per buffer (per direction's buffer where gradients are a list of their
-own): float32, one per 512 elements in the order of memory; element i stands for ``code[i] * scale[i // 512]``.
-``parts`` gives every column the number of its part, below ``num_parts``; then ``known``, Gram and weights have a leading
+``gram_dd``, if given, is the [num_rows - 1, num_rows - 1] Gram of rows 1.., which is then copied instead of computed.
+``parts`` gives every column the number of its part, below ``num_parts``; then ``gram_dd``, Gram and weights have a leading
 dimension of that length, and every part is projected by itself.
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """
@@ -18,14 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-_EXTRAS = "Tensor?[]? base=None, Tensor?[]? scales=None, int[] parts=[], int num_parts=0"
+_PARTS = "int[] parts=[], int num_parts=0"
 SCHEMAS = (
-    f"gram(Tensor?[] rows, int num_rows, Tensor? known=None, {_EXTRAS}) -> Tensor",
+    f"gram(Tensor?[] rows, int num_rows, Tensor? gram_dd=None, {_PARTS}) -> Tensor",
     "weights(Tensor gram, str method, float gamma, float eps) -> Tensor",
-    f"combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights, {_EXTRAS}) -> ()",
+    f"combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights, {_PARTS}) -> ()",
     (
-        "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? known=None, "
-        f"{_EXTRAS}) -> (Tensor, Tensor)"
+        "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? gram_dd=None, "
+        f"{_PARTS}) -> (Tensor, Tensor)"
     ),
 )
 NAMESPACES = ("gradproj", "gradproj_triton", "gradproj_torch")
@@ -38,7 +34,7 @@ def _device_of(buffers) -> torch.device:
     return devices.pop()
 
 
-def _fake_gram(rows, num_rows, known=None, base=None, scales=None, parts=(), num_parts=0):
+def _fake_gram(rows, num_rows, gram_dd=None, parts=(), num_parts=0):
     lead = (num_parts,) if num_parts else ()
     return torch.empty(*lead, num_rows, num_rows, dtype=torch.float64, device=_device_of(rows))
 
@@ -47,11 +43,11 @@ def _fake_weights(gram, method, gamma, eps):
     return gram.new_empty(gram.shape[:-1])
 
 
-def _fake_combine_(grads, directions, weights, base=None, scales=None, parts=(), num_parts=0):
+def _fake_combine_(grads, directions, weights, parts=(), num_parts=0):
     _device_of([*grads, *directions, weights])
 
 
-def _fake_project_(grads, directions, method, gamma, eps, known=None, base=None, scales=None, parts=(), num_parts=0):
+def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, parts=(), num_parts=0):
     gram = _fake_gram([*grads, *directions], 1 + len(directions) // len(grads), num_parts=num_parts)
     return gram, gram.new_empty(gram.shape[:-1])
 
