@@ -121,7 +121,7 @@ def first(call: Call) -> Tensor:
     """The first tensor of a call that has one."""
     found = next(t for t in chain(*call.rows) if t is not None)
     if not isinstance(found, Tensor):
-        validate.check(call.op, call.rows, call.names, call.index, call.written)
+        _check(call)
     return found
 
 
@@ -146,7 +146,15 @@ def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]
 
 
 def _check(call: Call, backend: Backend | None = None) -> None:
-    validate.check(call.op, call.rows, call.names, call.index, call.written, backend.name if backend else "")
+    """Raise what is wrong with the rows, by name; return if nothing is."""
+    for i, g in zip(call.index, call.rows[0], strict=True):
+        if call.written and isinstance(g, Tensor) and g.is_conj():
+            raise NotImplementedError(
+                f"{call.op}: {call.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a tensor of its "
+                f"own: {call.names[0]}[{i}].resolve_conj()"
+            )
+    rows = _real_views(call.rows)
+    validate.check(call.op, rows, call.names, call.index, call.written, backend.name if backend else "")
 
 
 def _beside(call: Call, t: Tensor | None) -> Tensor | None:

@@ -109,7 +109,8 @@ def _local_gram(rows, sharding, gram_dd, part, num_parts):
         raise ValueError("gram: pass at least one list of tensors")
     call = calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
     local = _localize(call, sharding)
-    return calls.gram(call._replace(rows=local.rows), local.weights, gram_dd, _device(local)), local.group
+    call = call._replace(rows=local.rows)
+    return calls.gram(call, local.weights, gram_dd, _device(call, local.group)), local.group
 
 
 def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
@@ -220,7 +221,7 @@ def weigh_rows(
 
 def _weigh(call: Call, local: Local, rule: methods.Rule | methods.Weighting, gram_dd: Tensor | None) -> Projection:
     call = call._replace(rows=local.rows)
-    products = reduce(calls.gram(call, local.weights, gram_dd, _device(local)), local.group)
+    products = reduce(calls.gram(call, local.weights, gram_dd, _device(call, local.group)), local.group)
     if isinstance(rule, methods.Rule):  # the same op on every rank, one that owns nothing included
         weights = select(products.device.type).op("weights")(products, *rule)
     else:
@@ -277,9 +278,8 @@ def _localize(call: Call, sharding: Sharding | None) -> Local:
     return localize(call.op, call.rows, call.names, call.index, call.written, sharding)
 
 
-def _device(local: Local) -> torch.device:
+def _device(call: Call, group) -> torch.device:
     """Where this rank's Gram is made: beside the first tensor; without any, where the group communicates."""
-    found = next((t for row in local.rows for t in row if t is not None), None)
-    if found is not None:
-        return found.device
-    return torch.device("cpu") if local.group is None else device_of(local.group)
+    if any(t is not None for row in call.rows for t in row):
+        return calls.first(call).device
+    return torch.device("cpu") if group is None else device_of(group)
