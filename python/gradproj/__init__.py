@@ -4,12 +4,16 @@ from gradproj import reference, tax
 from gradproj.backends import backends, use_backend
 from gradproj.diagnostics import log_to
 from gradproj.directions import Directions
-from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
+from gradproj.functional import combine_, gram, orthogonal_gradient_projection, pin_, project_
+from gradproj.nullspace import NullSpace
 from gradproj.optim import ProjectedOptimizer, attach
+from gradproj.projection import Pin, Projection
 from gradproj.sharding import Sharding
 
 __all__ = [
     "Directions",
+    "NullSpace",
+    "Pin",
     "ProjectedOptimizer",
     "Projection",
     "Sharding",
@@ -19,6 +23,7 @@ __all__ = [
     "gram",
     "log_to",
     "orthogonal_gradient_projection",
+    "pin_",
     "project_",
     "reference",
     "tax",

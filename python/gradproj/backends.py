@@ -32,6 +32,10 @@ class Backend(NamedTuple):
     def available(self) -> bool:
         return not self.reason
 
+    def has(self, name: str) -> bool:
+        """Whether this backend has an implementation of its own of an op."""
+        return name != "pin_" or self.namespace != "gradproj"  # matrix products are a BLAS's business
+
     def op(self, name: str):
         """The op's overload packet, for example ``op("gram")``."""
         return getattr(getattr(torch.ops, self.namespace), name).default
@@ -119,21 +123,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _best(device_type: str) -> Backend:
+def _best(device_type: str, op: str) -> Backend:
     candidates = (_FACTORIES[name]() for name in _PREFERENCE.get(device_type, ("torch",)))
-    return next(backend for backend in candidates if backend.available)
+    return next(backend for backend in candidates if backend.available and backend.has(op))
 
 
-def select(device_type: str) -> Backend:
-    """The backend for tensors of one device type: the requested one, else the best that works.
+def select(device_type: str, op: str = "gram") -> Backend:
+    """The backend for tensors of one device type: the requested one, else the best that works and has the op.
 
     Raises:
         ValueError: the requested backend does not take tensors of this device type.
     """
     name = _requested.get()
     if name is None:
-        return _best(device_type)
+        return _best(device_type, op)
     backend = _FACTORIES[name]()
+    if not backend.has(op):
+        return _torch()
     if device_type not in backend.device_types:
         raise ValueError(
             f"backend {name!r} takes tensors on {' or '.join(backend.device_types)}, not on {device_type}; move them or "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gradproj.functional import Projection
+from gradproj.projection import Projection
 from gradproj.optim import Protected
 from gradproj.protection import Protection
 

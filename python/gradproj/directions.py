@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradproj import checkpoint, functional, methods, sharding
 from gradproj.capture import Direction
-from gradproj.functional import Projection, Row
+from gradproj.functional import Row
+from gradproj.projection import Projection
 from gradproj.kept_gram import KeptGram
 from gradproj.protection import Closure, Protection
 
@@ -232,7 +233,7 @@ class Directions(Protection):
             return (), 0
         if self.per == "tensor":
             return range(len(parameters)), len(parameters)
-        groups = self.param_groups()
+        groups = self._live_groups()
         return [i for i, group in enumerate(groups) for _ in group["params"]], len(groups)
 
     def _project_until_finite(self, project: Callable[[], Projection]) -> None:

@@ -1,71 +1,20 @@
-"""Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`.
+"""Stateless projection on lists of tensors: :func:`gram`, :func:`combine_`, :func:`project_`, :func:`pin_`.
 
 Row 0 is the gradient, rows 1..K the directions. A row is a list with one tensor (or None) per parameter.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradproj import call as calls
-from gradproj import methods
+from gradproj import methods, validate
 from gradproj.backends import select
 from gradproj.call import Call, Row
 from gradproj.dtensors import PLAIN_TYPES
+from gradproj.projection import Projection
 from gradproj.sharding import Local, Sharding, device_of, finish, localize, reduce
-
-
-class Projection(NamedTuple):
-    """What a projection did, as tensors on the device of the gradients: reading one synchronises, making it did not.
-
-    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about all.
-
-    Attributes:
-        gram: [K + 1, K + 1] float64 inner products before the projection.
-        weights: [K + 1] float64; the gradient became ``weights[0] g + sum_k weights[k] d_k``.
-        backend: name of the backend that ran; "none" where there was no gradient.
-    """
-
-    gram: Tensor
-    weights: Tensor
-    backend: str
-
-    @property
-    def cosine(self) -> Tensor:
-        """[K] cosine between the gradient, before, and each direction. NaN where one of them is zero."""
-        length = self.gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        return self.gram[..., 0, 1:] / (length[..., :1] * length[..., 1:])
-
-    @property
-    def removed(self) -> Tensor:
-        """0-d: length of the change over length of the gradient; 0 is untouched, 1 is all of it for a projection.
-
-        0 for a gradient of length 0, of which nothing can be removed.
-        """
-        change = self.weights.clone()
-        change[..., 0] -= 1.0
-        finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
-        gram = torch.where(finite, self.gram, torch.eye(change.shape[-1], dtype=torch.float64, device=change.device))
-        square = (change[..., None, :] @ gram @ change[..., None])[..., 0, 0]
-        length2 = gram[..., 0, 0]
-        return torch.where(length2 > 0, square.clamp(min=0) / length2, 0.0).sqrt()
-
-    @property
-    def ignored(self) -> Tensor:
-        """[K] bool: directions without any length where there is a gradient; they take no part in a projection."""
-        return self.gram.diagonal(dim1=-2, dim2=-1)[..., 1:] == 0
-
-    @property
-    def finite(self) -> Tensor:
-        """0-d bool: whether every inner product was finite."""
-        return self.gram.isfinite().all()
-
-    @property
-    def applied(self) -> Tensor:
-        """0-d bool: whether the gradient was written. False for a non-finite Gram and where nothing conflicts."""
-        return (self.weights[..., 0] != 1).any() | (self.weights[..., 1:] != 0).any()
 
 
 def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
@@ -283,3 +232,41 @@ def _device(call: Call, group) -> torch.device:
     if any(t is not None for row in call.rows for t in row):
         return calls.first(call).device
     return torch.device("cpu") if group is None else device_of(group)
+
+
+def pin_(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    targets: Sequence[Tensor | None] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """``W <- W - (W U - B) U^T`` in place, for every weight: what W makes of the inputs that U spans becomes B.
+
+    Args:
+        weights: [o, i] each, any strides; float32, float64, bfloat16 or float16. Modified.
+        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], the last row belonging to its input, which is 1.
+        targets: B [o, r], or None for zeros, which is the form for gradients; None if all are.
+        biases: [o] each or None; one more column of W without being beside it in memory. Modified.
+    Returns:
+        [L] float64: ``|W U - B|`` before, Frobenius.
+    Raises:
+        ValueError, TypeError: naming list, index, shape, dtype, device. Nothing is written.
+    Reads and writes every weight once, beside U and B; holds < 1 MiB. W U is summed in float32 (float64 for float64).
+    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of updates.
+    """
+    count = len(weights)
+    absent = [None] * count
+    w, u, b, c = list(weights), list(bases), list(targets or absent), list(biases or absent)
+    validate.check_pin(w, u, b, c)
+    moved = torch.zeros(count, dtype=torch.float64, device=w[0].device if w else "cpu")
+    for device in dict.fromkeys(t.device for t in w):
+        mine = [k for k in range(count) if w[k].device == device]
+        biased = [at for at, k in enumerate(mine) if c[k] is not None]
+        op = select(device.type, "pin_").op("pin_")
+        with torch.no_grad():
+            squares = op(*([row[k] for k in mine] for row in (w, u, b)), [c[mine[at]] for at in biased], biased)
+        moved[mine] = squares.to(moved.device).sqrt()
+    written = [t for t in (*w, *c) if t is not None]
+    if written and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)
+    return moved

@@ -1,12 +1,14 @@
 """Every op's schema and fake, in one place.
 
-The same four ops exist in three namespaces: ``gradproj`` (native: C++ on CPU tensors, CUDA C++ on CUDA tensors),
+The same five ops exist in three namespaces: ``gradproj`` (native: C++ on CPU tensors, CUDA C++ on CUDA tensors),
 ``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was built.
 
 ``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the gradient.
 ``gram_dd``, if given, is the [num_rows - 1, num_rows - 1] Gram of rows 1.., which is then copied instead of computed.
 ``parts`` gives every column the number of its part, below ``num_parts``; then ``gram_dd``, Gram and weights have a leading
 dimension of that length, and every part is projected by itself.
+``pin_`` takes [o, i] weights, [i, r] bases, [o, r] targets, and biases [o], of the weights numbered ``biased``, whose bases are
+[i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to a BLAS and has none.
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """
 
@@ -23,6 +25,7 @@ SCHEMAS = (
         "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? gram_dd=None, "
         f"{_PARTS}) -> (Tensor, Tensor)"
     ),
+    "pin_(Tensor(a!)[] weights, Tensor[] bases, Tensor?[] targets, Tensor(b!)[] biases, int[] biased) -> Tensor",
 )
 NAMESPACES = ("gradproj", "gradproj_triton", "gradproj_torch")
 
@@ -52,11 +55,16 @@ def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, parts=()
     return gram, gram.new_empty(gram.shape[:-1])
 
 
+def _fake_pin_(weights, bases, targets, biases, biased):
+    return torch.empty(len(weights), dtype=torch.float64, device=_device_of(weights))
+
+
 _FAKES: dict[str, Callable] = {
     "gram": _fake_gram,
     "weights": _fake_weights,
     "combine_": _fake_combine_,
     "project_": _fake_project_,
+    "pin_": _fake_pin_,
 }
 
 # The Library objects own the registrations: they live as long as the module.

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradproj import checkpoint
-from gradproj.functional import Projection
+from gradproj.projection import Projection
 from gradproj.protection import CaptureBlock, Protection
 from gradproj.sharding import Sharding
 

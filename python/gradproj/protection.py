@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradproj.capture import Direction, captured
-from gradproj.functional import Projection
+from gradproj.projection import Projection
 from gradproj.ranks import RanksAgree
 from gradproj.sharding import Sharding
 
@@ -91,7 +91,7 @@ class Protection(abc.ABC):
         """
         return CaptureBlock(self._capture)
 
-    def _capture(self) -> Iterator[None]:
+    def _check_capture(self) -> None:
         if self._capturing:
             raise RuntimeError(
                 "protect() inside another protect(): several backward passes in one block add up already"
@@ -101,6 +101,9 @@ class Protection(abc.ABC):
                 "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), under "
                 "Lightning in on_train_batch_start()"
             )
+
+    def _capture(self) -> Iterator[None]:
+        self._check_capture()
         self._capturing = True
         try:
             with captured(self.parameters) as taken:
@@ -131,7 +134,7 @@ class Protection(abc.ABC):
         """Belong to no optimizer."""
         self._optimizers = ()
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def _live_groups(self) -> list[dict[str, Any]]:
         """The optimizers' live parameter groups, one list after the other."""
         if not self._optimizers:
             raise RuntimeError(
@@ -141,7 +144,7 @@ class Protection(abc.ABC):
 
     def parameters(self) -> list[Tensor]:
         """The parameters that the optimizers step, in their order, as of now."""
-        return [p for group in self.param_groups() for p in group["params"]]
+        return [p for group in self._live_groups() for p in group["params"]]
 
     # --- for those who implement one ------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from gradproj import methods
 from gradproj.ops import implement
 
 _BLOCK_BYTES = 1 << 18
+_PIN_BYTES = 1 << 20  # of a weight's rows that are taken at a time
 
 
 class _Column(NamedTuple):
@@ -102,6 +103,45 @@ def project_(
     return g, weights
 
 
-for _function in (gram, combine_, project_):
+def pin_(weights, bases, targets, biases, biased) -> Tensor:
+    """Two matrix products per block of a weight's rows, so that the second finds the block in cache. Holds a block's W U."""
+    bias_of = dict(zip(biased, biases, strict=True))
+    squares = []
+    for k, (weight, basis, target) in enumerate(zip(weights, bases, targets, strict=True)):
+        squares.append(_pin(weight, basis, target, bias_of.get(k)))
+    return torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64)
+
+
+def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+    outputs, inputs = weight.shape
+    rank = basis.shape[1]
+    square = torch.zeros((), dtype=torch.float64, device=weight.device)
+    if not rank or not outputs:
+        return square
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    basis = basis.to(dtype)
+    of_inputs, of_bias = basis[:inputs], basis[inputs:]
+    rows = max(16, min(outputs, _PIN_BYTES // max(1, inputs * 4)))
+    moved = torch.empty(rows, rank, dtype=dtype, device=weight.device)
+    for start in range(0, outputs, rows):
+        block = weight[start : start + rows]
+        here = moved[: len(block)]
+        wide = block.to(dtype)
+        torch.mm(wide, of_inputs, out=here)
+        if bias is not None:
+            here.addr_(bias[start : start + rows].to(dtype), of_bias[0])
+        if target is not None:
+            here.sub_(target[start : start + rows])
+        square += here.square().sum(dtype=torch.float64)
+        wide.addmm_(here, of_inputs.T, alpha=-1.0)
+        if wide is not block:
+            block.copy_(wide)
+        if bias is not None:
+            part = bias[start : start + rows]
+            part.copy_(part.to(dtype) - here @ of_bias[0])
+    return square
+
+
+for _function in (gram, combine_, project_, pin_):
     implement("gradproj_torch", _function.__name__, _function, "CompositeExplicitAutograd")
 implement("gradproj_torch", "weights", methods.solve, "CompositeExplicitAutograd")

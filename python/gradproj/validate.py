@@ -169,3 +169,37 @@ def _check_overlap(op, rows, names, indices) -> None:
                 continue
             a, b = _name(names, row, i), _name(names, other_row, j)
             raise ValueError(f"{op}: {a} and {b} share memory, and one of them is written; clone one of them")
+
+
+def check_pin(
+    weights: Sequence[Tensor], bases: Sequence[Tensor], targets: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+) -> None:
+    """Raise the first error of the arguments of ``pin_``, or return."""
+    for name, entries in (("bases", bases), ("targets", targets), ("biases", biases)):
+        if len(entries) != len(weights):
+            raise ValueError(f"pin_: {name} has {len(entries)} entries but weights has {len(weights)}; pass one for each")
+    for k, (w, u, b, c) in enumerate(zip(weights, bases, targets, biases, strict=True)):
+        for name, t in (("weights", w), ("bases", u), ("targets", b), ("biases", c)):
+            if t is None and name in ("targets", "biases"):
+                continue
+            check_buffer("pin_", f"{name}[{k}]", t)  # type: ignore[arg-type]
+            if t.device != w.device:  # type: ignore[union-attr]
+                raise ValueError(f"pin_: {name}[{k}] is on {t.device} but weights[{k}] is on {w.device}; move it there")  # type: ignore[union-attr]
+        if w.dim() != 2:
+            raise ValueError(f"pin_: weights[{k}] has shape {tuple(w.shape)}; pass a matrix, [outputs, inputs]")
+        inputs = w.shape[1] + (c is not None)
+        if u.dim() != 2 or u.shape[0] != inputs:
+            with_bias = ", its bias counted as an input" if c is not None else ""
+            raise ValueError(
+                f"pin_: bases[{k}] has shape {tuple(u.shape)} but weights[{k}] has shape {tuple(w.shape)}{with_bias}: pass "
+                f"[{inputs}, rank]"
+            )
+        if b is not None and b.shape != (w.shape[0], u.shape[1]):
+            raise ValueError(
+                f"pin_: targets[{k}] has shape {tuple(b.shape)}; weights[{k}] and bases[{k}] want {(w.shape[0], u.shape[1])}"
+            )
+        if c is not None and c.shape != (w.shape[0],):
+            raise ValueError(f"pin_: biases[{k}] has shape {tuple(c.shape)}; weights[{k}] wants ({w.shape[0]},)")
+        for name, t in (("weights", w), ("biases", c)):
+            if t is not None and overlaps_itself(t):
+                raise ValueError(f"pin_: {name}[{k}] overlaps itself, so it cannot be written; pass a contiguous tensor")

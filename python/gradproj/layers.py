@@ -1,0 +1,154 @@
+"""Which weight matrices of a model a null space covers, and how each reads its inputs."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Wanted = Callable[[str, nn.Module], bool]
+# What wrappers put into the names of modules.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)(?=\.|$)")
+
+
+class Layer:
+    """A weight matrix W [outputs, inputs] that trains, and its bias as one more input, which is always 1.
+
+    Attributes:
+        name: of the module, without what wrappers add to it.
+        owner: the module that has the trained ``weight`` (and ``bias``).
+        taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share the
+            weight, or the frozen layer that an adapter adapts.
+        behind: of an adapter, the module that sees nothing but its products: those with protected inputs are to be zero, not
+            what they are, and then it may train freely.
+    """
+
+    def __init__(self, name: str, owner: nn.Module, taps: list[nn.Module], behind: nn.Module | None = None):
+        self.name, self.owner, self.taps, self.behind = name, owner, taps, behind
+
+    @property
+    def to_zero(self) -> bool:
+        return self.behind is not None
+
+    # Asked for anew each time: fully_shard() and others replace parameters.
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.owner.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias = getattr(self.owner, "bias", None)
+        return bias if isinstance(bias, Tensor) and bias.requires_grad and not self.to_zero else None  # type: ignore[return-value]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What may train without harm to what is protected."""
+        mine: list[Tensor] = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return mine if self.behind is None else [*mine, *self.behind.parameters()]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs; the bias counts as an input."""
+        outputs, inputs = matrix(self.owner, self.weight).shape
+        return outputs, inputs + (self.bias is not None)
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, {self.shape[0]} x {self.shape[1]})"
+
+
+def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
+    """The layers of ``model`` that can be protected: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` with groups=1, and
+    PEFT's LoRA adapters, of those whose weight trains. A head that is tied to an embedding is none.
+
+    Args:
+        wanted: name and module -> whether to take it; None takes all.
+    Raises:
+        ValueError: there is none.
+        NotImplementedError: an adapter that has been trained already.
+    """
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[int, Layer] = {}
+    adapters = {id(a) for m in model.modules() if is_adapted(m) for a in (*m.lora_A.values(), *m.lora_B.values())}
+    for full_name, module in model.named_modules():
+        name = _WRAPPERS.sub("", full_name).lstrip(".")
+        if wanted is not None and not wanted(name, module):
+            continue
+        if is_adapted(module):
+            for layer in _adapters(name, module):
+                found[id(layer.weight)] = layer
+        elif is_matrix(module) and id(module) not in adapters:
+            weight: Any = module.weight
+            if not weight.requires_grad or id(weight) in tied:
+                continue
+            if id(weight) in found:
+                found[id(weight)].taps.append(module)
+            else:
+                found[id(weight)] = Layer(name, module, [module])
+    if not found:
+        raise ValueError(
+            f"NullSpace: {type(model).__name__} has no layer to protect: no nn.Linear, Conv1D, nn.Conv2d (groups=1) or LoRA "
+            f"adapter whose weight requires a gradient and which modules= takes"
+        )
+    return list(found.values())
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies its inputs by one weight matrix."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that stores its weight [inputs, outputs]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """A layer under PEFT's LoRA: a frozen base layer and pairs of adapters."""
+    parts = (getattr(module, name, None) for name in ("base_layer", "lora_A", "lora_B"))
+    return all(isinstance(part, nn.Module) for part in parts)
+
+
+def _adapters(name: str, module: Any) -> list[Layer]:
+    layers = []
+    for adapter, down in module.lora_A.items():
+        if not is_matrix(down) or not down.weight.requires_grad or not is_matrix(module.base_layer):
+            continue
+        if module.lora_B[adapter].weight.detach().any():
+            raise NotImplementedError(
+                f"NullSpace: the adapter {adapter!r} of {name} has been trained already (its lora_B is not zero), so that its "
+                f"lora_A cannot be made blind to protected inputs without changing the model: merge it first"
+            )
+        layers.append(Layer(f"{name}.lora_A.{adapter}", down, [module.base_layer], module.lora_B[adapter]))
+    return layers
+
+
+def matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """[outputs, inputs] view of a weight, or of anything that has its shape."""
+    if isinstance(module, nn.Conv2d):
+        return weight.flatten(1)
+    return weight.t() if is_conv1d(module) else weight
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """[tokens, inputs]: what the weight matrix is multiplied with, one row for each output position."""
+    if isinstance(module, nn.Conv2d):
+        if isinstance(module.padding, str):
+            raise NotImplementedError(f"NullSpace: nn.Conv2d with padding={module.padding!r}; give it as numbers")
+        unfolded = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+        return unfolded.transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """[tokens, outputs] in the order of :func:`input_rows`."""
+    if isinstance(module, nn.Conv2d):
+        return y.flatten(2).transpose(1, 2).flatten(0, 1)
+    return y.reshape(-1, y.shape[-1])

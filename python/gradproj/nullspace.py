@@ -1,0 +1,426 @@
+"""NullSpace: every layer keeps computing what it computed on the inputs that a capability uses."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from gradproj import allocation, basis_file, functional, layers, sharding
+from gradproj.allocation import Curvature
+from gradproj.basis import Basis, report as basis_report
+from gradproj.capture import Direction, captured
+from gradproj.layers import Layer
+from gradproj.moments import WIDE, Gather
+from gradproj.projection import Pin
+from gradproj.protection import CaptureBlock, Closure, Protection
+
+SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
+
+
+class NullSpace(Protection):
+    """Pins what each layer computes on the inputs that a capability uses: after every step W <- W - (W U - B) U^T.
+
+    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss; B = W U is
+    what the layer made of them then. The statement is about the weights, not about one step: any optimizer, momentum, weight
+    decay and skipped steps included, nothing accumulates, and no capability data are needed afterwards. What the capture did
+    not see is not protected.
+
+    Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters, which
+    become blind to the protected inputs. Embeddings, norms and a head tied to an embedding are the rest.
+
+    Args:
+        model: whose layers are protected.
+        share: of the covered weights' dimensions that is given up to the capability, in (0, 1); the memory of the bases, beside
+            that of the weights, is about three times as much. The rank goes to the layers where the curvature is.
+        max_rank: of a layer, at most. Layers of more than 4,096 inputs are sketched and keep at most 512 without it.
+        modules: ``(name, module) -> bool``, which layers to cover; None covers all.
+        space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for optimizers
+            whose parameters are copies; Adam's scaling and weight decay then leak.
+        rest: ``"hold"`` keeps all other trained parameters where they are, so that protected activations do not change at all;
+            ``"train"`` lets them go.
+        every: after how many steps the weights are pinned; :meth:`pin` does it now.
+    Raises:
+        ValueError, NotImplementedError: a setting out of range, no layer to cover.
+
+    Example::
+
+        protection = gradproj.NullSpace(model)
+        with protection.capture():
+            for batch in anchors:
+                capability_loss(model, batch).backward()
+        inner = torch.optim.AdamW(protection.param_groups(lr=1e-5))
+        opt = gradproj.ProjectedOptimizer(inner, protection)
+
+    Source: Saha et al. 2021 (GPM), Wang et al. 2021 (Adam-NSCL), Fang et al. 2025 (AlphaEdit) for projections into the null space
+    of inputs; Martens & Grosse 2015 (K-FAC) for the curvature of a layer as inputs times output gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        share: float = 0.05,
+        max_rank: int | None = None,
+        modules: layers.Wanted | None = None,
+        space: Literal["weights", "gradient"] = "weights",
+        rest: Literal["hold", "train"] = "hold",
+        every: int = 1,
+    ):
+        super().__init__()
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"NullSpace: share must be between 0 and 1, got {share}")
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"NullSpace: max_rank must be >= 1, got {max_rank}")
+        if space not in ("weights", "gradient"):
+            raise ValueError(f'NullSpace: space must be "weights" or "gradient", got {space!r}')
+        if rest not in ("hold", "train"):
+            raise ValueError(f'NullSpace: rest must be "hold" or "train", got {rest!r}')
+        if every < 1:
+            raise ValueError(f"NullSpace: every must be >= 1, got {every}")
+        self.model, self.share, self.max_rank, self.modules = model, share, max_rank, modules
+        self.space, self.rest, self.every = space, rest, every
+        self.layers = layers.find(model, modules)
+        self.bases: dict[str, Basis] = {}  # by the layers' names
+        self.last: Pin | None = None  # type: ignore[assignment]
+        self._since_pin = 0
+        self._held: list[tuple[Tensor, Tensor]] = []  # parameters of the rest and their gradients, during a step
+        self._told_of_rest = False
+
+    def __len__(self) -> int:
+        """How many layers are protected now."""
+        return len(self.bases)
+
+    def clear(self) -> None:
+        self.bases = {}
+        self._since_pin = 0
+
+    # --- capture --------------------------------------------------------------------------------------------------------
+
+    def capture(self) -> CaptureBlock:
+        """Context manager: the inputs of the layers in the backward passes inside are protected.
+
+        Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before. Needs no
+        optimizer. A further block adds to what was gathered, each token counting the same; the weights are pinned first,
+        so that what was protected stays.
+
+        Raises:
+            RuntimeError: no backward pass inside; a layer without a gradient; inputs that are not finite.
+        """
+        return CaptureBlock(self._capture)
+
+    def _capture(self) -> Iterator[None]:
+        self._check_capture()
+        self.pin()
+        gather = Gather(self.layers, self._sketch)
+        self._capturing = True
+        try:
+            with captured(lambda: [p for p in self.model.parameters() if p.requires_grad]) as taken, gather.listening():
+                yield
+        finally:
+            self._capturing = False
+        if not any(gather.tokens) and not taken.gradients:
+            raise RuntimeError(f"NullSpace: {taken.why_empty()}")
+        self._close(gather)
+        if self.space == "weights":
+            self.pin()  # an adapter becomes blind at once
+
+    def _add(self, taken: Direction) -> None:
+        raise NotImplementedError("a NullSpace is made of inputs, not of gradients")
+
+    def _group(self):
+        """The ranks whose batches count together: those that share the model."""
+        if self.sharding is not None and self.sharding.group is not None:
+            return self.sharding.group
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return dist.group.WORLD if several else None
+
+    def _sketch(self, layer: Layer) -> int | None:
+        return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
+
+    @torch.no_grad()
+    def _close(self, gather: Gather) -> None:
+        """Moments and curvatures of all ranks become bases."""
+        _sum_over_ranks(gather, self._group())
+        self._add_what_was(gather)
+        for layer, number, tokens in zip(self.layers, gather.moment_of, gather.tokens, strict=True):
+            if number is None or tokens == 0:
+                raise RuntimeError(
+                    f"NullSpace: layer {layer.name} got no gradient in the capture: give it batches that use it, or leave it out "
+                    f"with modules="
+                )
+        pairs = [moment.eigen() for moment in gather.moments]
+        curvatures = []
+        for l, layer in enumerate(self.layers):
+            moment, (values, _) = gather.moments[gather.moment_of[l]], pairs[gather.moment_of[l]]  # type: ignore[index]
+            scale = float(gather.squares[l]) / gather.tokens[l]
+            trace = float(moment.trace) / max(1, moment.tokens)
+            if not (torch.isfinite(values).all() and scale < float("inf") and trace < float("inf")):
+                raise RuntimeError(f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture")
+            curvatures.append(Curvature(scale, values, trace, *layer.shape))
+        limit = [self.max_rank or (SKETCH if layer.shape[1] > WIDE else None) for layer in self.layers]
+        capped = [c._replace(values=c.values[:m]) for c, m in zip(curvatures, limit, strict=True)]
+        found = allocation.ranks(capped, self.share, self.max_rank)
+        widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
+        for number, rank in zip(gather.moment_of, found, strict=True):
+            widest[number] = max(rank, widest.get(number, 0))  # type: ignore[index]
+        vectors = {n: pairs[n][1][:, :rank].to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()}
+        bases = {}
+        for layer, number, rank, curvature in zip(self.layers, gather.moment_of, found, curvatures, strict=True):
+            basis = vectors[number][:, :rank]  # type: ignore[index]
+            target = None if layer.to_zero else _product(layer, basis)
+            bases[layer.name] = Basis(basis, target, curvature, gather.moments[number].tokens)  # type: ignore[index]
+        self.bases = bases
+
+    def _add_what_was(self, gather: Gather) -> None:
+        """Of an earlier capture its eigenpairs, which is what was protected, and its curvature."""
+        added = set()
+        for l, layer in enumerate(self.layers):
+            number, basis = gather.moment_of[l], self.bases.get(layer.name)
+            if number is None or basis is None:
+                continue
+            if number not in added:
+                added.add(number)
+                values = basis.curvature.values[: basis.rank]
+                gather.moments[number].add_eigen(values, basis.vectors, basis.tokens)
+            gather.squares[l] = gather.squares[l] + basis.curvature.scale * basis.tokens
+            gather.tokens[l] += basis.tokens
+
+    # --- the step -------------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    def before_step(self, closure: Closure | None) -> Closure | None:
+        self._check_step()
+        if closure is not None:
+            return self._guarded(closure, self._prepare_gradients)
+        self._prepare_gradients()
+        return None
+
+    @_disable_dynamo
+    def after_step(self) -> None:
+        for p, grad in self._held:
+            p.grad = grad
+        self._held = []
+        if self.bases and self.space == "weights" and not self._skipped():
+            self._since_pin += 1
+            if self._since_pin >= self.every:
+                self.pin()
+        for observer in self._observers:
+            observer(self.last if self.bases else None)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def pin(self) -> Pin | None:
+        """Bring the weights back to W U = B now, for evaluation and before a checkpoint; None if nothing is protected or the
+        protection is in gradient space."""
+        if not self.bases or self.space != "weights":
+            return None
+        self.last = self._apply(lambda p: p.detach(), zero=False)
+        self._since_pin = 0
+        return self.last
+
+    def project(self) -> Pin | None:  # type: ignore[override]
+        if self.space == "weights":
+            super().project()
+        return self._project_gradients()
+
+    @torch.no_grad()
+    def _project_gradients(self) -> Pin | None:
+        if not self.bases:
+            return None
+        self.last = self._apply(lambda p: p.grad, zero=True)
+        return self.last
+
+    def _prepare_gradients(self) -> None:
+        if not self.bases:
+            return
+        if self.space == "gradient":
+            self._project_gradients()
+        covered = {id(p) for layer in self.layers for p in layer.parameters}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in covered]
+        if self.rest == "hold":
+            # Without a gradient an optimizer leaves a parameter alone, its weight decay included.
+            self._held += [(p, p.grad) for p in others if p.grad is not None]
+            for p in others:
+                p.grad = None
+        elif others and not self._told_of_rest:
+            self._told_of_rest = True
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            shown = ", ".join(names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in others[:8])
+            warnings.warn(
+                f'NullSpace(rest="train"): {len(others)} trained parameters are not covered, and change what protected layers '
+                f"see: {shown}{', ..' if len(others) > 8 else ''}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _apply(self, of: Callable[[Tensor], Tensor | None], zero: bool) -> Pin:
+        """M <- M - (M U - B) U^T on what ``of`` gives of every weight and bias; with ``zero``, B is zeros."""
+        names, weights, bases, targets, biases = [], [], [], [], []
+        for layer in self.layers:
+            basis, weight = self.bases[layer.name], of(layer.weight)
+            if weight is None or not basis.rank:
+                continue
+            if basis.vectors.shape[0] != layer.shape[1]:
+                raise RuntimeError(
+                    f"NullSpace: layer {layer.name} has {layer.shape[1]} inputs, its bias counted, but had {basis.vectors.shape[0]} "
+                    f"when it was captured: capture again"
+                )
+            bias = None if layer.bias is None else of(layer.bias)
+            names.append(layer.name)
+            weights.append(layers.matrix(layer.owner, _local(layer, weight)))
+            # A bias without a gradient beside a weight that has one would be a frozen one; then it is no input.
+            bases.append(basis.vectors if layer.bias is None or bias is not None else basis.vectors[:-1])
+            targets.append(None if zero else basis.target)
+            biases.append(None if bias is None else sharding.local_tensors([bias])[0])
+        return Pin(tuple(names), functional.pin_(weights, bases, targets, biases))
+
+    def _skipped(self) -> bool:
+        """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""
+        found = [getattr(optimizer, "found_inf", None) for optimizer in self._optimizers]
+        return any(f is not None and bool(f) for f in found)
+
+    # --- learning rates ---------------------------------------------------------------------------------------------------
+
+    def param_groups(
+        self,
+        lr: float,
+        damping: float = 0.3,
+        *,
+        weight_decay: float | None = None,
+        no_decay: Callable[[str, Tensor], bool] = lambda name, p: p.dim() < 2,
+    ) -> list[dict[str, Any]]:
+        """Parameter groups with layer-wise learning rates, for any optimizer: layers that the capability needs learn slower.
+
+        A layer's rate is ``lr`` times m = 1 / (1 + rest / c): rest is the curvature that the kept directions leave in it, and c is
+        such that 1 - m is ``damping`` in the mean over all covered weights. Costs no memory and no time.
+
+        Args:
+            lr: learning rate of a layer without curvature.
+            damping: in [0, 1); 0 gives every layer ``lr``.
+            weight_decay: given to the groups; parameters of which ``no_decay(name, parameter)`` is true get 0. None leaves it to
+                the optimizer.
+        Returns:
+            at most 16 groups (twice that with ``weight_decay``) of the parameters that train; with ``rest="hold"`` held ones are
+            in none of them.
+        Raises:
+            RuntimeError: nothing has been captured. ValueError: damping out of range.
+        """
+        if not self.bases:
+            raise RuntimeError("param_groups(): nothing has been captured yet: run capture() first")
+        rests = [allocation.rest(self.bases[layer.name].curvature, self.bases[layer.name].rank) for layer in self.layers]
+        rates = allocation.rates(rests, [layer.numel for layer in self.layers], damping)
+        factor = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
+        groups: dict[tuple, dict[str, Any]] = {}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad or (id(p) not in factor and self.rest == "hold"):
+                continue
+            decay = {} if weight_decay is None else {"weight_decay": 0.0 if no_decay(name, p) else weight_decay}
+            key = factor.get(id(p), 1.0), *decay.values()
+            groups.setdefault(key, {"params": [], "lr": lr * key[0], **decay})["params"].append(p)
+        return list(groups.values())
+
+
+    # --- what it holds ----------------------------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis."""
+        return basis_report(self.layers, self.bases)
+
+    def __repr__(self) -> str:
+        settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"
+        return f"{settings}\n{self.report()}" if self.bases else f"{settings}, nothing captured yet"
+
+    def save(self, path) -> None:
+        """Write the bases to a safetensors file, by the layers' names. The weights are pinned first.
+
+        Raises:
+            RuntimeError: nothing has been captured. ImportError: safetensors is not installed.
+        """
+        if not self.bases:
+            raise RuntimeError("save(): nothing has been captured yet: run capture() first")
+        self.pin()
+        basis_file.save(path, self.layers, self.bases, self.share)
+
+    @classmethod
+    def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
+        """What :meth:`save` has written, for a model with the same layers; ``settings`` are those of :class:`NullSpace`.
+
+        Raises:
+            ValueError: a layer of the file is absent from the model, or of another size; it is named.
+        """
+        bases, share = basis_file.load(path)
+        settings.setdefault("share", share)
+        settings.setdefault("modules", None)
+        protection = cls(model, **settings)
+        protection._take(bases)
+        return protection
+
+    @torch.no_grad()
+    def _take(self, found: dict[str, Basis]) -> None:
+        by_name = {layer.name: layer for layer in self.layers}
+        for name, basis in found.items():
+            if name not in by_name:
+                raise ValueError(f"NullSpace: the model has no layer {name!r} that trains, for which there is a basis")
+            outputs, inputs = by_name[name].shape
+            if basis.vectors.shape[0] != inputs or basis.curvature.outputs != outputs:
+                raise ValueError(
+                    f"NullSpace: layer {name!r} is {outputs} x {inputs} (its bias counted), but its basis is of a layer "
+                    f"{basis.curvature.outputs} x {basis.vectors.shape[0]}"
+                )
+        self.layers = [by_name[name] for name in found]
+        self.bases = {name: basis_file.on_rank(by_name[name], basis) for name, basis in found.items()}
+        self._since_pin = 0
+
+    def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        if not self.bases:
+            return state_dict
+        entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": basis_file.pack(self.layers, self.bases)}
+        return {**state_dict, "null_space": entry}
+
+    def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        entry = state_dict.get("null_space")
+        if entry is not None:
+            self._take(basis_file.unpack(entry["bases"]))
+            self._since_pin = int(entry["steps_since_pin"])
+
+
+def _local(layer: Layer, weight: Tensor) -> Tensor:
+    """This rank's memory of a weight.
+
+    Raises:
+        NotImplementedError: it is sharded over its inputs, so that W U would be a sum over ranks.
+    """
+    for placement in getattr(weight, "placements", ()):
+        outputs = 1 if layers.is_conv1d(layer.owner) else 0
+        if placement.is_partial() or (placement.is_shard() and placement.dim != outputs):
+            raise NotImplementedError(
+                f"NullSpace: the weight of {layer.name} is {placement} of a DTensor, that is, sharded over its inputs; shard it over its "
+                f"outputs, or leave it out with modules="
+            )
+    return sharding.local_tensors([weight])[0]
+
+
+def _product(layer: Layer, basis: Tensor) -> Tensor:
+    """W U of this rank's rows, the bias's column included."""
+    weight = layers.matrix(layer.owner, _local(layer, layer.weight.detach())).to(basis.dtype)
+    if layer.bias is None:
+        return weight @ basis
+    bias = sharding.local_tensors([layer.bias.detach()])[0].to(basis.dtype)
+    return torch.addmm(torch.outer(bias, basis[-1]), weight, basis[:-1])
+
+
+def _sum_over_ranks(gather: Gather, group) -> None:
+    """Every rank has seen its own batches: one all_reduce per moment, one for the rest."""
+    if group is None:
+        return
+    numbers = [torch.tensor([float(m.tokens), float(m.trace)]) for m in gather.moments]
+    numbers += [torch.tensor([float(n), float(q)]) for n, q in zip(gather.tokens, gather.squares, strict=True)]
+    totals = sharding.all_reduce(torch.stack(numbers).double(), group).tolist()
+    for moment, (tokens, trace) in zip(gather.moments, totals, strict=False):
+        moment.sum = sharding.all_reduce(moment.sum.double(), group).to(moment.sum.dtype)
+        moment.tokens, moment.trace = int(tokens), moment.trace.new_tensor(trace)
+    for l, (tokens, square) in enumerate(totals[len(gather.moments) :]):
+        gather.tokens[l], gather.squares[l] = int(tokens), torch.tensor(square, dtype=torch.float64)
