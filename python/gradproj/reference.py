@@ -64,6 +64,11 @@ def orthogonal_gradient_projection(
     project_(safety, capability)
 
 
+def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
+    """Naive: what one writes from the formula. Moves about 5 N bytes and holds N more, N being the bytes of the weight."""
+    return weight - (weight @ basis - target) @ basis.T
+
+
 # --- float64 oracles ------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +109,17 @@ def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Seque
                 total = total + w * _float64(t)
         out.append(total)
     return out
+
+
+def oracle_pin(
+    weight: Tensor, basis: Tensor, target: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and |W U - B|."""
+    w, u = weight.detach().double().cpu().numpy(), basis.double().cpu().numpy()
+    whole = w if bias is None else np.concatenate([w, bias.detach().double().cpu().numpy()[:, None]], axis=1)
+    moved = whole @ u - (0.0 if target is None else target.double().cpu().numpy())
+    whole = whole - moved @ u.T
+    return whole[:, : w.shape[1]], None if bias is None else whole[:, -1], float(np.linalg.norm(moved))
 
 
 def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogonal", eps: float = 0.0) -> np.ndarray:

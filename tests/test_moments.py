@@ -1,0 +1,208 @@
+"""Second moments of inputs, gathered by hooks: what is counted, what is shared, and how good a sketch is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gradproj import layers
+from gradproj.moments import Gather, Moment
+
+
+def gather(model, run, sketch=lambda layer: None):
+    found = layers.find(model)
+    gathered = Gather(found, sketch)
+    with gathered.listening():
+        run()
+    return found, gathered
+
+
+def mean(gathered, name):
+    number = next(n for layer, n in zip(gathered.layers, gathered.moment_of, strict=True) if layer.name == name)
+    return gathered.moments[number].sum / gathered.moments[number].tokens
+
+
+def moment(rows, ones=False):
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1) if ones else rows
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trains", [True, False], ids=["input needs a gradient", "input is data"])
+def test_inputs_and_output_gradients_of_a_linear_layer(bias, trains):
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3, bias=bias), torch.randn(4, 6, 5, requires_grad=trains)
+    weights = torch.randn(4, 6, 3)
+    found, gathered = gather(model, lambda: (model(x) * weights).sum().backward())
+    torch.testing.assert_close(mean(gathered, found[0].name), moment(x.detach().view(-1, 5), bias))
+    assert gathered.tokens == [24]
+    assert gathered.squares[0].item() / 24 == pytest.approx(weights.square().mean().item(), rel=1e-5)
+
+
+def test_tokens_without_a_gradient_do_not_count():
+    """Padding: its gradient is exactly zero."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3), torch.randn(7, 5)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1])
+    _, gathered = gather(model, lambda: (model(x).square().sum(1) * mask).sum().backward())
+    assert gathered.tokens == [4]
+    torch.testing.assert_close(mean(gathered, ""), moment(x[mask.bool()], True))
+
+
+class Attention(nn.Module):
+    """Three layers on one input, and a fourth on another."""
+
+    def __init__(self, k_bias=False):
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=k_bias)
+        self.v, self.out = nn.Linear(6, 4, bias=False), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.sigmoid(self.q(x) * self.k(x))[..., :4] * self.v(x)
+        return self.out(F.elu_(y))
+
+
+def test_layers_with_the_same_input_share_its_moment():
+    torch.manual_seed(0)
+    model = Attention()
+    x = [torch.randn(3, 6) for _ in range(2)]
+    _, gathered = gather(model, lambda: [model(batch).sum().backward() for batch in x])
+    assert gathered.moment_of[:3] == [0, 0, 0] and gathered.moment_of[3] == 1
+    torch.testing.assert_close(gathered.moments[0].sum / 6, moment(torch.cat(x)))
+    model = Attention(k_bias=True)
+    _, gathered = gather(model, lambda: model(x[0]).sum().backward())
+    assert gathered.moment_of == [0, 1, 0, 2]  # a bias is an input that the others do not have
+
+
+def test_layers_that_part_keep_what_they_saw():
+    """The second batch goes through one of two layers only."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False)
+    model = nn.ModuleDict({"a": a, "b": b})
+    x = [torch.randn(5, 4) for _ in range(3)]
+
+    def run():
+        (a(x[0]) * b(x[0])).sum().backward()
+        a(x[1]).sum().backward()
+        (b(x[2]) * a(x[2])).sum().backward()
+
+    _, gathered = gather(model, run)
+    torch.testing.assert_close(mean(gathered, "a"), moment(torch.cat(x)))
+    torch.testing.assert_close(mean(gathered, "b"), moment(torch.cat([x[0], x[2]])))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_a_layer_called_twice_in_one_forward_pass():
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(5, 4)
+    _, gathered = gather(model, lambda: model(x).sum().backward())
+    hidden = torch.tanh(model.layer(x)).detach()
+    torch.testing.assert_close(mean(gathered, "layer"), moment(torch.cat([x, hidden])))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_once(reentrant):
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(5, 6, requires_grad=True)
+    _, plain = gather(model, lambda: model(x).square().sum().backward())
+    _, again = gather(model, lambda: checkpoint(model, x, use_reentrant=reentrant).square().sum().backward())
+    assert plain.tokens == again.tokens and plain.moment_of == again.moment_of
+    for a, b in zip(plain.moments, again.moments, strict=True):
+        torch.testing.assert_close(a.sum, b.sum)
+    torch.testing.assert_close(plain.squares, again.squares)
+
+
+def test_compiled_autocast_and_eval_models():
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(5, 6)
+    _, plain = gather(model, lambda: model(x).sum().backward())
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)  # hooks that come after the first call would not be traced
+    _, again = gather(compiled, lambda: compiled(x).sum().backward())
+    assert [layer.name for layer in again.layers] == ["q", "k", "v", "out"]
+    torch.testing.assert_close(plain.moments[0].sum, again.moments[0].sum)
+
+    def mixed():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).float().sum().backward()
+
+    _, again = gather(model, mixed)
+    assert again.moments[0].sum.dtype == torch.float32
+    torch.testing.assert_close(plain.moments[0].sum, again.moments[0].sum)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"bias": False}], ids=str)
+def test_convolution_is_a_matrix_on_patches(settings):
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 4, 3, **settings), torch.randn(2, 3, 9, 8)
+    found, gathered = gather(model, lambda: model(x).square().sum().backward())
+    layer = found[0]
+    rows = layers.input_rows(model, x)
+    y = rows @ layers.matrix(model, model.weight).T + (0 if model.bias is None else model.bias)
+    torch.testing.assert_close(layers.output_rows(model, model(x)), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean(gathered, ""), moment(rows, model.bias is not None))
+
+
+def test_shared_by_two_names_and_tied_to_an_embedding():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, tokens):
+            return self.head(self.b(torch.tanh(self.a(self.embed(tokens)))))
+
+    torch.manual_seed(0)
+    model, tokens = Model(), torch.arange(7)
+    found, gathered = gather(model, lambda: model(tokens).square().sum().backward())
+    assert [layer.name for layer in found] == ["a"] and gathered.tokens == [14]
+    first = model.embed(tokens).detach()
+    torch.testing.assert_close(mean(gathered, "a"), moment(torch.cat([first, torch.tanh(model.a(first)).detach()])))
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_sketch_finds_the_leading_eigenpairs(ones):
+    """Of inputs whose spectrum falls as a language model's does, at twice the rank: against the exact eigenpairs."""
+    torch.manual_seed(0)
+    width, rank, tokens = 300, 20, 4000
+    scales = torch.arange(1, width + 1).double().pow(-1.0)
+    mix = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
+    rows = (torch.randn(tokens, width, dtype=torch.float64) * scales @ mix).float()
+    exact, sketch = (
+        Moment(width + ones, ones, columns, torch.device("cpu"), torch.float32) for columns in (None, 2 * rank)
+    )
+    for part in rows.split(500):
+        exact.add(part)
+        sketch.add(part)
+    values, vectors = exact.eigen()
+    found, basis = sketch.eigen()
+    assert found.shape[0] >= rank and sketch.sum.shape == (width + ones, 2 * rank)
+    assert (basis[:, :rank].T @ basis[:, :rank] - torch.eye(rank)).abs().max() < 1e-6
+    tail = values[rank:].sum()  # what no approximation of this rank has; the bound in expectation is about twice that
+    assert (values[:rank] - found[:rank]).abs().sum() < 2 * tail
+    captured = (basis[:, :rank].T @ (exact.sum.double() / tokens) @ basis[:, :rank]).trace()
+    assert captured / values[:rank].sum() > 0.97
+    assert (vectors.T @ vectors - torch.eye(vectors.shape[1])).abs().max() < 1e-6
+    assert float(sketch.trace) == pytest.approx(float(exact.trace))
+
+
+def test_what_is_not_covered_is_refused():
+    with pytest.raises(ValueError, match="Embedding has no layer to protect"):
+        layers.find(nn.Embedding(3, 4))
+    frozen = nn.Linear(3, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match="no layer to protect"):
+        layers.find(nn.Sequential(frozen, nn.Conv2d(4, 4, 1, groups=2)))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert [layer.name for layer in layers.find(model, lambda name, _: name != "0")] == ["1"]

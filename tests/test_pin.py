@@ -1,0 +1,119 @@
+"""W <- W - (W U - B) U^T on lists of weights, against float64."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import gradproj
+from cases import clone, make_buffer
+from gradproj import reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (5, 3), (40, 17), (65, 33), (130, 70), (0, 4), (3, 128)]
+
+
+def orthonormal(inputs, rank, rng, dtype=torch.float32):
+    return torch.linalg.qr(torch.randn(inputs, rank, dtype=torch.float64, generator=rng)).Q[:, :rank].to(dtype)
+
+
+@st.composite
+def cases(draw, slow=False):
+    """(weights, bases, targets, biases) that differ in everything that may differ."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    lists: tuple[list, list, list, list] = ([], [], [], [])
+    for _ in range(draw(st.integers(1, 2 if slow else 4))):
+        outputs, inputs = draw(st.sampled_from(SHAPES))
+        dtype = draw(st.sampled_from(DTYPES))
+        biased = draw(st.booleans())
+        rank = draw(st.integers(0, min(inputs, 40)))
+        layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "misaligned"]))
+        high = torch.float64 if dtype == torch.float64 else torch.float32
+        lists[0].append(make_buffer((outputs, inputs), dtype, layout, rng))
+        lists[1].append(orthonormal(inputs + biased, rank, rng, high))
+        target = torch.randn(outputs, rank, generator=rng, dtype=high)
+        lists[2].append(target if draw(st.booleans()) else None)
+        lists[3].append(make_buffer((outputs,), dtype, "contiguous", rng) if biased else None)
+    return lists
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=80)
+def test_matches_float64_oracle(on, data):
+    if on.slow and data.draw(st.integers(0, 3)):
+        return  # interpreted: a quarter of the examples
+    lists = data.draw(cases(on.slow))
+    weights, bases, targets, biases = ([None if t is None else t.to(on.device) for t in row] for row in lists)
+    before = clone(weights)
+    biases_before = clone(biases)
+    moved = gradproj.pin_(weights, bases, targets, biases)
+    for k, (w, u, b, c) in enumerate(zip(before, bases, targets, biases_before, strict=True)):
+        expected, expected_bias, norm = reference.oracle_pin(w, u, b, c)
+        eps = torch.finfo(w.dtype).eps
+        scale = float(w.double().norm()) + norm + 1.0
+        error = (weights[k].double().cpu() - torch.from_numpy(expected)).abs().max() if w.numel() else 0.0
+        assert error <= eps * scale + 2e-6 * scale * (w.dtype != torch.float64)
+        if c is not None and c.numel():
+            assert (biases[k].double().cpu() - torch.from_numpy(expected_bias)).abs().max() <= (eps + 2e-6) * scale
+        assert moved[k].item() == pytest.approx(norm, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [1, 64, 200])
+def test_what_is_left_after_a_pin(on, dtype, rank):
+    """|W U - B| is the rounding of W U in float32, of W in 16-bit types."""
+    if on.slow and rank > 64:
+        pytest.skip("interpreted: a sample of the cases")
+    rng = torch.Generator().manual_seed(rank)
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    w = make_buffer((96, 256), dtype, "contiguous", rng, on.device)
+    u = orthonormal(256, rank, rng, high).to(on.device)
+    target = w.to(high) @ u + 0.1 * torch.randn(96, rank, generator=rng, dtype=high).to(on.device)
+    gradproj.pin_([w], [u], [target])
+    left = (w.double() @ u.double() - target.double()).norm() / target.double().norm()
+    assert left <= {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
+
+
+def test_gradient_form_removes_the_span(on):
+    rng = torch.Generator().manual_seed(0)
+    g, bias = torch.randn(30, 20, generator=rng).to(on.device), torch.randn(30, generator=rng).to(on.device)
+    u = orthonormal(21, 5, rng).to(on.device)
+    gradproj.pin_([g], [u], biases=[bias])
+    assert (g @ u[:-1] + torch.outer(bias, u[-1])).abs().max() < 1e-5
+
+
+def test_versions_are_bumped_and_autograd_left_out(on):
+    w = torch.nn.Parameter(torch.randn(4, 3, device=on.device))
+    version = w._version
+    moved = gradproj.pin_([w], [torch.eye(3, 1, device=on.device)])
+    assert w._version > version and w.grad_fn is None and not moved.requires_grad
+
+
+def test_nothing_to_do(on):
+    assert gradproj.pin_([], []).numel() == 0
+    w = torch.randn(4, 3, device=on.device)
+    before = w.clone()
+    assert gradproj.pin_([w], [torch.zeros(3, 0, device=on.device)]).item() == 0.0 and torch.equal(w, before)
+
+
+ONES = torch.ones
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([ONES(4, 3)], []), ValueError, "bases has 0 entries but weights has 1"),
+        (([ONES(4)], [ONES(4, 1)]), ValueError, r"weights\[0\] has shape \(4,\); pass a matrix"),
+        (([ONES(4, 3)], [ONES(4, 1)]), ValueError, r"bases\[0\] has shape \(4, 1\).*pass \[3, rank\]"),
+        (([ONES(4, 3)], [ONES(3, 1)], None, [ONES(4)]), ValueError, r"its bias counted as an input: pass \[4, rank\]"),
+        (([ONES(4, 3)], [ONES(3, 1)], [ONES(4, 2)]), ValueError, r"targets\[0\] has shape \(4, 2\)"),
+        (([ONES(4, 3)], [ONES(4, 1)], None, [ONES(3)]), ValueError, r"biases\[0\] has shape \(3,\)"),
+        (([ONES(4, 3).long()], [ONES(3, 1)]), TypeError, r"weights\[0\] has dtype torch.int64"),
+        (([ONES(4, 3)], [ONES(3, 1, device="meta")]), ValueError, r"bases\[0\] is on meta"),
+        (([ONES(1, 3).expand(4, 3)], [ONES(3, 1)]), ValueError, r"weights\[0\] overlaps itself"),
+        (([None], [ONES(3, 1)]), TypeError, r"weights\[0\] is a NoneType"),
+    ],
+)
+def test_refused_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        gradproj.pin_(*arguments)
