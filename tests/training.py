@@ -11,8 +11,8 @@ import gradproj
 
 # How the protection gets onto an optimizer: what is stepped afterwards, and what has protect(), project() and last.
 WRAPPINGS: dict[str, Callable] = {
-    "wrapped": lambda optimizer, **kwargs: (gradproj.ProjectedOptimizer(optimizer, **kwargs),) * 2,
-    "attached": lambda optimizer, **kwargs: (optimizer, gradproj.attach(optimizer, **kwargs)),
+    "wrapped": lambda optimizer, protection: (gradproj.ProjectedOptimizer(optimizer, protection),) * 2,
+    "attached": lambda optimizer, protection: (optimizer, gradproj.attach(optimizer, protection)),
 }
 
 

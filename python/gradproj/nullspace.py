@@ -125,8 +125,10 @@ class NullSpace(Protection):
         if not any(gather.tokens) and not taken.gradients:
             raise RuntimeError(f"NullSpace: {taken.why_empty()}")
         self._close(gather)
-        if self.space == "weights":
-            self.pin()  # an adapter becomes blind at once
+        adapters = [layer for layer in self.layers if layer.to_zero]
+        if adapters and self.space == "weights":  # become blind at once; the weights of other layers are their own targets
+            with torch.no_grad():
+                self._apply(adapters, lambda p: p.detach(), zero=False)
 
     def _add(self, taken: Direction) -> None:
         raise NotImplementedError("a NullSpace is made of inputs, not of gradients")
@@ -146,20 +148,21 @@ class NullSpace(Protection):
         """Moments and curvatures of all ranks become bases."""
         _sum_over_ranks(gather, self._group())
         self._add_what_was(gather)
-        for layer, number, tokens in zip(self.layers, gather.moment_of, gather.tokens, strict=True):
+        for layer_number, layer in enumerate(self.layers):
+            number, tokens = gather.moment_of[layer_number], gather.tokens[layer_number]
             if number is None or tokens == 0:
                 raise RuntimeError(
                     f"NullSpace: layer {layer.name} got no gradient in the capture: give it batches that use it, or leave it out "
                     f"with modules="
                 )
+            if not (gather.moments[number].sum.isfinite().all() and gather.squares[layer_number].isfinite()):
+                raise RuntimeError(f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture")
         pairs = [moment.eigen() for moment in gather.moments]
         curvatures = []
         for l, layer in enumerate(self.layers):
             moment, (values, _) = gather.moments[gather.moment_of[l]], pairs[gather.moment_of[l]]  # type: ignore[index]
             scale = float(gather.squares[l]) / gather.tokens[l]
             trace = float(moment.trace) / max(1, moment.tokens)
-            if not (torch.isfinite(values).all() and scale < float("inf") and trace < float("inf")):
-                raise RuntimeError(f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture")
             curvatures.append(Curvature(scale, values, trace, *layer.shape))
         limit = [self.max_rank or (SKETCH if layer.shape[1] > WIDE else None) for layer in self.layers]
         capped = [c._replace(values=c.values[:m]) for c, m in zip(curvatures, limit, strict=True)]
@@ -217,7 +220,7 @@ class NullSpace(Protection):
         protection is in gradient space."""
         if not self.bases or self.space != "weights":
             return None
-        self.last = self._apply(lambda p: p.detach(), zero=False)
+        self.last = self._apply(self.layers, lambda p: p.detach(), zero=False)
         self._since_pin = 0
         return self.last
 
@@ -230,7 +233,7 @@ class NullSpace(Protection):
     def _project_gradients(self) -> Pin | None:
         if not self.bases:
             return None
-        self.last = self._apply(lambda p: p.grad, zero=True)
+        self.last = self._apply(self.layers, lambda p: p.grad, zero=True)
         return self.last
 
     def _prepare_gradients(self) -> None:
@@ -256,10 +259,10 @@ class NullSpace(Protection):
                 stacklevel=2,
             )
 
-    def _apply(self, of: Callable[[Tensor], Tensor | None], zero: bool) -> Pin:
+    def _apply(self, some: Sequence[Layer], of: Callable[[Tensor], Tensor | None], zero: bool) -> Pin:
         """M <- M - (M U - B) U^T on what ``of`` gives of every weight and bias; with ``zero``, B is zeros."""
         names, weights, bases, targets, biases = [], [], [], [], []
-        for layer in self.layers:
+        for layer in some:
             basis, weight = self.bases[layer.name], of(layer.weight)
             if weight is None or not basis.rank:
                 continue

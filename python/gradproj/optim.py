@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradproj import checkpoint
-from gradproj.projection import Projection
+from gradproj.projection import Pin, Projection
 from gradproj.protection import CaptureBlock, Protection
 from gradproj.sharding import Sharding
 
@@ -30,12 +30,16 @@ class Protected:
         """Forget what is protected; the next ``step()`` is the plain step."""
         self.protection.clear()
 
-    def project(self) -> Projection | None:
+    def project(self) -> Projection | Pin | None:
         """Project the gradients now, for clipping or logging; the step that follows does not do it again."""
         return self.protection.project()
 
+    def pin(self) -> Pin | None:
+        """Pin the weights of a :class:`gradproj.NullSpace` now, for evaluation and before the last checkpoint."""
+        return self.protection.pin()
+
     @property
-    def last(self) -> Projection | None:
+    def last(self) -> Projection | Pin | None:
         """What the last projection did, as device tensors; None before the first."""
         return self.protection.last
 
@@ -50,7 +54,7 @@ class ProjectedOptimizer(Protected, Optimizer):
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or one that derives from it.
-        protection: a :class:`gradproj.Directions`.
+        protection: a :class:`gradproj.NullSpace` or :class:`gradproj.Directions`.
         sharding: what the other ranks hold, where parameters are sharded or replicated without being DTensors.
     Raises:
         TypeError, ValueError, NotImplementedError: not an optimizer, not a protection, DeepSpeed's engine.
@@ -163,7 +167,7 @@ class _Hooks:
     def __init__(self, caller: str, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):
         if not isinstance(protection, Protection):
             raise TypeError(
-                f"{caller}: protection must be a gradproj.Directions, got {type(protection).__name__}; for example "
+                f"{caller}: protection must be a gradproj.NullSpace or gradproj.Directions, got {type(protection).__name__}; for example "
                 f'gradproj.Directions(8, "conflict")'
             )
         if sharding is not None and not isinstance(sharding, Sharding):

@@ -73,6 +73,10 @@ class Protection(abc.ABC):
         """
         raise RuntimeError(f"project(): {type(self).__name__} with these settings acts inside step()")
 
+    def pin(self) -> Any:
+        """Bring the weights back to what is protected now, for evaluation and before a checkpoint."""
+        raise RuntimeError(f"pin(): {type(self).__name__} does not pin weights")
+
     # --- capture --------------------------------------------------------------------------------------------------------
 
     def capture(self) -> "CaptureBlock":
