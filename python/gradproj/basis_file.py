@@ -44,7 +44,8 @@ def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float
         numbers[name] = entry["numbers"]
         for kind in ("vectors", "target", "values"):
             if entry[kind] is not None:
-                tensors[f"{name}.{kind}"] = entry[kind].detach().cpu().contiguous()
+                t = entry[kind].T if kind == "vectors" else entry[kind]  # as they lie in memory: one after the other
+                tensors[f"{name}.{kind}"] = t.detach().cpu().contiguous()
     import gradproj
 
     metadata = {"format": FORMAT, "gradproj": gradproj.__version__, "share": str(share), "layers": json.dumps(numbers)}
@@ -63,7 +64,12 @@ def load(path) -> tuple[dict[str, Basis], float]:
             raise ValueError(f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by NullSpace.save()")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     packed = {
-        name: {"numbers": numbers, **{kind: tensors.get(f"{name}.{kind}") for kind in ("vectors", "target", "values")}}
+        name: {
+            "numbers": numbers,
+            "vectors": tensors[f"{name}.vectors"].T,
+            "target": tensors.get(f"{name}.target"),
+            "values": tensors[f"{name}.values"],
+        }
         for name, numbers in json.loads(metadata["layers"]).items()
     }
     return unpack(packed), float(metadata["share"])

@@ -170,10 +170,11 @@ class NullSpace(Protection):
         widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
         for number, rank in zip(gather.moment_of, found, strict=True):
             widest[number] = max(rank, widest.get(number, 0))  # type: ignore[index]
-        vectors = {n: pairs[n][1][:, :rank].to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()}
+        # Eigenvectors lie one after the other, so that a layer's leading ones are the same memory layout, shared or not.
+        vectors = {n: pairs[n][1][:, :rank].T.to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()}
         bases = {}
         for layer, number, rank, curvature in zip(self.layers, gather.moment_of, found, curvatures, strict=True):
-            basis = vectors[number][:, :rank]  # type: ignore[index]
+            basis = vectors[number][:rank].T  # type: ignore[index]
             target = None if layer.to_zero else _product(layer, basis)
             bases[layer.name] = Basis(basis, target, curvature, gather.moments[number].tokens)  # type: ignore[index]
         self.bases = bases
