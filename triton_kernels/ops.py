@@ -32,3 +32,5 @@ for _function in (gram, weights, combine_, project_):
     implement("gradproj_triton", _function.__name__, _function, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         implement("gradproj_triton", _function.__name__, _function, "CPU")
+
+from gradproj.triton_kernels import pin  # noqa: E402, F401  registers itself
