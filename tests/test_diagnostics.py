@@ -7,52 +7,48 @@ import pytest
 import torch
 
 import gradproj
-from gradproj import diagnostics
-from training import WRAPPINGS, loss, model_and_batches, protect, stored, train
+from gradproj import diagnostics, directions
+from training import WRAPPINGS, descend, loss, model_and_batches, projected, protect, stored, train
 
 NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
 
 
-def sgd(wrapping, model, **kwargs):
-    return wrapping(torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
-
-
 def test_last_says_what_happened(wrapping):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
-    for batch in x[:2]:
-        protect(model, projector, batch)
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
+    protect(model, protected, x[1])
     loss(model, x[2]).backward()
     before = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    directions = [torch.cat([t.flatten() for t in d.values()]).double() for d in stored(projector)]
+    rows = [torch.cat([t.flatten() for t in d.values()]).double() for d in stored(protected)]
     opt.step()
     after = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    last = projector.last
-    for k, d in enumerate(directions):
+    last = protected.last
+    for k, d in enumerate(rows):
         assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
     assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
-    rebuilt = last.weights[0] * before + last.weights[1] * directions[0] + last.weights[2] * directions[1]
+    rebuilt = last.weights[0] * before + last.weights[1] * rows[0] + last.weights[2] * rows[1]
     torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
     assert last.applied and last.finite
 
 
 def run(wrapping, sink, every=1, steps=6, **kwargs):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
-    protect(model, projector, x[11])
-    gradproj.log_to(projector, sink, every=every, **kwargs)
-    train(model, opt, projector, x[: 2 * steps])
-    return projector
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[11])
+    gradproj.log_to(protected, sink, every=every, **kwargs)
+    train(model, opt, protected, x[: 2 * steps])
+    return protected
 
 
 def test_a_callable_gets_floats(wrapping):
     seen = []
-    projector = run(wrapping, lambda values, step: seen.append((step, values)))
+    protected = run(wrapping, lambda values, step: seen.append((step, values)))
     assert [step for step, _ in seen] == list(range(6))
     values = seen[-1][1]
     assert values.keys() == NAMES and all(type(v) is float for v in values.values())
-    assert values["cosine/2"] == projector.last.cosine[1] and values["weight/0"] == projector.last.weights[0]
-    assert values["removed"] == projector.last.removed and values["applied"] == 1.0
+    assert values["cosine/2"] == protected.last.cosine[1] and values["weight/0"] == protected.last.weights[0]
+    assert values["removed"] == protected.last.removed and values["applied"] == 1.0
 
 
 def test_a_projection_in_parts_has_the_part_in_its_names():
@@ -91,8 +87,6 @@ def test_a_summary_writer_gets_scalars(wrapping):
 
 def test_one_read_every_so_many_steps(monkeypatch, wrapping):
     """Each way from a tensor to the host is counted, as on a GPU, where none of them is free."""
-    from gradproj import projector as module
-
     reads = []
 
     def counted(name):
@@ -101,23 +95,19 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(
-        module._Lengths, "not_finite", lambda self: []
-    )  # reads on the CPU, where it costs no synchronisation
+    monkeypatch.setattr(directions._OnHost, "read", lambda self: [])  # on the CPU it costs no synchronisation
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
-    protect(model, projector, x[0])
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
 
     def steps(count):
         reads.clear()
         for i in range(count):
-            opt.zero_grad()
-            loss(model, x[i]).backward()
-            opt.step()
+            descend(model, opt, x[i])
         return len(reads)
 
     assert steps(8) == 0
-    stop = gradproj.log_to(projector, lambda *_: None, every=4)
+    stop = gradproj.log_to(protected, lambda *_: None, every=4)
     assert steps(8) == 2
     stop()
     assert steps(8) == 0
@@ -125,13 +115,13 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
 def test_steps_without_a_projection_report_nothing(wrapping):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model)
+    opt, protected = wrapping(model)
     seen = []
-    gradproj.log_to(opt if wrapping is WRAPPINGS["wrapped"] else projector, lambda _, step: seen.append(step))
+    gradproj.log_to(opt if wrapping is WRAPPINGS["wrapped"] else protected, lambda _, step: seen.append(step))
     train(model, opt, None, x[:4])
     assert seen == []
-    train(model, opt, projector, x[4:8])
-    projector.unprotect()
+    train(model, opt, protected, x[4:8])
+    protected.unprotect()
     train(model, opt, None, x[8:])
     assert seen == [2, 3]
 
@@ -139,7 +129,7 @@ def test_steps_without_a_projection_report_nothing(wrapping):
 def test_copies_do_not_report():
     """A sink is often a file or a connection, which can be neither copied nor pickled."""
     model, x = model_and_batches()
-    opt = gradproj.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = projected(model)
     seen = []
     gradproj.log_to(opt, lambda _, step: seen.append(step))
     twin, twin_opt = copy.deepcopy((model, opt))
@@ -152,7 +142,7 @@ def test_copies_do_not_report():
 def test_bad_arguments():
     model, _ = model_and_batches()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    opt = gradproj.ProjectedOptimizer(inner)
+    opt = projected(inner)
     with pytest.raises(TypeError, match="pass a ProjectedOptimizer or what attach"):
         gradproj.log_to(inner, print)
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):

@@ -192,13 +192,6 @@ def test_complex_parameters(dtype, space):
     assert opt.last.applied
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("space", ["gradient", "update"])
 @every_dtype
 def test_dtensors_equal_plain_tensors(one_rank, dtype, space):
@@ -208,7 +201,9 @@ def test_dtensors_equal_plain_tensors(one_rank, dtype, space):
     results = [train(m, opt, opt, x) for m, opt in zip((model, twin), optimizers, strict=True)]
     assert_same([p.full_tensor() for p in results[0]], results[1], rtol=1e-5, atol=1e-6)
     assert optimizers[0].last.applied
-    assert all(t.dtype == (dtype or torch.float32) and hasattr(t, "placements") for t in stored(optimizers[0])[1].values())
+    assert all(
+        t.dtype == (dtype or torch.float32) and hasattr(t, "placements") for t in stored(optimizers[0])[1].values()
+    )
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -248,7 +243,9 @@ def test_per_group_and_per_tensor(per, method):
             model[2].bias.grad = None
         alone = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         for part in range(parts[-1] + 1):
-            mine = [[t for t, p in zip(row, parts, strict=True) if p == part] for row in (alone, *opt.protection.rows())]
+            mine = [
+                [t for t, p in zip(row, parts, strict=True) if p == part] for row in (alone, *opt.protection.rows())
+            ]
             if any(t is not None for t in mine[0]):
                 gradproj.project_(*mine, method=method)
         with Calls() as calls:

@@ -112,7 +112,9 @@ def test_a_step_that_is_not_finite_is_left_as_it_is():
         m[0].bias.grad[0] = float("nan")
         o.step()
     assert not opt.last.applied and not opt.last.finite
-    assert all(torch.allclose(p, q, rtol=0, atol=0, equal_nan=True) for p, q in zip(model.parameters(), twin.parameters()))
+    assert all(
+        torch.allclose(p, q, rtol=0, atol=0, equal_nan=True) for p, q in zip(model.parameters(), twin.parameters())
+    )
 
 
 def test_a_learning_rate_of_zero():

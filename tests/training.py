@@ -66,10 +66,22 @@ def stored(protected) -> list[dict[Tensor, Tensor]]:
     return [{p: t for p, t in zip(parameters, row, strict=True) if t is not None} for row in protection.rows()]
 
 
-def descend(model, optimizer: Optimizer, x) -> None:
+def closure(model, optimizer: Optimizer, x, target=0.0, then=lambda: None):
+    """What makes the gradients of one batch."""
+
+    def run():
+        optimizer.zero_grad()
+        value = loss(model, x, target)
+        value.backward()
+        then()
+        return value
+
+    return run
+
+
+def descend(model, optimizer: Optimizer, x, target=0.0, then=lambda: None) -> None:
     """Gradients of one batch, and the step."""
-    optimizer.zero_grad()
-    loss(model, x).backward()
+    closure(model, optimizer, x, target, then)()
     optimizer.step()
 
 
@@ -86,13 +98,10 @@ def train(model, optimizer: Optimizer, protected, batches, scheduler=None, each_
 
 
 def train_by_hand(model, optimizer: Optimizer, batches):
-    """The same with the plain optimizer, each closure's gradients projected explicitly."""
+    """The same with the plain optimizer, its gradients projected explicitly."""
     for x, y in zip(batches[::2], batches[1::2], strict=True):
         d = direction(model, x)
-        optimizer.zero_grad()
-        loss(model, y).backward()
-        project_by_hand(model, d)
-        optimizer.step()
+        descend(model, optimizer, y, then=lambda d=d: project_by_hand(model, d))
     return parameters(model)
 
 

@@ -15,9 +15,9 @@ from gradproj.dtensors import summed as summed_partial
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
 
 
-_DEEPSPEED = (
+DEEPSPEED = (
     "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; shard with "
-    "fully_shard (FSDP2) instead"
+    "fully_shard (FSDP2) and pass a torch optimizer"
 )
 
 
@@ -44,7 +44,7 @@ class Captured:
         if self._reached:
             return "the gradients that backward() made were dropped inside the block (zero_grad()?); leave them there"
         if "deepspeed" in sys.modules and all(p.dim() == 1 for p in self._parameters):  # its flat copies
-            return _DEEPSPEED
+            return DEEPSPEED
         if self._watch is None:
             return (
                 f"none of the optimizer's {count} parameters requires a gradient: they were frozen after the optimizer was made, "
@@ -71,7 +71,7 @@ def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
     """
     owners = parameters()
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
-        raise RuntimeError(f"protect(): {_DEEPSPEED}")
+        raise RuntimeError(f"protect(): {DEEPSPEED}")
     watches = _watch(owners)
     aside = [_Aside(p) for p in owners]
     taken = Captured(owners)

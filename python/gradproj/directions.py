@@ -181,7 +181,7 @@ class Directions(Protection):
             assert self.last is not None
             lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
             self._lengths = _OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
-            if lengths.device.type != "cpu" or not self._drop_non_finite():
+            if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
 
     # --- gradients that are projected already ---------------------------------------------------------------------------
@@ -406,6 +406,11 @@ class _OnHost:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor.tolist()
+
+
+def _reads_for_free(t: Tensor) -> bool:
+    """Elsewhere it would synchronise."""
+    return t.device.type == "cpu"
 
 
 def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

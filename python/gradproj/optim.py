@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradproj import checkpoint
+from gradproj.capture import DEEPSPEED
 from gradproj.functional import Projection
 from gradproj.protection import CaptureBlock, Protection
 from gradproj.sharding import Sharding
@@ -30,7 +31,7 @@ class Protected:
 
     def protect(self) -> CaptureBlock:
         """Context manager: what the gradients made inside say is protected. See :meth:`Protection.capture`."""
-        self._hooks.end_round()
+        self._hooks.settle()
         return self.protection.capture()
 
     def unprotect(self) -> None:
@@ -197,6 +198,11 @@ class _Hooks:
         self.protection.load_state(checkpoint.live(optimizer), _parameters(optimizer))
         checkpoint.remove_from(optimizer)
 
+    def _adopt_late(self, optimizer: Optimizer) -> None:
+        """The same, where its class may load in a way of its own, as those of bitsandbytes do."""
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            self._adopt(optimizer)
+
     def warn_of_copies(self) -> None:
         """Copying and pickling go through ``__getstate__``; torch leaves out both the hooks and this, so that only the copy is
         unprotected."""
@@ -220,8 +226,7 @@ class _Hooks:
             return _untraced(self._before_step, optimizer, args, kwargs)
         if id(optimizer) in self._stepped:  # a new round, though not all of a list have stepped in the last one
             self.end_round()
-        if _loads_without_hooks(optimizer):
-            self._adopt(optimizer)
+        self._adopt_late(optimizer)
         # args[0] is the optimizer itself
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         wrapped = self.protection.before_step(closure, begins=not self._stepped)
@@ -244,14 +249,19 @@ class _Hooks:
             self._stepped.clear()
             self.protection.after_step()
 
-    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def settle(self) -> None:
+        """To call before something else than a step: what is still to be done for the steps and loads so far."""
         self.end_round()
-        if _loads_without_hooks(optimizer):
-            self._adopt(optimizer)
-            state_dict = checkpoint.without_directions(state_dict)
-        return self.protection.state(state_dict, _parameters(optimizer))
+        for ref in self._optimizers:
+            if (optimizer := ref()) is not None:
+                self._adopt_late(optimizer)
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.settle()
+        return self.protection.state(checkpoint.without_directions(state_dict), _parameters(optimizer))
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._stepped.clear()  # what a round that is not complete has done is of no interest any more
         self.protection.load_state(state_dict, _parameters(optimizer))
         # The optimizer would cast directions to its parameters' dtype and keep them as its own.
         return checkpoint.without_directions(state_dict)
@@ -277,11 +287,6 @@ def _untraced(function, *args):
     return function(*args)
 
 
-def _loads_without_hooks(optimizer: Optimizer) -> bool:
-    """Whether its class may load a checkpoint in its own way, as those of bitsandbytes do."""
-    return type(optimizer).load_state_dict is not Optimizer.load_state_dict
-
-
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -295,10 +300,7 @@ def _inner(caller: str, optimizer: Any) -> Optimizer:
     kinds = [f"{c.__module__}.{c.__name__}" for c in type(optimizer).__mro__]
     engine = next((k for k in kinds if k.startswith(("deepspeed.runtime.", "accelerate.utils.deepspeed."))), None)
     if engine is not None:
-        raise NotImplementedError(
-            f"{caller}: {engine} belongs to DeepSpeed's engine, which reduces, partitions and frees the gradients itself, so that "
-            f"p.grad is not the gradient; shard with fully_shard (FSDP2) and pass a torch optimizer"
-        )
+        raise NotImplementedError(f"{caller}: {engine}: {DEEPSPEED}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}; for example "
