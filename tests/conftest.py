@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
-
 import torch.distributed as dist
 
 import gradproj

@@ -9,21 +9,26 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from training import assert_same, descend, loss, model_and_batches, parameters, protect, stored, train
+from training import assert_same, descend, gradients, loss, model_and_batches, parameters, protect, stored, train
 
 # --- taken or cloned ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["", "ddp"])
 def test_gradients_of_their_own_are_taken(ddp, one_rank, wrapping):
+    """And those from before the block are put back."""
     model, x = model_and_batches()
     _, protected = wrapping(model)
     forward = DistributedDataParallel(model) if ddp else model
     for batch in x[:3]:
+        before = [p.grad for p in model.parameters()]
         with protected.protect():
+            assert all(p.grad is None for p in model.parameters())
             loss(forward, batch).backward()
             made = [p.grad.data_ptr() for p in model.parameters()]
         assert [t.data_ptr() for t in stored(protected)[0].values()] == made
+        assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
+        loss(forward, batch).backward()
 
 
 def test_views_of_a_sharded_group_are_taken(one_rank, wrapping):
@@ -76,37 +81,23 @@ def test_bucket_views_that_are_set_aside_come_back_with_their_contents(one_rank,
     model, x = model_and_batches()
     _, protected = wrapping(model)
     ddp = with_bucket_views(model, x)
-    expected = [p.grad.clone() for p in model.parameters()]
+    expected = gradients(model)
     views = [p.grad for p in model.parameters()]
     protect(ddp, protected, x[2])
     assert all(p.grad is v for p, v in zip(model.parameters(), views, strict=True))
     assert_same(views, expected)
 
 
-class Tied(torch.nn.Module):
-    """Two parameters that enter only through views whose sum is used: autograd gives both the same memory as gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.randn(2, 3))
-        self.b = torch.nn.Parameter(torch.randn(3, 2))
-
-    def forward(self, x):
-        return x * (self.a.view(6) + self.b.view(6))
-
-
 def test_a_gradient_that_another_parameter_shares_is_cloned(wrapping):
-    """Zeroing the other parameter's gradient, which belongs to another optimizer, zeroed the direction."""
-    torch.manual_seed(0)
-    model = Tied()
-    _, protected = wrapping(torch.optim.SGD([model.a], lr=0.1))
-    other = torch.optim.SGD([model.b], lr=0.1)
+    """Zeroing the other parameter's gradient, which belongs to another optimizer, zeroed the direction. Where two parameters
+    enter only through views whose sum is used, autograd gives both the same memory."""
+    a, b = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
+    _, protected = wrapping(torch.optim.SGD([a], lr=0.1))
     with protected.protect():
-        model(torch.randn(6)).square().sum().backward()
-        assert model.a.grad.data_ptr() == model.b.grad.data_ptr()
-    kept = stored(protected)[0][model.a].clone()
-    other.zero_grad(set_to_none=False)
-    assert kept.any() and torch.equal(stored(protected)[0][model.a], kept)
+        (a.view(6) + b.view(6)).square().sum().backward()
+        assert a.grad.data_ptr() == b.grad.data_ptr()
+    b.grad.zero_()
+    assert torch.equal(stored(protected)[0][a], torch.full((2, 3), 4.0))
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["the gradient", "a view"])
@@ -129,11 +120,14 @@ def test_a_gradient_that_the_caller_keeps_is_cloned(view, wrapping):
 
 def refused(protected, model, block, error, match):
     """``block`` inside protect() fails, and has changed neither the directions nor the gradients."""
-    before = [p.grad for p in model.parameters()]
-    count = len(stored(protected))
+    before, kept = (
+        [p.grad for p in model.parameters()],
+        [{p: t.clone() for p, t in d.items()} for d in stored(protected)],
+    )
     with pytest.raises(error, match=match), protected.protect():
         block()
-    assert len(stored(protected)) == count
+    for d, e in zip(stored(protected), kept, strict=True):
+        assert_same(d.values(), e.values())
     assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -161,93 +155,87 @@ def test_a_block_without_with_warns(wrapping):
         protect(model, protected, x[0])
 
 
-@pytest.mark.parametrize(
-    ("cause", "message"),
-    [
-        ("frozen", "none of the optimizer's 4 parameters requires a gradient: they were frozen"),
-        (
-            "other model",
-            r"none of the optimizer's 4 parameters received a gradient: call loss.backward\(\) inside the block",
-        ),
-        ("zero_grad", r"dropped inside the block \(zero_grad\(\)\?\); leave them there"),
-        ("stage 3", "DeepSpeed's engine reduces, partitions and frees the gradients itself.*fully_shard"),
-        ("stage 2", "DeepSpeed's engine reduces, partitions and frees the gradients itself.*fully_shard"),
-    ],
-)
-def test_a_block_without_gradients_says_why(cause, message, wrapping, monkeypatch):
+DEEPSPEED = "DeepSpeed's engine reduces, partitions and frees the gradients itself.*fully_shard"
+CAUSES = {
+    "frozen": "none of the optimizer's 4 parameters requires a gradient: they were frozen",
+    "other model": r"none of the optimizer's 4 parameters received a gradient: call loss.backward\(\) inside the block",
+    "zero_grad": r"dropped inside the block \(zero_grad\(\)\?\); leave them there",
+    "stage 3": DEEPSPEED,
+    "stage 2": DEEPSPEED,
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_block_without_gradients_says_why(cause, wrapping, monkeypatch):
     """One message, "call backward inside the block", stood for all of them, though it had been called."""
     model, x = model_and_batches()
-    other, _ = model_and_batches(1)
     opt, protected = wrapping(model)
+    used = model_and_batches(1)[0] if cause in ("frozen", "other model", "stage 2") else model
     if cause == "frozen":
         model.requires_grad_(False)
     if cause == "stage 3":
         model[0].weight.ds_id = 0
     if cause == "stage 2":  # the engine puts flat copies in their place
         monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
-        opt.param_groups[0]["params"] = [
-            torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        ]
+        opt.param_groups[0]["params"] = [torch.nn.Parameter(p.detach().flatten()) for p in model.parameters()]
 
     def block():
-        if cause != "frozen":
-            loss(other if cause == "other model" else model, x[0]).backward()
+        loss(used, x[0]).backward()
         if cause == "zero_grad":
             opt.zero_grad()
-        if cause == "stage 2":
-            model.zero_grad()
 
-    refused(protected, model, block, RuntimeError, message)
+    refused(protected, model, block, RuntimeError, CAUSES[cause])
+
+
+def test_an_exception_inside_changes_nothing(wrapping):
+    model, x = model_and_batches()
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
+    descend(model, opt, x[1])
+    block = lambda: (loss(model, x[2]).backward(), 1 / 0)
+    refused(protected, model, block, ZeroDivisionError, "division by zero")
 
 
 def test_sparse_gradients_are_refused_at_once(wrapping):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Embedding(5, 3, sparse=True))
     _, protected = wrapping(model)
     block = lambda: model[0](model[1](torch.tensor([1]))).sum().backward()
-    refused(
-        protected, model, block, NotImplementedError, r"parameter 2 with shape \(5, 3\) has layout torch.sparse_coo"
-    )
+    message = r"parameter 2 with shape \(5, 3\) has layout torch.sparse_coo"
+    refused(protected, model, block, NotImplementedError, message)
 
 
-@pytest.mark.parametrize("does", ["steps", "frees", "steps and frees"])
+@pytest.mark.parametrize("does", ["looks", "steps", "frees", "steps and frees", "torch's own"])
 def test_optimizer_in_backward_is_refused(does, wrapping):
     """A hook that steps trains on the capability loss, and one that frees the gradient leaves nothing to protect."""
     model, x = model_and_batches()
     _, protected = wrapping(model)
-    mine = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    mine, seen = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}, []
 
     def hook(p):
+        seen.append(p.grad.norm())
         if "steps" in does:
             mine[p].step()
         if "frees" in does:
             p.grad = None
 
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(hook)
-    block = lambda: loss(model, x[0]).backward()
-    refused(protected, model, block, RuntimeError, r"optimizer-in-backward.*call step\(\) after backward\(\)")
-    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())  # ours are gone again
+    if does == "torch's own":
+        from torch.distributed.optim import _apply_optimizer_in_backward
 
-
-def test_torch_s_own_optimizer_in_backward_is_refused(wrapping):
-    from torch.distributed.optim import _apply_optimizer_in_backward
-
-    model, x = model_and_batches()
-    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
-    _, protected = wrapping(model)
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    else:
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(hook)
     before = parameters(model)
-    refused(protected, model, lambda: loss(model, x[0]).backward(), RuntimeError, "parameter 0 with shape")
-    assert_same(before, parameters(model))
-
-
-def test_hooks_that_only_look_are_none_of_our_business(wrapping):
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
-    norms = []
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
-    protect(model, protected, x[0])
-    assert len(norms) == 4 and len(stored(protected)) == 1
+    if does == "looks":
+        protect(model, protected, x[0])
+        assert len(seen) == 4 and len(stored(protected)) == 1
+    else:
+        message = r"optimizer-in-backward.*call step\(\) after backward\(\)"
+        refused(protected, model, lambda: loss(model, x[0]).backward(), RuntimeError, message)
+    if "steps" not in does:
+        assert_same(before, parameters(model))
+    if does != "torch's own":
+        assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())  # ours are gone again
 
 
 # --- parameters that are replaced -----------------------------------------------------------------------------------
@@ -285,11 +273,11 @@ def test_replaced_parameters_that_do_not_correspond_are_refused(what, wrapping):
     new = replaced(model)
     opt.param_groups[0]["params"] = new[::-1] if what == "order" else new[:2]
     loss(model, x[1]).backward()
-    before = [p.grad.clone() for p in model.parameters()]
+    before = gradients(model)
     message = r"4 of the optimizer's 4 parameters were replaced.*unprotect\(\) and protect\(\)"
     with pytest.raises(RuntimeError, match=message):
         opt.step()
-    assert_same(before, [p.grad for p in model.parameters()])
+    assert_same(before, gradients(model))
     protected.unprotect()
     opt.step()
 
@@ -300,6 +288,7 @@ def test_parameters_that_only_leave_or_come_are_no_swap(wrapping):
     protect(model, protected, x[0])
     opt.param_groups[0]["params"] = opt.param_groups[0]["params"][1:]
     train(model, opt, None, x[:2])
-    opt.add_param_group({"params": [model[0].weight]})
+    opt.add_param_group({"params": [model[0].weight], "lr": 0.01})
+    assert [len(group["params"]) for group in getattr(opt, "optimizer", opt).param_groups] == [3, 1]
     opt.step()
     assert protected.last.applied

@@ -8,22 +8,24 @@ import torch
 
 import gradproj
 from gradproj import diagnostics, directions
-from training import WRAPPINGS, descend, loss, model_and_batches, projected, protect, stored, train
+from training import WRAPPINGS, descend, gradients, loss, model_and_batches, projected, protect, stored, train
 
 NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors]).double()
 
 
 def test_last_says_what_happened(wrapping):
     model, x = model_and_batches()
     opt, protected = wrapping(model, 2)
-    protect(model, protected, x[0])
-    protect(model, protected, x[1])
+    for batch in x[:2]:
+        protect(model, protected, batch)
     loss(model, x[2]).backward()
-    before = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    rows = [torch.cat([t.flatten() for t in d.values()]).double() for d in stored(protected)]
+    before, rows = flat(gradients(model)), [flat(d.values()) for d in stored(protected)]
     opt.step()
-    after = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    last = protected.last
+    after, last = flat(gradients(model)), protected.last
     for k, d in enumerate(rows):
         assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
     assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
@@ -32,23 +34,23 @@ def test_last_says_what_happened(wrapping):
     assert last.applied and last.finite
 
 
-def run(wrapping, sink, every=1, steps=6, **kwargs):
+def run(wrapping, sink, steps=6, **settings):
     model, x = model_and_batches()
     opt, protected = wrapping(model, 2)
     protect(model, protected, x[11])
-    gradproj.log_to(protected, sink, every=every, **kwargs)
+    gradproj.log_to(protected, sink, **settings)
     train(model, opt, protected, x[: 2 * steps])
-    return protected
+    return protected.last
 
 
 def test_a_callable_gets_floats(wrapping):
     seen = []
-    protected = run(wrapping, lambda values, step: seen.append((step, values)))
+    last = run(wrapping, lambda values, step: seen.append((step, values)))
     assert [step for step, _ in seen] == list(range(6))
     values = seen[-1][1]
     assert values.keys() == NAMES and all(type(v) is float for v in values.values())
-    assert values["cosine/2"] == protected.last.cosine[1] and values["weight/0"] == protected.last.weights[0]
-    assert values["removed"] == protected.last.removed and values["applied"] == 1.0
+    assert values["cosine/2"] == last.cosine[1] and values["weight/0"] == last.weights[0]
+    assert values["removed"] == last.removed and values["applied"] == 1.0
 
 
 def test_a_projection_in_parts_has_the_part_in_its_names():
@@ -73,16 +75,11 @@ def test_every_so_many_steps(every, start, steps, wrapping):
 
 
 def test_a_summary_writer_gets_scalars(wrapping):
-    class Writer:  # what torch.utils.tensorboard.SummaryWriter has
-        def __init__(self):
-            self.scalars = []
-
-        def add_scalar(self, tag, scalar_value, global_step=None):
-            self.scalars.append((tag, scalar_value, global_step))
-
-    writer = Writer()
+    """As torch.utils.tensorboard.SummaryWriter takes them."""
+    seen = []
+    writer = SimpleNamespace(add_scalar=lambda tag, scalar_value, global_step=None: seen.append((tag, global_step)))
     run(wrapping, writer, every=5)
-    assert {(tag, step) for tag, _, step in writer.scalars} == {(f"gradproj/{n}", s) for n in NAMES for s in (0, 5)}
+    assert set(seen) == {(f"gradproj/{n}", s) for n in NAMES for s in (0, 5)}
 
 
 def test_one_read_every_so_many_steps(monkeypatch, wrapping):
@@ -95,15 +92,15 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(directions._OnHost, "read", lambda self: [])  # on the CPU it costs no synchronisation
+    monkeypatch.setattr(directions._OnHost, "read", lambda self: [])  # reads on the CPU, where it is free
     model, x = model_and_batches()
     opt, protected = wrapping(model, 2)
     protect(model, protected, x[0])
 
     def steps(count):
         reads.clear()
-        for i in range(count):
-            descend(model, opt, x[i])
+        for batch in x[:count]:
+            descend(model, opt, batch)
         return len(reads)
 
     assert steps(8) == 0
@@ -117,7 +114,8 @@ def test_steps_without_a_projection_report_nothing(wrapping):
     model, x = model_and_batches()
     opt, protected = wrapping(model)
     seen = []
-    gradproj.log_to(opt if wrapping is WRAPPINGS["wrapped"] else protected, lambda _, step: seen.append(step))
+    what = protected if wrapping is WRAPPINGS["wrapped"] else protected.protection
+    gradproj.log_to(what, lambda _, step: seen.append(step))
     train(model, opt, None, x[:4])
     assert seen == []
     train(model, opt, protected, x[4:8])
@@ -140,11 +138,9 @@ def test_copies_do_not_report():
 
 
 def test_bad_arguments():
-    model, _ = model_and_batches()
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    opt = projected(inner)
+    opt = projected(model_and_batches()[0])
     with pytest.raises(TypeError, match="pass a ProjectedOptimizer or what attach"):
-        gradproj.log_to(inner, print)
+        gradproj.log_to(opt.optimizer, print)
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):
         gradproj.log_to(opt, print, every=0)
     with pytest.raises(TypeError, match="callable or have add_scalar"):

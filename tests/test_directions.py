@@ -16,8 +16,6 @@ from training import (
     gradients,
     loss,
     model_and_batches,
-    parameters,
-    project_by_hand,
     projected,
     protect,
     stored,
@@ -37,19 +35,6 @@ def assert_orthogonal(a, b, tolerance=1e-6):
 
 
 # --- taking and keeping -----------------------------------------------------------------------------------------------
-
-
-def test_gradients_made_inside_are_taken_and_those_before_put_back():
-    model, x = model_and_batches()
-    opt = projected(model)
-    loss(model, x[0]).backward()
-    before = [p.grad for p in model.parameters()]
-    with opt.protect():
-        assert all(p.grad is None for p in model.parameters())
-        loss(model, x[1], 1.0).backward()
-        made = [p.grad.data_ptr() for p in model.parameters()]
-    assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    assert [d.data_ptr() for d in stored(opt)[0].values()] == made  # taken, not copied
 
 
 def test_without_directions_the_step_is_the_plain_step():
@@ -90,20 +75,6 @@ def test_the_newest_are_kept_and_their_gram_is_a_fresh_one(method):
         torch.testing.assert_close(opt.last.gram, fresh, rtol=1e-5, atol=1e-9)
 
 
-def test_exception_inside_changes_nothing():
-    model, x = model_and_batches()
-    opt = projected(model, 2)
-    protect(model, opt, x[0])
-    loss(model, x[1]).backward()
-    before, kept = [p.grad for p in model.parameters()], [t.clone() for t in stored(opt)[0].values()]
-    with pytest.raises(ZeroDivisionError), opt.protect():
-        loss(model, x[2]).backward()
-        raise ZeroDivisionError
-    assert all(p.grad is b for p, b in zip(model.parameters(), before, strict=True))
-    (only,) = stored(opt)
-    assert_same(only.values(), kept)
-
-
 def test_parameters_frozen_or_without_gradients():
     model, x = model_and_batches()
     model[0].weight.requires_grad_(False)
@@ -113,17 +84,6 @@ def test_parameters_frozen_or_without_gradients():
     model[2].bias.grad = None
     opt.step()
     assert opt.last.applied
-
-
-def test_a_projection_after_a_later_protect_is_done_again():
-    model, x = model_and_batches()
-    opt = projected(model)
-    loss(model, x[1]).backward()
-    for i in (0, 2):
-        protect(model, opt, x[i])
-        last = opt.project()
-    opt.step()
-    assert opt.last is last
 
 
 def test_directions_of_parameters_that_left_are_refused():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradproj import checkpoint, reference
-from training import assert_same, descend, loss, model_and_batches, parameters, projected, protect, twins
+from training import assert_same, closure, descend, loss, model_and_batches, parameters, projected, protect, twins
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -34,18 +34,10 @@ def test_the_update_is_the_oracle_s(name, method, per, dtype):
         twin.load_state_dict(model.state_dict())
         before = [p.double() for p in parameters(model)]
         for m, o in ((model, opt), (twin, plain)):
-
-            def closure(m=m, o=o, batch=batch):
-                o.zero_grad()
-                value = loss(m, batch, -1.0)
-                value.backward()
-                return value
-
             if name == "lbfgs":  # the gradients come into being inside the step, after the parameters were copied
-                o.step(closure)
+                o.step(closure(m, o, batch, -1.0))
             else:
-                closure()
-                o.step()
+                descend(m, o, batch, -1.0)
         update = [b - p for b, p in zip(before, parameters(twin), strict=True)]
         for part in parts:
             expected = reference.oracle_project([update[i] for i in part], [[r[i] for i in part] for r in rows], method)
@@ -112,9 +104,8 @@ def test_a_step_that_is_not_finite_is_left_as_it_is():
         m[0].bias.grad[0] = float("nan")
         o.step()
     assert not opt.last.applied and not opt.last.finite
-    assert all(
-        torch.allclose(p, q, rtol=0, atol=0, equal_nan=True) for p, q in zip(model.parameters(), twin.parameters())
-    )
+    for p, q in zip(parameters(model), parameters(twin), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_a_learning_rate_of_zero():
