@@ -132,7 +132,7 @@ def test_accelerate(when, wrapping):
         opt, protected = wrapping(opt)
     prepared, opt, schedule = accelerator.prepare(model, opt, torch.optim.lr_scheduler.StepLR(opt, 2))
     if when == "after prepare()":
-        protected = wrapping(opt)[1]  # of the optimizer in Accelerate's, which has no hooks
+        opt, protected = wrapping(opt)  # the hooks are on the optimizer in Accelerate's, which has none
     for x, y in zip(batches[::2], batches[1::2], strict=True):
         with accelerator.accumulate(prepared):
             if accelerator.sync_gradients:

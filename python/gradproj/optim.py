@@ -82,9 +82,10 @@ class ProjectedOptimizer(Protected, Optimizer):
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
-        self.optimizer = _inner("ProjectedOptimizer", optimizer)
+        inner = _inner("ProjectedOptimizer", optimizer)
+        self.optimizer = optimizer
         self.protection = protection
-        self._hooks = _Hooks("ProjectedOptimizer", [self.optimizer], protection, sharding)
+        self._hooks = _Hooks("ProjectedOptimizer", [inner], protection, sharding)
 
     def step(self, closure: Callable[[], Any] | None = None):
         """Project, then the wrapped optimizer's step. A closure's gradients are projected each time it is called."""
