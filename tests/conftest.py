@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch.distributed as dist
 
 import gradproj
 from training import WRAPPINGS
@@ -96,6 +97,14 @@ def on(request):
         pytest.skip(f"backend {backend.name} does not take {request.param.device} tensors here")
     with gradproj.use_backend(backend.name):
         yield request.param
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(params=WRAPPINGS)

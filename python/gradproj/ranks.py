@@ -72,4 +72,4 @@ def _fingerprint(tensors: list[Tensor]) -> str:
     some = [t.detach().reshape(-1)[:1].double() for t in tensors if t.numel() and not t.is_complex()]
     first = torch.cat([t.to(some[0].device) for t in some]) if some else torch.zeros(1, dtype=torch.float64)
     weights = torch.arange(1, len(first) + 1, dtype=torch.float64, device=first.device)
-    return (first * weights).sum().item().hex()
+    return float((first * weights).sum()).hex()
