@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradproj import validate
 from gradproj.backends import Backend, select
+from gradproj.dtensors import Layouts, dtensor_types
 
 Row = Sequence[Tensor | None]
 
@@ -146,6 +147,9 @@ def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]
 
 
 def _check(call: Call, backend: Backend | None = None) -> None:
+    kinds = dtensor_types(chain(*call.rows))
+    if kinds:  # among the directions of plain gradients, which are not inspected before
+        Layouts(call.op, call.rows, call.names, call.index, kinds)
     validate.check(call.op, call.rows, call.names, call.index, call.written, backend.name if backend else "")
 
 

@@ -153,6 +153,7 @@ class Directions(Protection):
     def project(self) -> Projection | None:
         if self.space == "update":
             super().project()
+        self._ranks_agree.check(self.parameters())
         done = self._project_gradients()
         if self._projected is not None:
             self._projected.watch(self.parameters())

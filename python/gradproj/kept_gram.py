@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradproj import functional
 from gradproj.functional import Row
-from gradproj.sharding import Sharding
+from gradproj.sharding import Sharding, with_group
 
 
 class _Known(NamedTuple):
@@ -49,6 +49,7 @@ class KeptGram:
             return None
         there = [g is not None for g in grads]
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
+        sharding = with_group("project_", sharding, grads)  # a direction may miss what implies it
         key = (sharding, part, *(id(p) if has else None for p, has in zip(parameters, there, strict=True)))
         first = self._added - len(rows)
         masked = [[t if has else None for t, has in zip(row, there, strict=True)] for row in rows]
