@@ -54,7 +54,7 @@ def test_update_space_equals_the_single_process(pool, world):
         checks.one_call_form,
         checks.micro_batches,
         checks.wrapper_counts,
-        checks.directions_without_dtensors,
+        checks.group_implied_by_gradients,
         checks.empty_rank,
         checks.wrapper_on_empty_rank,
         checks.disagreeing_shards,

@@ -25,6 +25,15 @@ except ImportError:
     pytest.skip("this torch has no fake process group", allow_module_level=True)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are tiny: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @contextlib.contextmanager
 def simulated(rank: int, world: int):
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
@@ -112,6 +121,8 @@ def test_one_process_needs_no_group():
     assert info.gram.tolist() == [[2.0, 2.0], [2.0, 2.0]]
     with pytest.raises(RuntimeError, match=r"has a group but torch\.distributed is not initialised"):
         gradproj.project_([ones(2)], [ones(2)], sharding=Sharding(object(), "replicate"))
+    with pytest.raises(TypeError, match=r"sharding must be a gradproj\.Sharding, got str"):
+        gradproj.project_([ones(2)], [ones(2)], sharding="replicate")
 
 
 def test_refused_by_name(four_ranks):

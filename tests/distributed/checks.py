@@ -261,17 +261,20 @@ def wrapper_counts(rank: int, world: int) -> None:
             opt.zero_grad()
 
 
-def directions_without_dtensors(rank: int, world: int) -> None:
-    """The group follows from the gradients that are DTensors; the directions' own Gram needs it where no direction is one."""
+def group_implied_by_gradients(rank: int, world: int) -> None:
+    """One gradient's mesh covers the world, and so implies the group. No direction has that parameter: the directions' own
+    Gram, which is kept, would not know the group."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     values = torch.arange(6.0).view(3, 2), torch.tensor([1.0, 2.0, 3.0])
-    mesh = init_device_mesh("cpu", (world,))
-    local = [torch.nn.Parameter(on(values[0], mesh, Shard(0))), torch.nn.Parameter(values[1].clone())]
+    meshes = (mesh, Replicate(), Shard(0)), (mesh["inner"], Replicate())
+    local = [torch.nn.Parameter(on(v, *where)) for v, where in zip(values, meshes, strict=True)]
     alone = [torch.nn.Parameter(v.clone()) for v in values]
     for parameters, here in ((local, Sharding(placement="replicate")), (alone, None)):
         opt = ProjectedOptimizer(torch.optim.SGD(parameters, lr=1.0), Directions(2), sharding=here)
         for direction in ([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]):
             with opt.protect():
-                (parameters[1] * torch.tensor(direction)).sum().backward()
+                t = torch.tensor(direction)
+                parameters[1].grad = t if here is None else on(t, *meshes[1])
         for p in parameters:
             p.grad = 2 * p.detach()
         opt.step()
