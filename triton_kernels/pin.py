@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj import torch_backend
-from gradproj.ops import implement
 from gradproj.triton_kernels.combine import narrow
+from gradproj.triton_kernels.table import implement
 
 ROWS = 32  # of a weight that a program takes: its second read of them comes from cache
 COLUMNS = 64  # inputs that it takes at a time
@@ -121,6 +121,7 @@ def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
     tl.store(squares + tl.load(line + 14), tl.sum(total, axis=0))
 
 
+@implement
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
@@ -170,5 +171,3 @@ def _line(w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, numb
     programs = -(-w.shape[0] // ROWS)
     return [*addresses, *w.shape, u.shape[1], *w.stride(), *u.stride(), *of_target, of_bias, number, programs, first]
 
-
-implement("gradproj_triton", "pin_", pin_, "CompositeExplicitAutograd")

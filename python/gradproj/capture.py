@@ -15,6 +15,12 @@ from gradproj.dtensors import summed as summed_partial
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
 
 
+DEEPSPEED = (
+    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; shard with "
+    "fully_shard (FSDP2) and pass a torch optimizer"
+)
+
+
 class Captured:
     """What a block made. ``gradients`` is filled when it ends."""
 
@@ -37,8 +43,8 @@ class Captured:
         count = len(self._parameters)
         if self._reached:
             return "the gradients that backward() made were dropped inside the block (zero_grad()?); leave them there"
-        if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in self._parameters):
-            return "DeepSpeed keeps the gradients to itself, so that p.grad stays empty; shard with fully_shard (FSDP2) instead"
+        if "deepspeed" in sys.modules and all(p.dim() == 1 for p in self._parameters):  # its flat copies
+            return DEEPSPEED
         if self._watch is None:
             return (
                 f"none of the optimizer's {count} parameters requires a gradient: they were frozen after the optimizer was made, "
@@ -60,16 +66,18 @@ def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
     Args:
         parameters: gives the parameters; asked again at the end, since the block may replace some.
     Raises:
-        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass.
+        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; or it is DeepSpeed's.
         NotImplementedError: a gradient is sparse.
     """
     owners = parameters()
+    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
+        raise RuntimeError(f"protect(): {DEEPSPEED}")
     watches = _watch(owners)
     aside = [_Aside(p) for p in owners]
     taken = Captured(owners)
     try:
         yield taken
-        taken.gradients.update((p, _take(p, i)) for i, p in enumerate(parameters()) if p.grad is not None)
+        taken.gradients = {p: _take(p, i) for i, p in enumerate(parameters()) if p.grad is not None}
     finally:
         taken.end()
         for watch in watches:

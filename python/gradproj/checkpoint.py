@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 _PREFIX = "protected_"
 
 
 def insert(state_dict: dict[str, Any], rows: Sequence[Sequence[Tensor | None]]) -> dict[str, Any]:
     """``state_dict`` with ``rows``: K lists, oldest first, with one tensor or None per parameter. Shares the tensors."""
-    ids = _ids(state_dict)
     state = dict(state_dict["state"])
-    for i, column in zip(ids, zip(*rows, strict=True), strict=False):
-        entries = {f"{_PREFIX}{k}": t for k, t in enumerate(column) if t is not None}
-        if entries:
-            state[i] = {**state.get(i, {}), **entries}
+    for k, row in enumerate(rows):
+        for i, t in zip(_ids(state_dict), row, strict=True):
+            if t is not None:
+                state[i] = {**state.get(i, {}), f"{_PREFIX}{k}": t}
     return {**state_dict, "state": state}
 
 
@@ -28,13 +28,15 @@ def without_directions(state_dict: dict[str, Any]) -> dict[str, Any]:
     state = {}
     for i, entries in state_dict["state"].items():
         rest = _others(entries)
-        if rest or rest is entries:  # an optimizer that finds an empty state may take it for one that it has set up
+        if rest is entries or rest:  # an optimizer that finds an empty state may take it for one that it has set up
             state[i] = rest
     return {**state_dict, "state": state}
 
 
 def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
     """What :func:`insert` put in, oldest first: parameter -> tensor on the parameter's device.
+
+    Direction k is entry k, also where others of these parameters have none.
 
     Raises:
         ValueError: not one entry per parameter, or a shape that is not its parameter's.
@@ -44,30 +46,34 @@ def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list
         raise ValueError(f"load_state_dict: {len(ids)} parameters, but the optimizer has {len(parameters)}")
     found: dict[int, dict[Tensor, Tensor]] = {}
     for i, p in zip(ids, parameters, strict=True):
-        for name, t in state_dict["state"].get(i, {}).items():
-            if not _is_direction(name):
-                continue
-            k = int(name.removeprefix(_PREFIX))
-            shapes = (p.shape, (*p.shape, 2)) if p.is_complex() else (p.shape,)  # of a complex gradient, maybe its real view
-            if t.shape not in shapes:
+        entries = state_dict["state"].get(i)
+        for name in filter(_is_direction, entries if isinstance(entries, dict) else ()):
+            t, k = entries[name], int(name.removeprefix(_PREFIX))
+            shape = (*p.shape, 2) if p.is_complex() else p.shape  # of a complex gradient, its real view
+            if t.shape != shape:
                 raise ValueError(
                     f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter has "
                     f"shape {tuple(p.shape)}"
                 )
             found.setdefault(k, {})[p] = t.to(p.device)
-    return [found[k] for k in sorted(found)]
+    return [found.get(k, {}) for k in range(max(found, default=-1) + 1)]
 
 
-def take_from(state: dict[Tensor, Any], parameters: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
-    """Remove directions from a live optimizer's ``state``, where a checkpoint was loaded before they had an owner."""
-    ids = list(range(len(parameters)))
-    entries = {i: state[p] for i, p in zip(ids, parameters, strict=True) if isinstance(state.get(p), dict)}
-    found = directions({"state": entries, "param_groups": [{"params": ids}]}, parameters)
-    for p in {p for row in found for p in row}:
-        state[p] = _others(state[p])
-        if not state[p]:
-            del state[p]
-    return found
+def live(optimizer: Optimizer) -> dict[str, Any]:
+    """A ``state_dict()`` with the directions that an optimizer keeps as its own, because it loaded them before they had an owner."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: optimizer.state[p] for i, p in enumerate(parameters) if p in optimizer.state}
+    return {"state": state, "param_groups": [{"params": range(len(parameters))}]}
+
+
+def remove_from(optimizer: Optimizer) -> None:
+    """Make it forget them."""
+    for p, entries in list(optimizer.state.items()):
+        rest = _others(entries)
+        if rest is not entries:
+            optimizer.state[p] = rest
+            if not rest:  # an optimizer may take an empty state for one that it has set up
+                del optimizer.state[p]
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:
@@ -75,7 +81,7 @@ def _ids(state_dict: dict[str, Any]) -> list[Any]:
 
 
 def _is_direction(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith(_PREFIX)
+    return isinstance(name, str) and name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdigit()
 
 
 def _others(entries: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gradproj.projection import Projection
 from gradproj.optim import Protected
+from gradproj.projection import Projection
 from gradproj.protection import Protection
 
 Sink = Callable[[dict[str, float], int], Any]

@@ -4,19 +4,17 @@ import operator
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports the compiler only when needed
-from torch.utils.hooks import RemovableHandle
 
 from gradproj import checkpoint, functional, methods, sharding
 from gradproj.capture import Direction
 from gradproj.functional import Row
-from gradproj.projection import Projection
 from gradproj.kept_gram import KeptGram
+from gradproj.projection import Projection
 from gradproj.protection import Closure, Protection
 
 MOST = 64  # what the kernels take in one pass
@@ -34,7 +32,8 @@ class Directions(Protection):
     depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is divided by.
 
     Args:
-        count: how many directions to keep, 1 to 64; each further ``protect()`` block replaces the oldest.
+        count: how many directions to keep, 1 to 64 (63 in update space, where the update is a row of its own); each further
+            ``protect()`` block replaces the oldest.
         method: ``"orthogonal"``, ``"conflict"``, ``"pcgrad"``, ``("mix", gamma)``, or a callable Gram -> weights; see
             :func:`gradproj.project_`.
         eps: added to every <d, d>; 0 is scale-free.
@@ -45,7 +44,7 @@ class Directions(Protection):
             closure: of all that require them), N bytes more, kept from step to step.
         dtype: None keeps gradients as they are made, without a copy. bfloat16 or float16 halve the memory of float32
             directions (float16 overflows at 65504 and loses digits below 6e-5). A projection is exact with respect to what
-            is stored.
+            is stored. Complex gradients are kept as their real view in either case.
     Raises:
         ValueError, TypeError: a setting that is not one of these.
 
@@ -72,23 +71,27 @@ class Directions(Protection):
         super().__init__()
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"Directions: count must be an int, got {count!r}")
-        if not 1 <= count <= MOST:
-            raise ValueError(
-                f"Directions: count must be 1 to {MOST}, got {count}; to protect more losses, add several up in one protect() block"
-            )
         if per not in ("model", "group", "tensor"):
             raise ValueError(f'Directions: per must be "model", "group" or "tensor", got {per!r}')
         if space not in ("gradient", "update"):
             raise ValueError(f'Directions: space must be "gradient" or "update", got {space!r}')
+        most = MOST - (space == "update")
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"Directions: count must be 1 to {most}, got {count}; to protect more losses, add several up in one protect() block"
+            )
         if dtype not in DTYPES:
             raise ValueError(f"Directions: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         self._rule = methods.parse(method, eps)
         self.count, self.method, self.eps, self.per, self.space, self.dtype = count, method, eps, per, space, dtype
         self._rows: deque[Direction] = deque(maxlen=count)
-        self._gram_dd = KeptGram()
+        self._lists: list[Row] | None = None  # the same in the order of _owners, made when needed
         self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
+        self._loaded: list[Direction] = []  # what came from checkpoints since the last protect() block
+        self._gram_dd = KeptGram()
         self._lengths: _OnHost | None = None  # of the last projection's directions
-        self._projected: _Projected | None = None
+        self._projected: _Projected | None = None  # by project(), or for the first of several optimizers
+        self._step_began: tuple[weakref.ref[Tensor], int] | None = None  # a gradient, its version after the projection
         self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
         self._stepping = False  # _before is to be compared with the parameters
 
@@ -100,9 +103,10 @@ class Directions(Protection):
         return f"Directions({len(self)} of {self.count}, {self.method!r}, per={self.per!r}, space={self.space!r})"
 
     def clear(self) -> None:
-        self._rows.clear()
-        self._gram_dd.clear()
-        self._owners, self._lengths, self._before = [], None, {}
+        self._keep(())
+        self._owners, self._loaded, self._lengths = [], [], None
+        self._before, self._stepping = {}, False
+        self._forget_projected()
 
     def rows(self) -> list[list[Tensor | None]]:
         """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
@@ -110,74 +114,102 @@ class Directions(Protection):
         Raises:
             RuntimeError: parameters were replaced, and it is not clear by which.
         """
-        parameters = self.parameters()
-        self._follow(parameters)
-        return [[row.get(p) for p in parameters] for row in self._rows]
+        return [[*row] for row in self._in_order_of(self.parameters())]
 
     def _add(self, taken: Direction) -> None:
         self._drop_non_finite()
         parameters = self.parameters()
         self._follow(parameters)
-        if self.dtype is not None:
-            for p, t in taken.items():
-                taken[p] = _real(t).to(self.dtype)
-        self._rows.append(taken)
+        self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
         self._gram_dd.added()
-        self._owners, self._projected = parameters, None
+        self._owners, self._lists, self._loaded = parameters, None, []
+        if self._projected is not None:
+            self._projected.outdated = True
+
+    def _as_kept(self, t: Tensor) -> Tensor:
+        if t.is_complex():
+            t = torch.view_as_real(t.resolve_conj())
+        return t if self.dtype is None else t.to(self.dtype)
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
-    # Not traced: what is decided here changes from step to step, and each change would compile the step anew.
-    @_disable_dynamo
-    def before_step(self, closure: Closure | None) -> Closure | None:
+    def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
         if self.space == "update":
-            if self._rows and not self._stepping:
+            if self._rows:
                 self._drop_non_finite()
-                self._copy_parameters(closure is not None)
-            return None if closure is None else self._guarded(closure, None)
+                self._copy_parameters(closure is not None, begins)
+            return None if closure is None else self._guarded(closure)
         if closure is not None:
-            return self._guarded(closure, self._project_gradients)
-        if self._projected is None or not self._projected.holds(self.parameters(), self._rule):
-            self._project_gradients()
+            return self._guarded(closure, then=lambda: self.before_step(None))
+        # Not in a function of its own: from opt.step() to the op there are six frames.
+        parameters = self.parameters()
+        grads = [p.grad for p in parameters]
+        if self._rows and not self._is_projected(parameters, grads):
+            for call in self._calls(parameters, grads):
+                self.last = functional.project_rows(*call)
+            self._remember(parameters, grads, watch=len(self._optimizers) > 1)
         return None
 
-    @_disable_dynamo
     def after_step(self) -> None:
         self._forget_projected()
         if self._stepping:
             self._stepping = False
-            self._project_until_finite(self._project_update)
+            self._project_update()
         for observer in self._observers:
             observer(self.last if self._rows else None)
 
     def project(self) -> Projection | None:
         if self.space == "update":
             super().project()
-        done = self._project_gradients()
-        if self._projected is not None:
-            self._projected.watch(self.parameters())
-        return done
-
-    def _project_gradients(self) -> Projection | None:
-        self._forget_projected()
+        self._ranks_agree.check(self.parameters())
         if not self._rows:
             return None
-        self._drop_non_finite()
         parameters = self.parameters()
         grads = [p.grad for p in parameters]
-        self._project_until_finite(lambda: self._project_rows(parameters, grads))
-        some = next((g for g in grads if g is not None), None)
-        self._projected = None if some is None else _Projected(some)
+        for call in self._calls(parameters, grads):
+            self.last = functional.project_rows(*call)
+        self._remember(parameters, grads, watch=True)
         return self.last
 
-    def _project_rows(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Projection:
-        rows = self._usable_rows(parameters)
-        part = self._parts(parameters)
-        gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
-        return functional.project_rows(grads, rows, self._rule, self.sharding, gram_dd, *part)
+    def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
+        """What a projection takes; and again, if it has found directions that are not finite, for which it writes nothing."""
+        self._drop_non_finite()
+        grads = _real_views(grads)
+        while self._rows:
+            rows, part = self._in_order_of(parameters), self._parts(parameters)
+            gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
+            yield grads, rows, self._rule, self.sharding, gram_dd, *part
+            assert self.last is not None
+            lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
+            self._lengths = _OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
+            if not _reads_for_free(lengths) or not self._drop_non_finite():
+                break
+
+    # --- gradients that are projected already ---------------------------------------------------------------------------
+
+    def _is_projected(self, parameters: list[Tensor], grads: list[Tensor | None]) -> bool:
+        if self._projected is not None:
+            return self._projected.holds(
+                parameters, grads, getattr(self._rule, "name", "") in ("orthogonal", "conflict")
+            )
+        if self._step_began is None:
+            return False
+        # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a step that
+        # raised would count too.
+        grad, version = self._step_began[0](), self._step_began[1]
+        return grad is not None and grad._version == version and any(g is grad for g in grads)
+
+    def _remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
+        self._forget_projected()
+        if watch:
+            self._projected = _Projected(parameters, grads)
+        else:
+            some = next((g for g in grads if g is not None), None)
+            self._step_began = None if some is None else (weakref.ref(some), some._version)
 
     def _forget_projected(self) -> None:
+        self._step_began = None
         if self._projected is not None:
             self._projected.unwatch()
             self._projected = None
@@ -185,47 +217,57 @@ class Directions(Protection):
     # --- update space ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _copy_parameters(self, any_may_change: bool) -> None:
+    def _copy_parameters(self, any_may_change: bool, begins: bool) -> None:
         """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
+        memory, kept = ({}, self._before) if self._stepping and not begins else (self._before, {})
         changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
-        before = {p: self._before.get(p) for p in changing}
-        self._before = {p: _like(p) if t is None or not _fits(t, p) else t for p, t in before.items()}
+        changing = [p for p in changing if p not in kept]
+        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else _like(p) for p in changing]
         if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
-            torch._foreach_copy_(sharding.local_tensors([*self._before.values()]), sharding.local_tensors(changing))
+            torch._foreach_copy_(sharding.local_tensors(copies), sharding.local_tensors(changing))
+        self._before = kept | dict(zip(changing, copies, strict=True))
         self._stepping = True
 
     @torch.no_grad()
-    def _project_update(self) -> Projection:
+    def _project_update(self) -> None:
         """The update u = before - after is made in the memory of the copy; with its weights w, u becomes w_0 u + sum w_k d_k,
         which is what (1, 1 - w_0, -w_1, ..) makes of the rows (after, u, d_1, ..)."""
         parameters = self.parameters()
         after = [p.detach() if p in self._before else None for p in parameters]
         update = [self._before.get(p) for p in parameters]
-        if self._before:
-            mine = [p for p in parameters if p in self._before]
-            torch._foreach_sub_(
-                sharding.local_tensors([self._before[p] for p in mine]), sharding.local_tensors([p.detach() for p in mine])
-            )
-        rows, part = self._usable_rows(parameters), self._parts(parameters)
-        gram_dd = self._gram_dd.of(rows, parameters, update, self.sharding, part)
-        products = functional.weigh_rows(update, rows, self._rule, self.sharding, gram_dd, *part)
-        change = -products.weights
+        mine = [p for p in parameters if p in self._before]
+        if mine:
+            before = sharding.local_tensors([self._before[p] for p in mine])
+            torch._foreach_sub_(before, sharding.local_tensors([p.detach() for p in mine]))
+        call: tuple | None = None
+        for call in self._calls(parameters, update):
+            self.last = functional.weigh_rows(*call)
+        if call is None or self.last is None:
+            return
+        update, rows, *_, part, num_parts = call
+        change = -self.last.weights
         change[..., 0] += 1.0
         weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
-        functional.combine_parts(after, [update, *rows], weights, *part)
-        return products
+        functional.combine_parts(_real_views(after), [update, *rows], weights, part, num_parts)
 
     # --- which directions -----------------------------------------------------------------------------------------------
 
-    def _usable_rows(self, parameters: list[Tensor]) -> list[Row]:
+    def _keep(self, rows: Iterable[Direction]) -> None:
+        """Other directions than before."""
+        self._rows, self._lists = deque(rows, self.count), None
+        self._gram_dd.clear()
+
+    def _in_order_of(self, parameters: list[Tensor]) -> list[Row]:
         self._follow(parameters)
-        for row in self._rows:
-            if row and not any(p in row for p in parameters):
-                raise RuntimeError(
-                    "a direction belongs to none of the optimizer's parameters: they were replaced after protect(); call "
-                    "unprotect() and protect() again"
-                )
-        return [[row.get(p) for p in parameters] for row in self._rows]
+        if self._lists is None:
+            for row in self._rows:
+                if row and not any(p in row for p in parameters):
+                    raise RuntimeError(
+                        "a direction belongs to none of the optimizer's parameters: they were replaced after protect(); call "
+                        "unprotect() and protect() again"
+                    )
+            self._lists = [[row.get(p) for p in parameters] for row in self._rows]
+        return self._lists
 
     def _parts(self, parameters: list[Tensor]) -> tuple[Sequence[int], int]:
         """The number of the part that each parameter belongs to, and how many there are."""
@@ -235,15 +277,6 @@ class Directions(Protection):
             return range(len(parameters)), len(parameters)
         groups = self._live_groups()
         return [i for i, group in enumerate(groups) for _ in group["params"]], len(groups)
-
-    def _project_until_finite(self, project: Callable[[], Projection]) -> None:
-        """``last = project()``, again without the directions that turn out not to be finite, for which nothing was written."""
-        while self._rows:
-            self.last = project()
-            lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
-            self._lengths = _OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
-            if lengths.device.type != "cpu" or not self._drop_non_finite():
-                break
 
     def _drop_non_finite(self) -> bool:
         """Drop the directions that are known not to be finite; returns whether there were some."""
@@ -258,8 +291,7 @@ class Directions(Protection):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self._rows = deque((row for k, row in enumerate(self._rows) if k not in bad), self.count)
-            self._gram_dd.clear()
+            self._keep([row for k, row in enumerate(self._rows) if k not in bad])
         return bool(bad)
 
     def _follow(self, parameters: list[Tensor]) -> None:
@@ -282,73 +314,83 @@ class Directions(Protection):
                     f"protect() again"
                 )
             successors = dict(pairs)
-            self._rows = deque(({successors.get(p, p): t for p, t in row.items()} for row in self._rows), self.count)
-            self._gram_dd.clear()
-        self._owners = parameters
+            self._keep([{successors.get(p, p): t for p, t in row.items()} for row in self._rows])
+        self._owners, self._lists = parameters, None
 
     # --- state ----------------------------------------------------------------------------------------------------------
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         self._follow(self.parameters())
-        rows = [[row.get(p) for p in parameters] for row in self._rows]
-        return checkpoint.insert(state_dict, rows)
+        return checkpoint.insert(state_dict, [[row.get(p) for p in parameters] for row in self._rows])
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Directions replace those of ``parameters``; the newest, if there are too many.
+        """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
+        again. The newest, if there are too many.
 
         Raises:
             ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
         """
-        loaded = checkpoint.directions(state_dict, parameters)
-        if not loaded:
+        found = checkpoint.directions(state_dict, parameters)
+        if not found:
             return
         mine = set(parameters)
-        kept = [{p: t for p, t in row.items() if p not in mine} for row in self._rows]  # of the other optimizers of a list
-        kept += [{}] * (len(loaded) - len(kept))
-        loaded += [{}] * (len(kept) - len(loaded))
-        rows = [a | b for a, b in zip(kept, loaded, strict=True)]
+        loaded = [{p: t for p, t in row.items() if p not in mine} for row in self._loaded]
+        loaded += [{} for _ in found[len(loaded) :]]
+        for row, came in zip(loaded, found, strict=False):
+            row.update((p, self._as_kept(t)) for p, t in came.items())
+        while not loaded[-1]:  # what these parameters had in a checkpoint before
+            loaded.pop()
         self.clear()
-        self._rows.extend(row for row in rows if row)
-        self._owners, self._projected = self.parameters(), None
+        self._keep(loaded)
+        self._owners, self._loaded = self.parameters(), loaded
+
+    def release(self) -> None:
+        super().release()
+        self._forget_projected()
+        self._before, self._stepping = {}, False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_projected": None, "_lengths": None, "_before": {}, "_gram_dd": KeptGram()}
+        mine = {"_before": {}, "_gram_dd": KeptGram(), "_lists": None, "_stepping": False}
+        return {**super().__getstate__(), **mine, "_projected": None, "_step_began": None, "_lengths": None}
 
 
 class _Projected:
-    """Gradients that have been projected already, known by one of them; what adds to them afterwards is noticed if watched."""
+    """Gradients that have been projected, and whether something was added to them, or protected, since."""
 
-    def __init__(self, grad: Tensor):
-        self._grad = weakref.ref(grad)
-        self._hooks: list[RemovableHandle] = []
-        self._added = False
+    def __init__(self, parameters: list[Tensor], grads: list[Tensor | None]):
+        pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        self._grads = {p: weakref.ref(g) for p, g in pairs}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p, _ in pairs if p.requires_grad]
+        self.outdated = False
 
-    def watch(self, parameters: list[Tensor]) -> None:
-        """From now on notice backward passes."""
-        self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p in parameters if p.requires_grad]
-
-    def _notice(self, _) -> None:
-        self._added = True
+    def _notice(self, p: Tensor) -> None:
+        if p.grad is self._grads[p]():
+            self.outdated = True
 
     def unwatch(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def holds(self, parameters: list[Tensor], rule) -> bool:
-        """Whether the present gradients are projected.
+    def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
+        """Whether these gradients are projected.
 
+        Args:
+            repeatable: what is projected in part may be projected again.
         Raises:
-            RuntimeError: they are in part, and projecting twice is not projecting once.
+            RuntimeError: it is, but may not.
         """
-        done = self._grad()
-        if done is None or not any(p.grad is done for p in parameters):
+        there = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        done = sum(1 for p, g in there if p in self._grads and self._grads[p]() is g)
+        if not done:  # all of them are new
             return False
-        if self._added and getattr(rule, "name", "") not in ("orthogonal", "conflict"):
-            raise RuntimeError(
-                "step(): a backward pass has added to the gradients since project(), which is not to be applied twice with this "
-                "method; call project() after the last backward()"
-            )
-        return not self._added
+        if done < len(there) or self.outdated:
+            if not repeatable:
+                raise RuntimeError(
+                    "step(): since project() a backward pass has added to the gradients, or protect() to what is protected; this "
+                    "method is not to be applied twice: call project() after the last backward()"
+                )
+            return False
+        return True
 
 
 class _OnHost:
@@ -368,8 +410,13 @@ class _OnHost:
         return self._tensor.tolist()
 
 
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+def _reads_for_free(t: Tensor) -> bool:
+    """Elsewhere it would synchronise."""
+    return t.device.type == "cpu"
+
+
+def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
 
 
 def _like(p: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradproj import functional
 from gradproj.functional import Row
-from gradproj.sharding import Sharding
+from gradproj.sharding import Sharding, with_group
 
 
 class _Known(NamedTuple):
@@ -47,20 +47,36 @@ class KeptGram:
         projection computes it along the way."""
         if len(rows) == 1:
             return None
-        there = [g is not None for g in grads]
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = (sharding, part, *(id(p) if has else None for p, has in zip(parameters, there, strict=True)))
+        sharding = with_group("project_", sharding, grads)  # a direction may miss what implies it
+        key = (sharding, part, *(None if g is None else id(p) for p, g in zip(parameters, grads, strict=True)))
         first = self._added - len(rows)
-        masked = [[t if has else None for t, has in zip(row, there, strict=True)] for row in rows]
-        known, gram, count = self._known, None, 0
-        if known is not None and known.key == key and known.first <= first < known.first + known.gram.shape[-1]:
-            gram = known.gram[..., first - known.first :, first - known.first :].contiguous()
-            count = gram.shape[-1]
-        if gram is None:
-            gram, count = functional.local_gram(masked, sharding, None, *part), len(rows)
-        for r in range(count, len(rows)):
-            # The new one goes last.
-            extended = functional.local_gram([masked[r], *masked[:r]], sharding, gram, *part)
-            gram = extended.roll((-1, -1), (-2, -1))
+        gram = self._still_known(first, key)
+        if gram is None or gram.shape[-1] < len(rows):
+            gram = _extended(gram, [_where(grads, row) for row in rows], sharding, part)
         self._known = _Known(first, key, gram)
         return gram
+
+    def _still_known(self, first: int, key: tuple) -> Tensor | None:
+        """The Gram of the directions from number ``first`` on, as far as it is known."""
+        known = self._known
+        if known is None or known.key != key or not known.first <= first < known.first + known.gram.shape[-1]:
+            return None
+        gone = first - known.first
+        return known.gram[..., gone:, gone:].contiguous() if gone else known.gram
+
+
+def _extended(
+    gram: Tensor | None, rows: list[Row], sharding: Sharding | None, part: tuple[Sequence[int], int]
+) -> Tensor:
+    """``gram`` of the first of ``rows``, None if of none, extended to all of them."""
+    if gram is None:
+        return functional.local_gram(rows, sharding, None, *part)
+    for r in range(gram.shape[-1], len(rows)):
+        with_new_first = functional.local_gram([rows[r], *rows[:r]], sharding, gram, *part)
+        gram = with_new_first.roll((-1, -1), (-2, -1))
+    return gram
+
+
+def _where(grads: Sequence[Tensor | None], row: Row) -> Row:
+    return [None if g is None else t for g, t in zip(grads, row, strict=True)]

@@ -1,5 +1,6 @@
 """NullSpace: every layer keeps computing what it computed on the inputs that a capability uses."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -7,11 +8,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from gradproj import allocation, basis_file, functional, layers, sharding
 from gradproj.allocation import Curvature
-from gradproj.basis import Basis, report as basis_report
+from gradproj.basis import Basis
+from gradproj.basis import report as basis_report
 from gradproj.capture import Direction, captured
 from gradproj.layers import Layer
 from gradproj.moments import WIDE, Gather
@@ -110,8 +111,9 @@ class NullSpace(Protection):
         Raises:
             RuntimeError: no backward pass inside; a layer without a gradient; inputs that are not finite.
         """
-        return CaptureBlock(self._capture)
+        return CaptureBlock(self._capture())
 
+    @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
         self._check_capture()
         self.pin()
@@ -195,15 +197,13 @@ class NullSpace(Protection):
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
-    def before_step(self, closure: Closure | None) -> Closure | None:
+    def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
         if closure is not None:
             return self._guarded(closure, self._prepare_gradients)
         self._prepare_gradients()
         return None
 
-    @_disable_dynamo
     def after_step(self) -> None:
         for p, grad in self._held:
             p.grad = grad
@@ -283,7 +283,7 @@ class NullSpace(Protection):
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""
-        found = [getattr(optimizer, "found_inf", None) for optimizer in self._optimizers]
+        found = [getattr(ref(), "found_inf", None) for ref in self._optimizers]
         return any(f is not None and bool(f) for f in found)
 
     # --- learning rates ---------------------------------------------------------------------------------------------------

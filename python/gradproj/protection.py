@@ -5,7 +5,9 @@
 """
 
 import abc
+import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +34,7 @@ class Protection(abc.ABC):
     def __init__(self) -> None:
         self.last: Projection | None = None
         self.sharding: Sharding | None = None
-        self._optimizers: Sequence[Optimizer] = ()
+        self._optimizers: Sequence[weakref.ref[Optimizer]] = ()  # weak, as they own the hooks that own this
         self._capturing = self._in_closure = False
         self._ranks_agree = RanksAgree()
         self._observers: list[Callable[[Projection | None], None]] = []  # called after each step
@@ -40,12 +42,23 @@ class Protection(abc.ABC):
     # --- what a protection answers ------------------------------------------------------------------------------------
 
     @abc.abstractmethod
+    def __len__(self) -> int:
+        """How much is protected; with 0 the next step is the plain step."""
+
+    @abc.abstractmethod
     def _add(self, taken: Direction) -> None:
         """Take the gradients that a capture block has made."""
 
     @abc.abstractmethod
-    def before_step(self, closure: Closure | None) -> Closure | None:
-        """To call before the inner step, more than once if several optimizers step together; returns the closure to give to it."""
+    def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
+        """To call before the inner step.
+
+        Args:
+            closure: of the inner step.
+            begins: False if another of the optimizers has stepped since ``after_step()``.
+        Returns:
+            the closure to give to the inner step.
+        """
 
     @abc.abstractmethod
     def after_step(self) -> None:
@@ -57,7 +70,11 @@ class Protection(abc.ABC):
 
     @abc.abstractmethod
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """The reverse. A ``state_dict`` without anything protected changes nothing."""
+        """The reverse. A ``state_dict`` without anything protected changes nothing.
+
+        Raises:
+            ValueError: what is protected there does not fit ``parameters``. Nothing is changed.
+        """
 
     @abc.abstractmethod
     def clear(self) -> None:
@@ -90,10 +107,11 @@ class Protection(abc.ABC):
 
         Raises:
             RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the block
-                is inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass.
+                is inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass;
+                DeepSpeed owns the parameters.
             NotImplementedError: a gradient is sparse.
         """
-        return CaptureBlock(self._capture)
+        return CaptureBlock(self._capture())
 
     def _check_capture(self) -> None:
         if self._capturing:
@@ -106,6 +124,7 @@ class Protection(abc.ABC):
                 "Lightning in on_train_batch_start()"
             )
 
+    @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
         self._check_capture()
         self._capturing = True
@@ -114,9 +133,10 @@ class Protection(abc.ABC):
                 yield
         finally:
             self._capturing = False
-        if not taken.gradients and (self.sharding is None or self.sharding.group is None):  # in a group, a rank may own nothing
+        alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
+        if not taken.gradients and alone:  # in a group, a rank may own nothing
             raise RuntimeError(f"protect(): {taken.why_empty()}")
-        self._ranks_agree.tell(taken.gradients, self.sharding)
+        self._ranks_agree.tell(self.parameters(), taken.gradients, self.sharding)
         self._add(taken.gradients)
 
     # --- the optimizers that it belongs to ------------------------------------------------------------------------------
@@ -127,24 +147,25 @@ class Protection(abc.ABC):
         Raises:
             RuntimeError: it belongs to others already.
         """
-        if self._optimizers:
+        if any(ref() is not None for ref in self._optimizers):
             raise RuntimeError(
                 f"this {type(self).__name__} protects another optimizer already: make one for each, detach() it, or attach "
                 f"one to a list of optimizers"
             )
-        self._optimizers, self.sharding = tuple(optimizers), sharding
+        self._optimizers, self.sharding = [weakref.ref(o) for o in optimizers], sharding
 
     def release(self) -> None:
-        """Belong to no optimizer."""
+        """Belong to no optimizer. What is protected stays."""
         self._optimizers = ()
 
     def _live_groups(self) -> list[dict[str, Any]]:
         """The optimizers' live parameter groups, one list after the other."""
-        if not self._optimizers:
+        optimizers = [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+        if not optimizers:
             raise RuntimeError(
                 f"this {type(self).__name__} belongs to no optimizer: pass it to ProjectedOptimizer or attach() first"
             )
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def parameters(self) -> list[Tensor]:
         """The parameters that the optimizers step, in their order, as of now."""
@@ -171,9 +192,9 @@ class Protection(abc.ABC):
                 "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
                 "once; remove that hook and call step() after backward()"
             )
-        self._ranks_agree.check()
+        self._ranks_agree.check(self.parameters())
 
-    def _guarded(self, closure: Closure, then: Callable[[], Any] | None) -> Closure:
+    def _guarded(self, closure: Closure, then: Callable[[], Any] | None = None) -> Closure:
         """``closure``, in which protect() is refused, and ``then`` after each call of it."""
 
         def guarded():
@@ -196,31 +217,19 @@ class Protection(abc.ABC):
 class CaptureBlock:
     """A context manager that warns if it was never entered: ``opt.protect()`` without ``with`` protects nothing."""
 
-    def __init__(self, body: Callable[[], Iterator[None]]):
-        self._body = body
-        self._running: Iterator[None] | None = None
+    def __init__(self, block: contextlib.AbstractContextManager[None]):
+        self._block = block
+        self._entered = False
 
     def __enter__(self) -> None:
-        self._running = self._body()
-        next(self._running)
+        self._entered = True
+        self._block.__enter__()
 
-    def __exit__(self, kind, error, trace) -> bool:
-        running, self._body = self._running, None  # type: ignore[assignment]
-        assert running is not None
-        try:
-            if error is None:
-                next(running)
-            else:
-                running.throw(error)  # type: ignore[attr-defined]
-        except StopIteration:
-            pass
-        except BaseException as raised:
-            if raised is not error:
-                raise
-        return False
+    def __exit__(self, *error) -> bool | None:
+        return self._block.__exit__(*error)
 
     def __del__(self) -> None:
-        if self._running is None and self._body is not None:
+        if not self._entered:
             warnings.warn(
                 "protect() was called without `with`: nothing was protected; write `with opt.protect():` around the "
                 "backward pass",

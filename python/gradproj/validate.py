@@ -6,11 +6,11 @@ Nothing here reads or writes a buffer's contents.
 
 from collections.abc import Sequence
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 import torch
 from torch import Tensor
-
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_DIMS = {"cuda": 8, "triton": 8}  # what the kernels for strided buffers take, after merging
@@ -79,7 +79,7 @@ def check(
                     f"{op}: {_name(names, row, i)} is on {t.device} but {_name(names, other, i)} is on {like.device}; "
                     f"move it there first"
                 )
-        if first is not None and backend in MAX_DIMS:
+        if first is not None and first[1].dim() > MAX_DIMS.get(backend, first[1].dim()):
             dims = merged_dims([t for t in column if t is not None])
             if dims > MAX_DIMS[backend]:
                 raise NotImplementedError(
@@ -105,6 +105,8 @@ def merged_dims(column: Sequence[Tensor]) -> int:
 def _span(t: Tensor) -> tuple[int, int]:
     """First and past-the-last byte."""
     start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.numel() * t.element_size()
     return start, start + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 
@@ -131,6 +133,8 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 def overlaps_itself(t: Tensor) -> bool:
     """Whether two elements may share memory. Strides that do not nest count as overlapping."""
+    if t.is_contiguous():
+        return False
     extent = 1
     for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
         if stride < extent:
@@ -141,20 +145,17 @@ def overlaps_itself(t: Tensor) -> bool:
 
 def _check_overlap(op, rows, names, indices) -> None:
     spans = []
-    for i, t in zip(indices, rows[0], strict=True):
-        if t is None or not t.numel():
-            continue
-        if overlaps_itself(t):
-            raise ValueError(
-                f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
-                f"cannot be written; pass a contiguous tensor"
-            )
-        spans.append((*_span(t), 0, i, t))
-    for row in range(1, len(rows)):
-        for i, t in zip(indices, rows[row], strict=True):
-            if t is not None and t.numel():
-                spans.append((*_span(t), row, i, t))
-    spans.sort(key=lambda s: s[:4])
+    for row, tensors in enumerate(rows):
+        for i, t in zip(indices, tensors, strict=True):
+            if t is None or not t.numel():
+                continue
+            if row == 0 and overlaps_itself(t):
+                raise ValueError(
+                    f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
+                    f"cannot be written; pass a contiguous tensor"
+                )
+            spans.append((*_span(t), row, i, t))
+    spans.sort(key=itemgetter(0, 1, 2, 3))
     for at, (_, stop, row, i, t) in enumerate(spans):
         for k in range(at + 1, len(spans)):
             start, _, other_row, j, other = spans[k]
