@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import gradproj
-from alignment_tax import data
+from alignment_tax import data, formulas
 from alignment_tax.settings import Cure, Settings
-from gradproj import tax
 from tiny_lm import TinyLM, loss
 
 
@@ -61,7 +60,7 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
                     capability_loss().backward()
         value = _alignment_loss(model, base, objective, cure.kl, tokens, mask, settings)
         if cure.gamma and step % cure.every == 0:
-            value = tax.ptx_loss(value, capability_loss(), cure.gamma)
+            value = formulas.ptx_loss(value, capability_loss(), cure.gamma)
         if not value.isfinite():
             raise FloatingPointError(
                 f"{objective}, {cure.name}, seed {seed}: the loss of step {step} is {value.item()}"
@@ -85,16 +84,16 @@ def _alignment_loss(
     tokens, mask = tokens.flatten(0, 1), mask.flatten(0, 1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits = model(inputs)
-    logprob = tax.sequence_logprob(logits, targets, mask).view(sides, -1)
+    logprob = formulas.sequence_logprob(logits, targets, mask).view(sides, -1)
     if objective == "dpo" or kl:
         with torch.no_grad():
             base_logits = base(inputs)
     if objective == "dpo":
-        base_logprob = tax.sequence_logprob(base_logits, targets, mask).view(sides, -1)
-        value = tax.dpo_loss(*logprob, *base_logprob, beta=settings.dpo_beta)
+        base_logprob = formulas.sequence_logprob(base_logits, targets, mask).view(sides, -1)
+        value = formulas.dpo_loss(*logprob, *base_logprob, beta=settings.dpo_beta)
     else:
         value = -logprob.sum() / mask.sum()
-    return value + kl * tax.kl_penalty(logits, base_logits, mask) if kl else value
+    return value + kl * formulas.kl_penalty(logits, base_logits, mask) if kl else value
 
 
 def _bytes(model: TinyLM) -> int:
@@ -103,5 +102,5 @@ def _bytes(model: TinyLM) -> int:
 
 def interpolated(base: TinyLM, tuned: dict[str, Any], alpha: float) -> TinyLM:
     model = copy.deepcopy(base)
-    model.load_state_dict(tax.interpolate(base.state_dict(), tuned, alpha))
+    model.load_state_dict(formulas.interpolate(base.state_dict(), tuned, alpha))
     return model

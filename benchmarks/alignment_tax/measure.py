@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment_tax import data
+from alignment_tax import data, formulas
 from alignment_tax.settings import Settings
-from gradproj import tax
 from tiny_lm import CONTEXT, TinyLM, code
 
 BINS = 10
@@ -49,7 +48,7 @@ def _alignment(model: TinyLM, settings: Settings, device: torch.device) -> dict[
         logits = model(tokens[side, :, :-1])
         if side == 0:
             first = logits[torch.arange(n, device=device), at].softmax(-1)
-        logprob.append(tax.sequence_logprob(logits, tokens[side, :, 1:], mask[side]) / mask[side].sum(1))
+        logprob.append(formulas.sequence_logprob(logits, tokens[side, :, 1:], mask[side]) / mask[side].sum(1))
     refuses = first[:, data.REFUSE].sum(1)[harmful].mean().item()
     answers = first[:, data.ANSWER].sum(1)[~harmful].mean().item()
     share = harmful.float().mean().item()
@@ -66,9 +65,9 @@ def _capability(model: TinyLM, settings: Settings, device: torch.device) -> dict
     starts = torch.linspace(0, len(text) - CONTEXT - 1, settings.held_out_windows).long()[:, None]
     windows = text[starts + torch.arange(CONTEXT + 1)].to(device)
     logits, targets = model(windows[:, :-1]), windows[:, 1:]
-    found = tax.calibration(logits, targets, bins=BINS)
+    found = formulas.calibration(logits, targets, bins=BINS)
     return {
-        "loss": -tax.sequence_logprob(logits, targets).mean().item() / CONTEXT,
+        "loss": -formulas.sequence_logprob(logits, targets).mean().item() / CONTEXT,
         "byte_accuracy": (logits.argmax(-1) == targets).float().mean().item(),
         "task_accuracy": _exercises_solved(model, settings.exercises, device),
         "ece": found.ece.item(),
@@ -95,7 +94,7 @@ def _variety(model: TinyLM, settings: Settings, device: torch.device) -> dict[st
     samples, entropy = sample(
         model, pairs.tokens[0, harmless].to(device), pairs.prompt_length[harmless].to(device), settings.sample_bytes
     )
-    return {"entropy": entropy, "distinct_3": tax.distinct_n(samples, 3)}
+    return {"entropy": entropy, "distinct_3": formulas.distinct_n(samples, 3)}
 
 
 def sample(model: TinyLM, tokens: Tensor, lengths: Tensor, count: int, seed: int = 0) -> tuple[Tensor, float]:
@@ -119,4 +118,4 @@ def sample(model: TinyLM, tokens: Tensor, lengths: Tensor, count: int, seed: int
         # Drawn on the CPU, so that every device draws the same numbers.
         text[rows, lengths + i] = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(rows)
     continuation = text[rows[:, None], lengths[:, None] + torch.arange(count, device=tokens.device)]
-    return continuation, tax.entropy(torch.stack(drawn_from, 1)).item()
+    return continuation, formulas.entropy(torch.stack(drawn_from, 1)).item()

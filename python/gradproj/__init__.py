@@ -1,6 +1,6 @@
 """Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat gradient."""
 
-from gradproj import reference, tax
+from gradproj import reference
 from gradproj.backends import backends, use_backend
 from gradproj.diagnostics import log_to
 from gradproj.directions import Directions
@@ -26,7 +26,6 @@ __all__ = [
     "pin_",
     "project_",
     "reference",
-    "tax",
     "use_backend",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""gradproj.tax against the formulas written out in float64, and its refusals."""
+"""The laboratory's losses and measures against the formulas written out in float64, and its refusals."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 import gradproj
-from gradproj import tax
+from alignment_tax import formulas
 
 given = hypothesis.given(
     seed=st.integers(0, 2**16), b=st.integers(1, 4), t=st.integers(1, 6), v=st.integers(1, 9), masked=st.booleans()
@@ -36,7 +36,7 @@ def test_sequence_logprob(seed, b, t, v, masked):
     expected = [0.0] * b
     for i, j in counted(mask, b, t):
         expected[i] += (logits[i, j, tokens[i, j]] - logits[i, j].logsumexp(0)).item()
-    torch.testing.assert_close(tax.sequence_logprob(logits, tokens, mask), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(formulas.sequence_logprob(logits, tokens, mask), torch.tensor(expected, dtype=torch.float64))
 
 
 @given
@@ -47,16 +47,16 @@ def test_kl_penalty(seed, b, t, v, masked):
     for i, j in counted(mask, b, t):
         p, q = logits[i, j] - logits[i, j].logsumexp(0), base[i, j] - base[i, j].logsumexp(0)
         terms.append((p.exp() * (p - q)).sum().item())
-    found = tax.kl_penalty(logits, base, mask)
+    found = formulas.kl_penalty(logits, base, mask)
     assert found.item() == pytest.approx(sum(terms) / len(terms), abs=1e-9)
-    assert tax.kl_penalty(logits, logits, mask).item() == pytest.approx(0.0, abs=1e-12)
+    assert formulas.kl_penalty(logits, logits, mask).item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_kl_penalty_holds_the_model_to_the_base():
     """The direction matters: KL(base || model) has another gradient, and its minimum over a narrow family another place."""
     base = torch.tensor([[[2.0, 0.0, -1.0]]])
     logits = torch.zeros(1, 1, 3, requires_grad=True)
-    tax.kl_penalty(logits, base).backward()
+    formulas.kl_penalty(logits, base).backward()
     p = torch.full((3,), 1 / 3)
     difference = p.log() - base[0, 0].log_softmax(0)
     torch.testing.assert_close(logits.grad[0, 0], p * (difference - (p * difference).sum()))
@@ -68,12 +68,12 @@ def test_dpo_loss(seed, b, beta):
     rows = 20 * torch.randn(4, b, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     margins = [beta * (c - r - (bc - br)) for c, r, bc, br in rows.T.tolist()]
     expected = sum(max(-m, 0.0) + math.log1p(math.exp(-abs(m))) for m in margins) / b
-    assert tax.dpo_loss(*rows, beta=beta).item() == pytest.approx(expected, rel=1e-9)
+    assert formulas.dpo_loss(*rows, beta=beta).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_dpo_loss_starts_at_log_2_and_pushes_the_two_apart():
     chosen, rejected = (torch.tensor([-3.0, -5.0], requires_grad=True) for _ in range(2))
-    loss = tax.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.5)
+    loss = formulas.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.5)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2))
     torch.testing.assert_close(chosen.grad, torch.full((2,), -0.5 * 0.5 / 2))
@@ -94,7 +94,7 @@ def test_ptx_loss_steps_where_mix_steps():
                 (y @ weight).square().mean().backward()
             (x @ weight).exp().mean().backward()
         else:
-            tax.ptx_loss((x @ weight).exp().mean(), (y @ weight).square().mean(), gamma).backward()
+            formulas.ptx_loss((x @ weight).exp().mean(), (y @ weight).square().mean(), gamma).backward()
         opt.step()
         stepped.append(weight.detach())
     torch.testing.assert_close(stepped[0], stepped[1])
@@ -105,7 +105,7 @@ def test_interpolate(seed, alpha):
     torch.manual_seed(seed)
     base, tuned = (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)) for _ in range(2))
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    mixed = tax.interpolate(base.state_dict(), tuned.state_dict(), alpha)
+    mixed = formulas.interpolate(base.state_dict(), tuned.state_dict(), alpha)
     for key, a in before.items():
         if a.is_floating_point():
             b = tuned.state_dict()[key]
@@ -118,8 +118,8 @@ def test_interpolate(seed, alpha):
 
 def test_interpolate_ends_exactly_where_it_should():
     base, tuned = {"w": torch.randn(7)}, {"w": torch.randn(7)}
-    assert torch.equal(tax.interpolate(base, tuned, 0.0)["w"], base["w"])
-    assert torch.equal(tax.interpolate(base, tuned, 1.0)["w"], tuned["w"])
+    assert torch.equal(formulas.interpolate(base, tuned, 0.0)["w"], base["w"])
+    assert torch.equal(formulas.interpolate(base, tuned, 1.0)["w"], tuned["w"])
 
 
 @hypothesis.given(seed=st.integers(0, 2**16), n=st.integers(1, 60), v=st.integers(1, 5), bins=st.integers(1, 12))
@@ -127,7 +127,7 @@ def test_calibration(seed, n, v, bins):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(n, v, generator=generator, dtype=torch.float64)
     targets = torch.randint(v, (n,), generator=generator)
-    found = tax.calibration(logits, targets, bins=bins)
+    found = formulas.calibration(logits, targets, bins=bins)
     members = [[] for _ in range(bins)]
     for row, target in zip(logits, targets, strict=True):
         p = row.softmax(0)
@@ -148,7 +148,7 @@ def test_calibration(seed, n, v, bins):
 
 def test_calibration_counts_only_the_mask():
     logits = torch.tensor([[[9.0, 0.0], [0.0, 9.0]]])
-    found = tax.calibration(logits, torch.tensor([[0, 0]]), torch.tensor([[True, False]]), bins=2)
+    found = formulas.calibration(logits, torch.tensor([[0, 0]]), torch.tensor([[True, False]]), bins=2)
     assert found.counts.tolist() == [0, 1] and found.accuracy[1] == 1.0
 
 
@@ -159,41 +159,41 @@ def test_entropy(seed, b, t, v, masked):
     for i, j in counted(mask, b, t):
         p = logits[i, j].softmax(0)
         terms.append(-sum(x * math.log(x) for x in p.tolist() if x > 0))
-    assert tax.entropy(logits, mask).item() == pytest.approx(sum(terms) / len(terms), abs=1e-9)
-    assert tax.entropy(torch.zeros(b, t, v)).item() == pytest.approx(math.log(v), abs=1e-6)
+    assert formulas.entropy(logits, mask).item() == pytest.approx(sum(terms) / len(terms), abs=1e-9)
+    assert formulas.entropy(torch.zeros(b, t, v)).item() == pytest.approx(math.log(v), abs=1e-6)
 
 
 def test_distinct_n():
-    assert tax.distinct_n([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
-    assert tax.distinct_n(torch.tensor([[1, 2, 3], [1, 2, 3]]), 3) == 0.5
-    assert tax.distinct_n([torch.tensor([7]), [1, 2]], 2) == 1.0  # too short to have a pair
+    assert formulas.distinct_n([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
+    assert formulas.distinct_n(torch.tensor([[1, 2, 3], [1, 2, 3]]), 3) == 0.5
+    assert formulas.distinct_n([torch.tensor([7]), [1, 2]], 2) == 1.0  # too short to have a pair
 
 
 LOGITS, TOKENS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 REFUSED = {
-    "targets not shifted": (ValueError, "targets", lambda: tax.sequence_logprob(LOGITS, TOKENS[:, 1:])),
-    "targets floating": (TypeError, "targets", lambda: tax.sequence_logprob(LOGITS, TOKENS.float())),
-    "logits integer": (TypeError, "logits", lambda: tax.entropy(TOKENS)),
-    "logits flat": (ValueError, r"\[B, T, V\]", lambda: tax.sequence_logprob(LOGITS[0], TOKENS[0])),
-    "logits without positions": (ValueError, "logits", lambda: tax.entropy(torch.zeros(5))),
-    "mask of another shape": (ValueError, "mask", lambda: tax.kl_penalty(LOGITS, LOGITS, TOKENS[:, 1:].bool())),
-    "mask of numbers": (TypeError, "mask", lambda: tax.kl_penalty(LOGITS, LOGITS, TOKENS)),
-    "mask that counts nothing": (ValueError, "no position", lambda: tax.kl_penalty(LOGITS, LOGITS, TOKENS.bool())),
-    "nothing to calibrate": (ValueError, "no position", lambda: tax.calibration(LOGITS, TOKENS, TOKENS.bool())),
-    "base of another size": (ValueError, "base_logits", lambda: tax.kl_penalty(LOGITS, LOGITS[:1])),
-    "pairs of another size": (ValueError, "base_chosen", lambda: tax.dpo_loss(*torch.ones(2, 3), *torch.ones(2, 2))),
-    "no pair": (ValueError, "B >= 1", lambda: tax.dpo_loss(*torch.ones(4, 0))),
-    "beta 0": (ValueError, "beta", lambda: tax.dpo_loss(*torch.ones(4, 2), beta=0.0)),
-    "gamma negative": (ValueError, "gamma", lambda: tax.ptx_loss(torch.tensor(1.0), torch.tensor(1.0), -0.1)),
-    "gamma infinite": (ValueError, "gamma", lambda: tax.ptx_loss(torch.tensor(1.0), torch.tensor(1.0), math.inf)),
-    "loss of many": (ValueError, "pretraining_loss", lambda: tax.ptx_loss(torch.tensor(1.0), torch.ones(2), 0.1)),
-    "alpha NaN": (ValueError, "alpha", lambda: tax.interpolate({}, {}, math.nan)),
-    "key on one side": (ValueError, "'w' is in tuned only", lambda: tax.interpolate({}, {"w": LOGITS}, 0.5)),
-    "shape differs": (ValueError, "'w'", lambda: tax.interpolate({"w": LOGITS}, {"w": LOGITS[0]}, 0.5)),
-    "integers differ": (ValueError, "'n'", lambda: tax.interpolate({"n": TOKENS}, {"n": TOKENS + 1}, 0.5)),
-    "no bins": (ValueError, "bins", lambda: tax.calibration(LOGITS, TOKENS, bins=0)),
-    "n = 0": (ValueError, "n must", lambda: tax.distinct_n([[1]], 0)),
-    "samples too short": (ValueError, "no sample", lambda: tax.distinct_n([[1]], 2)),
+    "targets not shifted": (ValueError, "targets", lambda: formulas.sequence_logprob(LOGITS, TOKENS[:, 1:])),
+    "targets floating": (TypeError, "targets", lambda: formulas.sequence_logprob(LOGITS, TOKENS.float())),
+    "logits integer": (TypeError, "logits", lambda: formulas.entropy(TOKENS)),
+    "logits flat": (ValueError, r"\[B, T, V\]", lambda: formulas.sequence_logprob(LOGITS[0], TOKENS[0])),
+    "logits without positions": (ValueError, "logits", lambda: formulas.entropy(torch.zeros(5))),
+    "mask of another shape": (ValueError, "mask", lambda: formulas.kl_penalty(LOGITS, LOGITS, TOKENS[:, 1:].bool())),
+    "mask of numbers": (TypeError, "mask", lambda: formulas.kl_penalty(LOGITS, LOGITS, TOKENS)),
+    "mask that counts nothing": (ValueError, "no position", lambda: formulas.kl_penalty(LOGITS, LOGITS, TOKENS.bool())),
+    "nothing to calibrate": (ValueError, "no position", lambda: formulas.calibration(LOGITS, TOKENS, TOKENS.bool())),
+    "base of another size": (ValueError, "base_logits", lambda: formulas.kl_penalty(LOGITS, LOGITS[:1])),
+    "pairs of another size": (ValueError, "base_chosen", lambda: formulas.dpo_loss(*torch.ones(2, 3), *torch.ones(2, 2))),
+    "no pair": (ValueError, "B >= 1", lambda: formulas.dpo_loss(*torch.ones(4, 0))),
+    "beta 0": (ValueError, "beta", lambda: formulas.dpo_loss(*torch.ones(4, 2), beta=0.0)),
+    "gamma negative": (ValueError, "gamma", lambda: formulas.ptx_loss(torch.tensor(1.0), torch.tensor(1.0), -0.1)),
+    "gamma infinite": (ValueError, "gamma", lambda: formulas.ptx_loss(torch.tensor(1.0), torch.tensor(1.0), math.inf)),
+    "loss of many": (ValueError, "pretraining_loss", lambda: formulas.ptx_loss(torch.tensor(1.0), torch.ones(2), 0.1)),
+    "alpha NaN": (ValueError, "alpha", lambda: formulas.interpolate({}, {}, math.nan)),
+    "key on one side": (ValueError, "'w' is in tuned only", lambda: formulas.interpolate({}, {"w": LOGITS}, 0.5)),
+    "shape differs": (ValueError, "'w'", lambda: formulas.interpolate({"w": LOGITS}, {"w": LOGITS[0]}, 0.5)),
+    "integers differ": (ValueError, "'n'", lambda: formulas.interpolate({"n": TOKENS}, {"n": TOKENS + 1}, 0.5)),
+    "no bins": (ValueError, "bins", lambda: formulas.calibration(LOGITS, TOKENS, bins=0)),
+    "n = 0": (ValueError, "n must", lambda: formulas.distinct_n([[1]], 0)),
+    "samples too short": (ValueError, "no sample", lambda: formulas.distinct_n([[1]], 2)),
 }
 
 

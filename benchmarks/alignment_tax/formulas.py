@@ -86,7 +86,7 @@ def kl_penalty(logits: Tensor, base_logits: Tensor, mask: Tensor | None = None) 
 def ptx_loss(loss: Tensor, pretraining_loss: Tensor, gamma: float) -> Tensor:
     """``loss + gamma * pretraining_loss``: pre-training data mixed in, for one backward pass over both.
 
-    ``ProjectedOptimizer(..., method=("mix", gamma))`` steps along the same gradient from two backward passes, one of them inside
+    ``Directions(1, ("mix", gamma))`` steps along the same gradient from two backward passes, one of them inside
     ``protect()``; use that where the two losses do not fit into memory together.
 
     Args:
