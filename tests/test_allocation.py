@@ -1,5 +1,7 @@
 """Where the rank goes, and the learning rates of the layers."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,7 +52,7 @@ def test_the_mean_of_what_is_slowed_is_damping(layers, damping):
     assert mean == pytest.approx(damping, abs=1e-6)
     assert len(set(rates)) <= allocation.STEPS and all(0 < m <= 1 + 1e-12 for m in rates)
     order = sorted(range(len(rests)), key=rests.__getitem__)
-    assert all(rates[a] >= rates[b] - 1e-9 for a, b in zip(order, order[1:], strict=False))
+    assert all(rates[a] >= rates[b] - 1e-9 for a, b in itertools.pairwise(order))
 
 
 def test_no_damping_is_exactly_one():

@@ -145,7 +145,6 @@ def test_convolution_is_a_matrix_on_patches(settings):
     torch.manual_seed(0)
     model, x = nn.Conv2d(3, 4, 3, **settings), torch.randn(2, 3, 9, 8)
     found, gathered = gather(model, lambda: model(x).square().sum().backward())
-    layer = found[0]
     rows = layers.input_rows(model, x)
     y = rows @ layers.matrix(model, model.weight).T + (0 if model.bias is None else model.bias)
     torch.testing.assert_close(layers.output_rows(model, model(x)), y, rtol=1e-4, atol=1e-5)

@@ -69,8 +69,9 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
         wanted: name and module -> whether to take it; None takes all.
     Raises:
         ValueError: there is none.
-        NotImplementedError: an adapter that has been trained already.
+        NotImplementedError: an adapter that has been trained already; FSDP1; DeepSpeed.
     """
+    _refuse_flat_weights(model)
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Layer] = {}
     adapters = {id(a) for m in model.modules() if is_adapted(m) for a in (*m.lora_A.values(), *m.lora_B.values())}
@@ -95,6 +96,16 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
             f"adapter whose weight requires a gradient and which modules= takes"
         )
     return list(found.values())
+
+
+def _refuse_flat_weights(model: nn.Module) -> None:
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise NotImplementedError("NullSpace: FSDP1 flattens weights, so that a layer has no matrix; shard with fully_shard (FSDP2)")
+    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
+        raise NotImplementedError(
+            'NullSpace: DeepSpeed partitions weights and steps copies of them; shard with fully_shard (FSDP2), or use space="gradient" '
+            "on a model that its engine has not prepared"
+        )
 
 
 def is_matrix(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.layers import Layer, input_rows, output_rows
+from gradproj.sharding import local_tensors
 
 WIDE = 4096  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 
@@ -207,6 +208,20 @@ class Gather:
         call.rows = call.mask = None
 
 
+def _refuse_split_inputs(layer: Layer, x: Tensor) -> None:
+    for placement in getattr(x, "placements", ()):
+        if placement.is_partial() or (placement.is_shard() and placement.dim in (x.dim() - 1, -1)):
+            raise NotImplementedError(
+                f"NullSpace: the weight of {layer.name} is sharded over its inputs, of which a rank sees {placement} only: leave it "
+                f"out with modules="
+            )
+
+
+def _here(t: Tensor) -> Tensor:
+    """This rank's tokens of a DTensor."""
+    return local_tensors([t.detach()])[0]
+
+
 class _Listener:
     """The hooks of one module."""
 
@@ -217,6 +232,7 @@ class _Listener:
 
     def before(self, module, args):
         x = args[0]
+        _refuse_split_inputs(self._gather.layers[self._layer], x)
         self._call = self._gather.call(self._layer, x)
         self._arrived = {}
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -242,7 +258,7 @@ class _Listener:
     def _reporter(self, call: _Call, arrived: dict[str, Tensor]) -> Callable[[Tensor], None]:
         def report(x: Tensor) -> None:
             if "gradient" in arrived:
-                rows = input_rows(self._module, x.detach())
-                self._gather.report(call, self._layer, rows, output_rows(self._module, arrived.pop("gradient")))
+                rows, gradients = input_rows(self._module, _here(x)), output_rows(self._module, _here(arrived.pop("gradient")))
+                self._gather.report(call, self._layer, rows, gradients)
 
         return report
