@@ -38,7 +38,8 @@ def build(device: str, arch: str) -> list[Path]:
     if done.exists():
         print(f"found: {done}")
         return sorted(done.rglob("*.so"))
-    shutil.rmtree(source, ignore_errors=True)
+    for left in (source, unfinished):  # of a build that was cut off
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(ROOT / "csrc", source / "csrc")
     shutil.copy(ROOT / "setup.py", source)
     environment = {**os.environ, "GRADPROJ_NATIVE": "1", "GRADPROJ_CUDA": "1" if device == "cuda" else "0"}
