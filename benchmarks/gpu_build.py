@@ -67,6 +67,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cuda" and not options.arch:
         parser.error("--device cuda needs --arch")
+    for library in options.library or ():
+        if not library.name.startswith(("_cpu", "_cuda")) or not library.exists():
+            parser.error(f"--library: {library} is no file named _cpu.so or _cuda.so")
     copy_package()  # first: Triton and plain torch need no libraries and run even if the build fails
     if not options.library and not importlib.util.find_spec("setuptools"):
         print("setuptools is not installed: setup.py needs it to build the kernels")

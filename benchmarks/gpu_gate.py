@@ -70,7 +70,7 @@ def sanitizer(tool: str) -> list[str]:
 
 def tests(device: str, machine: dict[str, str]) -> list[str]:
     """The tests that need a GPU; without one, a few that show that they are found and run."""
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "few_examples"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "pytest_gate"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # they write into the checkout
     command += ["--continue-on-collection-errors"]  # a module that misses a package costs itself only
     workers = min(14, (os.cpu_count() or 1) - 2)

@@ -123,7 +123,7 @@ def tell_rows(todo: list[Job], backend: str) -> int:
         try:
             row, error = job(), ""
         except Exception as caught:  # noqa: BLE001  whatever it is, the next row may do better
-            traceback.print_exc()
+            traceback.print_exc(limit=-3)
             row, error = Row(case.name, backend, 0, []), f"{type(caught).__name__}: {caught}".split("\n", 1)[0]
         tell(row=judged(row, error))
         failed += bool(error or row.wrong)

@@ -1,8 +1,10 @@
 """The GPU gate before a GPU is there: a dry run in a checkout that is only read, and stand-ins for the stages that are killed, fail,
 hang and talk at every place where a call could be lost."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,13 +23,13 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import few_examples
 import gpu_build
 import gpu_gate
 import gpu_measure
 import gpu_stages
 import harness
 import machine
+import pytest_gate
 
 
 def options(device):
@@ -98,13 +100,13 @@ def test_dry_run_in_a_checkout_that_is_only_read(checkout, tmp_path):
     result = json.loads(path.read_text())
     assert {stage["name"]: stage["result"] for stage in result["stages"]} == dict.fromkeys(names("cpu"), "passed")
     outputs = {stage["name"]: stage["output"] for stage in result["stages"]}
-    assert "found: " in outputs["build"] and "32 passed" in outputs["tests"] and "16 small" in outputs["smoke"]
+    assert "found: " in outputs["build"] and "16 small projections are right" in outputs["smoke"]
+    assert re.search(r"[1-9]\d* passed", outputs["tests"]) and "PASSED" in path.with_suffix(".log").read_text()
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["commit"] == "unknown"
     wanted = [case.name for case in gpu_measure.cases(True)]
     assert [row["case"] for row in result["rows"]] == [*wanted, *(f"{n}, torch.compile" for n in wanted[:2])]
     assert all(row["seconds"] and not row["wrong"] and not row["error"] for row in result["rows"])
     assert "| K = 32 fp32, Gram known | cpu |" in done.stdout and "measure-compiled passed" in done.stdout
-    assert "32 passed" in path.with_suffix(".log").read_text()
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -340,6 +342,7 @@ def test_predicted_beside_measured(share, word):
     measured = "" if share is None else f"{share:.0%}"
     assert f"| 124M fp32 | cuda | 93% to 98% | {measured} | {word} |" in gpu_gate.table([told])
     assert gpu_gate.show({"row": told}).endswith(f"{measured}; predicted 93% to 98%: {word}")
+    assert gpu_measure.judged(harness.Row("124M fp32", "triton", 2, [], share_of_limit=share))["predicted"] is None
 
 
 def test_rows_without_a_time_are_shown():
@@ -372,7 +375,7 @@ def test_few_examples_on_triton_alone():
 
     def examples(name):
         calls.clear()
-        hook = few_examples.pytest_runtest_call(SimpleNamespace(obj=test, name=name))
+        hook = pytest_gate.pytest_runtest_call(SimpleNamespace(obj=test, name=name))
         next(hook)
         test()
         with pytest.raises(StopIteration):
@@ -380,6 +383,15 @@ def test_few_examples_on_triton_alone():
         return len(calls)
 
     assert [examples(f"test[{on}]") for on in ("triton-gpu", "cuda-gpu", "triton-gpu")] == [8, 30, 8]
+
+
+@pytest.mark.parametrize(("status", "passed", "expected"), [(0, [1], 0), (0, [], 1), (2, [], 2)])
+def test_tests_that_were_all_skipped_have_not_passed(status, passed, expected):
+    reporter = SimpleNamespace(stats={"passed": passed}, write_line=lambda line: None)
+    plugins = SimpleNamespace(get_plugin={"terminalreporter": reporter}.get)
+    session = SimpleNamespace(config=SimpleNamespace(pluginmanager=plugins), exitstatus=status)
+    pytest_gate.pytest_sessionfinish(session, status)
+    assert session.exitstatus == expected
 
 
 # --- the build ------------------------------------------------------------------------------------------------------------
@@ -431,6 +443,11 @@ def test_a_library_of_ones_own(work, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--library", str(library)])
     assert gpu_build.main() == 0
     assert (work / "site" / "gradproj" / "_cpu.so").read_text() == "a library"
+    library.rename(work / "cpu.so")
+    for name in ("cpu.so", "_cpu.so"):  # would not be found, is not there
+        monkeypatch.setattr(sys, "argv", ["gpu_build.py", "--device", "cpu", "--library", str(work / name)])
+        with pytest.raises(SystemExit):
+            gpu_build.main()
 
 
 def test_the_key_is_of_all_that_a_library_is_made_of(tmp_path, monkeypatch):
@@ -448,31 +465,92 @@ def test_the_key_is_of_all_that_a_library_is_made_of(tmp_path, monkeypatch):
     assert len(set(keys)) == 6
 
 
-# --- time on a GPU --------------------------------------------------------------------------------------------------------
+# --- measuring on a GPU ---------------------------------------------------------------------------------------------------
 
 
-def test_time_is_between_events_around_calls_in_a_queue(monkeypatch):
-    happened = []
+class PretendedGpu:
+    """What the measurements ask of torch.cuda, on the CPU: what is under test is that they ask for it rightly."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def __init__(self, monkeypatch):
+        self.happened, self.graph_works = [], True
+        real_rows, real_randn, cpu = harness.make_rows, torch.randn, gradproj.backends()["cpu"]
 
-        def record(self):
-            happened.append("event")
+        def fused(*arguments):
+            self.captured = arguments
+            gradproj.project_(arguments[0], *arguments[1])
 
-        def synchronize(self):
-            happened.append("wait")
+        monkeypatch.setattr(harness, "make_rows", lambda case, device: real_rows(case, "cpu"))
+        monkeypatch.setattr(harness, "fused", fused)
+        monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
+        monkeypatch.setattr(torch, "randn", lambda *size, device: real_randn(*size))
+        monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
+        monkeypatch.setattr(gradproj, "backends", lambda: {"cuda": cpu, "triton": cpu})
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda name=name: self.happened.append(name))
+        for name in ("memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: 4096)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.context)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+        monkeypatch.setattr(torch.cuda, "graph", self.context)
 
-        def elapsed_time(self, end):
-            return 50.0  # ms
+    def event(self, enable_timing):
+        assert enable_timing
+        made = SimpleNamespace(synchronize=lambda: self.happened.append("synchronize"))
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+        def record():
+            made.time = time.perf_counter()
+            self.happened.append("event")
+
+        made.record, made.elapsed_time = record, lambda end: (end.time - made.time) * 1e3
+        return made
+
+    def stream(self):
+        return SimpleNamespace(wait_stream=lambda other: self.happened.append("wait_stream"))
+
+    def context(self, _):
+        return contextlib.nullcontext()
+
+    def replay(self):
+        if self.graph_works:
+            harness.fused(*self.captured)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    cpu_library()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # lists this small gain nothing by a second
+    yield PretendedGpu(monkeypatch)
+    torch.set_num_threads(threads)
+
+
+def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
+    assert gpu_measure.tell_rows(gpu_measure.jobs("cuda", "cuda", quick=True), "cuda") == 0
+    rows = [gpu_stages.understand(line)[1]["row"] for line in capsys.readouterr().out.splitlines()]
+    assert {row["case"] for row in rows} == set(gpu_measure.PREDICTED)
+    for row in rows:
+        captured = row["case"].endswith("captured")
+        assert row["seconds"] > 0 and row["predicted"]
+        assert (row["host_seconds"] is None) == (row["share_of_limit"] is None) == captured
+
+
+def test_a_graph_that_does_nothing_is_wrong(pretended_gpu):
+    case = harness.Case("300 x 64", [(64,)] * 3, rounds=1)
+    assert harness.measure_captured(case, "cuda").seconds and pretended_gpu.happened.count("wait_stream") == 2
+    pretended_gpu.graph_works = False
+    row = harness.measure_captured(case, "cuda")
+    assert row.wrong == ["fused"] and row.seconds is None
+
+
+def test_time_is_between_events_around_calls_in_a_queue(pretended_gpu):
+    happened = pretended_gpu.happened
     seconds = harness.in_turns({"run": lambda: happened.append("run")}, 2, "cuda")
-    assert seconds == {"run": [0.0025, 0.0025]}  # 50 ms over 20
-    turn = ["wait", "run", "event", *["run"] * 20, "event", "wait"]
-    assert happened == ["run", "wait", "run", "wait", *turn, *turn]
+    assert len(seconds["run"]) == 2 and min(seconds["run"]) > 0
+    turn = ["synchronize", "run", "event", *["run"] * 20, "event", "synchronize"]
+    assert happened == ["run", "synchronize", "run", "synchronize", *turn, *turn]
 
 
 @pytest.mark.parametrize(("once", "calls"), [(1e-5, 20), (5e-3, 20), (2e-2, 5), (1.0, 3)])
