@@ -259,7 +259,7 @@ def test_a_stage_has_its_own_limit(tmp_path):
 
 
 def test_a_child_that_stays_behind_is_not_waited_for(tmp_path):
-    run = Run(tmp_path, [FIRST, sh("leaves", "sleep 60 & echo child $!"), sh("next", row("one"))])
+    run = Run(tmp_path, [FIRST, sh("leaves", "sleep 60 & echo child $!", 60), sh("next", row("one"))])
     child = run.wait_for("child ")
     code, results, rows = run.end()
     assert code == 0 and set(results.values()) == {"passed"} and rows == ["one"] and time.monotonic() - run.start < 30
