@@ -1,11 +1,11 @@
-"""The GPU gate's build: the native kernels, and beside them the package, so that build/gpu_gate/site on PYTHONPATH is enough.
+"""The GPU gate's build: the native kernels, and the package around them, for which build/gpu_gate/site on PYTHONPATH is enough.
 
     build/gpu_gate/KEY/lib   the libraries. KEY is a hash of what they are made of: a second call finds them.
     build/gpu_gate/site      the Python sources as they are now, and those libraries.
 
-Nothing else is written, and nothing is installed. setup.py runs on a copy of the sources without pyproject.toml, whose licence
-field needs setuptools >= 77. `python benchmarks/gpu_build.py --device cuda --arch 9.0` needs nvcc but no GPU: build/gpu_gate can
-be taken along to a machine with the same version of torch.
+Nothing else is written, and nothing is installed. setup.py runs on a copy of the sources without pyproject.toml, whose
+licence field needs setuptools >= 77. `python benchmarks/gpu_build.py --device cuda --arch 9.0` needs nvcc but no GPU:
+build/gpu_gate can be taken along to a machine with the same version of torch.
 """
 
 import argparse

@@ -2,13 +2,14 @@
 
 Stages, each a process of its own: machine, build, load, smoke, measure-cuda, memcheck, racecheck, tests, measure-triton,
 measure-compiled. A stage that fails keeps only those from running that are nothing without it. One deadline holds for all; a
-stage that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the .log
-beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only what was running.
+stage that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
+.log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only what was
+running.
 
 Exit code: 0 everything passed; 1 something failed or was skipped; 2 nothing was run: wrong usage, or no CUDA device.
 
-Needs torch, numpy, setuptools, nvcc and a C++20 compiler; for the tests pytest and hypothesis. No network, pip or git. The
-checkout is only read, but for build/gpu_gate. `--device cpu --quick` goes the same way without a GPU, on small lists.
+Needs torch, numpy, setuptools, nvcc and a C++20 compiler; for the tests pytest and hypothesis. No network, pip or git.
+The checkout is only read, but for build/gpu_gate. `--device cpu --quick` goes the same way without a GPU, on small lists.
 """
 
 import argparse
@@ -101,9 +102,6 @@ def make_environment(commit: str) -> dict[str, str]:
     if commit:
         environment["GRADPROJ_COMMIT"] = commit
     return environment
-
-
-# --- what one reads -----------------------------------------------------------------------------------------------------
 
 
 def quantity(name: str, value: float) -> str:

@@ -29,8 +29,8 @@ from harness import (
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16, torch.float64)
-# What the arithmetic over the machine code promises of the CUDA kernels on an H100: (field of the row, from, to). A share is of
-# the minimal bytes at the bandwidth of a copy in device memory; what L2 holds goes beyond it.
+# What the arithmetic over the machine code promises of the CUDA kernels on an H100: (field of the row, from, to). A share is
+# of the minimal bytes at the bandwidth of a copy in device memory; what L2 holds goes beyond it.
 PREDICTED: dict[str, tuple[str, float, float]] = {
     "124M fp32": ("share_of_limit", 0.93, 0.98),
     "124M bf16": ("share_of_limit", 0.92, 0.97),
@@ -90,7 +90,7 @@ Job = tuple[Case, Callable[[], Row]]
 
 
 def jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Every row but those of torch.compile. Triton's leave out the compositions, which stand beside the CUDA kernels."""
+    """Every row but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels."""
 
     def eager(case: Case) -> Job:
         composed = backend != "triton" and case.directions <= 8 and not case.parts
@@ -106,7 +106,7 @@ def jobs(backend: str, device: str, quick: bool) -> list[Job]:
 
 
 def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Beside what torch.compile makes of plain torch; without a GPU it is traced only, to spare a compiler's half minute."""
+    """Beside what torch.compile makes of plain torch. Without a GPU that is traced only, to spare half a minute of g++."""
     compiled = torch.compile(peers.device_coefficient, backend="inductor" if device == "cuda" else "eager")
 
     def beside(case: Case) -> Job:

@@ -180,15 +180,15 @@ LIBC = ctypes.CDLL(None)
 
 
 def lead_a_group() -> None:
-    """In the new process. A group of its own can be killed as a whole; a session of its own would escape whoever cleans up after
-    the gate. And it dies with the gate: a GPU must not stay busy for nobody."""
+    """In the new process. A group of its own can be killed as a whole; a session of its own would escape whoever cleans up
+    after the gate. And it dies with the gate: a GPU must not stay busy for nobody."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def follow(process: subprocess.Popen, seconds: float, listener: Listener) -> bool:
-    """Hands on what a process prints; whether it ended in time. A child of it that still holds the pipe is not waited for."""
+    """Hands on what a process prints; whether it ended in time. A child that still holds its pipe is not waited for."""
     assert process.stdout is not None
     pipe, until, more = process.stdout.fileno(), time.monotonic() + seconds, True
     while True:

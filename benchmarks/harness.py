@@ -1,8 +1,8 @@
 """Checks first, then times: every row of a table is the fused projection against its peers and the limit, in one run.
 
 Contenders take turns (A B C A B C ..), so that a slow second of a shared machine meets all of them; a ratio is the median of
-the ratios round by round. A contender whose result is wrong is named and not timed. On a GPU the time is the device's, of calls in a
-queue; what a call costs the host is measured by itself.
+the ratios round by round. A contender whose result is wrong is named and not timed. On a GPU the time is the device's, of
+calls in a queue; what a call costs the host is measured by itself.
 """
 
 import functools
@@ -194,8 +194,8 @@ def _queued_calls(once: float) -> int:
 
 
 def _queued_turn(run: Callable[[], None], calls: int) -> float:
-    """Between events around calls in a queue. The one before the first event keeps the device busy while the host enqueues the
-    first that counts: only a host that is slower than the device is seen, as it is in training."""
+    """Between events around calls in a queue. The one before the first event keeps the device busy while the host enqueues
+    the first that counts: only a host that is slower than the device is seen, as it is in training."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     run()

@@ -1,4 +1,4 @@
-"""What a figure needs beside it. Imports nothing of this package and never raises: no table is lost for want of its header.
+"""What a figure needs beside it. Imports nothing of gradproj and never raises: no table is lost for want of its header.
 
 `python benchmarks/machine.py cuda` is the GPU gate's first stage.
 """

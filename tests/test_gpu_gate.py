@@ -1,7 +1,6 @@
-"""The GPU gate before a GPU is there: a dry run in a checkout that is only read, and stand-ins for the stages that are killed, fail,
-hang and talk at every place where a call could be lost."""
+"""The GPU gate before there is a GPU: a dry run in a checkout that is only read, and stand-ins for its stages that are killed,
+fail, hang and talk wherever a call could be lost."""
 
-import contextlib
 import json
 import os
 import re
@@ -45,9 +44,6 @@ def cpu_library():
     if not found:
         pytest.skip("the CPU kernels are not built here")
     return found[0]
-
-
-# --- the dry run ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -116,8 +112,6 @@ def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "no CUDA device" in done.stdout
 
-
-# --- stand-ins for the stages ---------------------------------------------------------------------------------------------
 
 DRIVER = """
 import json, sys
@@ -194,7 +188,7 @@ def assert_gone(*processes):
 
 @pytest.mark.parametrize("place", range(len(names("cuda"))), ids=names("cuda"))
 def test_killed_in_the_middle_of_a_stage(tmp_path, place):
-    """By SIGKILL: nobody can catch it, as when a machine's time is up. Finished rows are there, and the stage's process is not."""
+    """By SIGKILL, which nobody catches, as when a machine's time is up: the rows are there, the stage's process is not."""
     stages = [sh(name, told(machine=HEADER) + row(name)) for name in names("cuda")]
     stages[place][2][2] += FOREVER
     run = Run(tmp_path, stages)
@@ -300,9 +294,6 @@ def test_lines_that_only_look_like_results(tmp_path):
     assert run.record["stages"][1]["output"] == f"{mark}5\n{mark}{{broken\nin a line \nno end\n"
 
 
-# --- what the stages are --------------------------------------------------------------------------------------------------
-
-
 def test_the_environment_adds_to_what_is_there(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"/one{os.pathsep}/two")
     monkeypatch.setenv("PATH", "/bin")
@@ -326,42 +317,6 @@ def test_the_machine_is_described_without_git(monkeypatch):
     assert machine.machine("cuda")["commit"] == "abc"
     monkeypatch.delenv("GRADPROJ_COMMIT")
     assert machine.machine("cpu")["commit"] == "unknown"
-
-
-def test_every_row_of_the_cuda_kernels_has_a_prediction():
-    rows = [case.name for case, _ in gpu_measure.jobs("cuda", "cuda", quick=False)]
-    assert len(rows) == len(set(rows)) and set(rows) == set(gpu_measure.PREDICTED)
-
-
-@pytest.mark.parametrize(
-    ("share", "word"), [(0.95, "inside"), (0.5, "OUTSIDE"), (1.0, "OUTSIDE"), (None, "not measured")]
-)
-def test_predicted_beside_measured(share, word):
-    told = gpu_measure.judged(harness.Row("124M fp32", "cuda", 2, [], share_of_limit=share))
-    assert told["inside"] is (word == "inside")
-    measured = "" if share is None else f"{share:.0%}"
-    assert f"| 124M fp32 | cuda | 93% to 98% | {measured} | {word} |" in gpu_gate.table([told])
-    assert gpu_gate.show({"row": told}).endswith(f"{measured}; predicted 93% to 98%: {word}")
-    assert gpu_measure.judged(harness.Row("124M fp32", "triton", 2, [], share_of_limit=share))["predicted"] is None
-
-
-def test_rows_without_a_time_are_shown():
-    wrong = gpu_measure.judged(harness.Row("124M fp32", "triton", 2, ["fused"]))
-    broken = gpu_measure.judged(harness.Row("1B fp32", "cuda", 0, []), "OutOfMemoryError: too much")
-    assert "wrong: fused" in gpu_gate.table([wrong]) and "wrong: fused" in gpu_gate.show({"row": wrong})
-    assert "too much" in gpu_gate.table([broken]) and "too much" in gpu_gate.show({"row": broken})
-
-
-def test_a_row_that_fails_does_not_cost_the_next(capsys):
-    def broken():
-        raise RuntimeError("reason\nand more")
-
-    case = gpu_measure.cases(True)[0]
-    todo = [(case, broken), (case, lambda: harness.Row("fine", "cpu", 2, []))]
-    assert gpu_measure.tell_rows(todo, "cpu") == 1
-    lines = [line.removeprefix(gpu_stages.MARK) for line in capsys.readouterr().out.splitlines()]
-    first, second = (json.loads(line)["row"] for line in lines)
-    assert first["error"] == "RuntimeError: reason" and second["case"] == "fine" and not second["error"]
 
 
 def test_few_examples_on_triton_alone():
@@ -392,167 +347,3 @@ def test_tests_that_were_all_skipped_have_not_passed(status, passed, expected):
     session = SimpleNamespace(config=SimpleNamespace(pluginmanager=plugins), exitstatus=status)
     pytest_gate.pytest_sessionfinish(session, status)
     assert session.exitstatus == expected
-
-
-# --- the build ------------------------------------------------------------------------------------------------------------
-
-COMPILER = """#!/bin/sh
-echo "$@" >> "$COMPILER_LOG"
-while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done
-"""
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_build, "WORK", tmp_path / "work")
-    monkeypatch.setattr(gpu_build, "SITE", tmp_path / "site")
-    monkeypatch.setattr(sys, "argv", ["gpu_build.py", "--device", "cpu"])
-    return tmp_path
-
-
-def test_the_build_goes_through_setup_py_and_is_found_again(work, monkeypatch):
-    """With a compiler that only makes files: what is under test is where they go. No pyproject.toml, no pip."""
-    compiler, log = work / "compiler", work / "log"
-    compiler.write_text(COMPILER)
-    compiler.chmod(0o755)
-    for name, value in {"CC": compiler, "CXX": compiler, "COMPILER_LOG": log, "GRADPROJ_CUDA": "1"}.items():
-        monkeypatch.setenv(name, str(value))
-    before = seen(ROOT / "csrc")
-    assert gpu_build.main() == 0
-    assert "gram.cpp" in log.read_text() and ".cu " not in log.read_text()
-    (found,) = work.glob("work/*/lib/gradproj/_cpu.so")
-    assert (work / "site" / "gradproj" / "_cpu.so").exists() and not list(work.rglob("pyproject.toml"))
-    assert (work / "site" / "gradproj" / "triton_kernels" / "gram.py").exists()
-    log.unlink()
-    assert gpu_build.main() == 0 and not log.exists() and seen(ROOT / "csrc") == before
-    found.parent.parent.rename(found.parent.parent.with_name("unfinished"))  # as a build that was cut off leaves it
-    assert gpu_build.main() == 0 and log.exists()
-
-
-def test_without_a_build_the_rest_is_there(work, monkeypatch, capfd):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert gpu_build.main() == 1
-    assert "setup.py failed" in capfd.readouterr().out
-    assert (work / "site" / "gradproj" / "__init__.py").exists() and not list(work.rglob("*.so"))
-
-
-def test_a_library_of_ones_own(work, monkeypatch):
-    library = work / "_cpu.so"
-    library.write_text("a library")
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--library", str(library)])
-    assert gpu_build.main() == 0
-    assert (work / "site" / "gradproj" / "_cpu.so").read_text() == "a library"
-    library.rename(work / "cpu.so")
-    for name in ("cpu.so", "_cpu.so"):  # would not be found, is not there
-        monkeypatch.setattr(sys, "argv", ["gpu_build.py", "--device", "cpu", "--library", str(work / name)])
-        with pytest.raises(SystemExit):
-            gpu_build.main()
-
-
-def test_the_key_is_of_all_that_a_library_is_made_of(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copy(ROOT / "setup.py", tmp_path)
-    here = gpu_build.key("cpu", "")
-    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
-    keys = [gpu_build.key("cpu", ""), gpu_build.key("cuda", "9.0"), gpu_build.key("cuda", "8.0")]
-    assert keys[0] == here
-    for path in (tmp_path / "csrc" / "plan.h", tmp_path / "setup.py"):
-        path.write_text(path.read_text() + " ")
-        keys.append(gpu_build.key("cpu", ""))
-    monkeypatch.setattr(gpu_build.importlib.metadata, "version", lambda name: "9.9")
-    keys.append(gpu_build.key("cpu", ""))
-    assert len(set(keys)) == 6
-
-
-# --- measuring on a GPU ---------------------------------------------------------------------------------------------------
-
-
-class PretendedGpu:
-    """What the measurements ask of torch.cuda, on the CPU: what is under test is that they ask for it rightly."""
-
-    def __init__(self, monkeypatch):
-        self.happened, self.graph_works = [], True
-        real_rows, real_randn, cpu = harness.make_rows, torch.randn, gradproj.backends()["cpu"]
-
-        def fused(*arguments):
-            self.captured = arguments
-            gradproj.project_(arguments[0], *arguments[1])
-
-        monkeypatch.setattr(harness, "make_rows", lambda case, device: real_rows(case, "cpu"))
-        monkeypatch.setattr(harness, "fused", fused)
-        monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
-        monkeypatch.setattr(torch, "randn", lambda *size, device: real_randn(*size))
-        monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
-        monkeypatch.setattr(gradproj, "backends", lambda: {"cuda": cpu, "triton": cpu})
-        for name in ("synchronize", "reset_peak_memory_stats"):
-            monkeypatch.setattr(torch.cuda, name, lambda name=name: self.happened.append(name))
-        for name in ("memory_allocated", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: 4096)
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "stream", self.context)
-        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
-        monkeypatch.setattr(torch.cuda, "graph", self.context)
-
-    def event(self, enable_timing):
-        assert enable_timing
-        made = SimpleNamespace(synchronize=lambda: self.happened.append("synchronize"))
-
-        def record():
-            made.time = time.perf_counter()
-            self.happened.append("event")
-
-        made.record, made.elapsed_time = record, lambda end: (end.time - made.time) * 1e3
-        return made
-
-    def stream(self):
-        return SimpleNamespace(wait_stream=lambda other: self.happened.append("wait_stream"))
-
-    def context(self, _):
-        return contextlib.nullcontext()
-
-    def replay(self):
-        if self.graph_works:
-            harness.fused(*self.captured)
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    cpu_library()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # lists this small gain nothing by a second
-    yield PretendedGpu(monkeypatch)
-    torch.set_num_threads(threads)
-
-
-def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
-    assert gpu_measure.tell_rows(gpu_measure.jobs("cuda", "cuda", quick=True), "cuda") == 0
-    rows = [gpu_stages.understand(line)[1]["row"] for line in capsys.readouterr().out.splitlines()]
-    assert {row["case"] for row in rows} == set(gpu_measure.PREDICTED)
-    for row in rows:
-        captured = row["case"].endswith("captured")
-        assert row["seconds"] > 0 and row["predicted"]
-        assert (row["host_seconds"] is None) == (row["share_of_limit"] is None) == captured
-
-
-def test_a_graph_that_does_nothing_is_wrong(pretended_gpu):
-    case = harness.Case("300 x 64", [(64,)] * 3, rounds=1)
-    assert harness.measure_captured(case, "cuda").seconds and pretended_gpu.happened.count("wait_stream") == 2
-    pretended_gpu.graph_works = False
-    row = harness.measure_captured(case, "cuda")
-    assert row.wrong == ["fused"] and row.seconds is None
-
-
-def test_time_is_between_events_around_calls_in_a_queue(pretended_gpu):
-    happened = pretended_gpu.happened
-    seconds = harness.in_turns({"run": lambda: happened.append("run")}, 2, "cuda")
-    assert len(seconds["run"]) == 2 and min(seconds["run"]) > 0
-    turn = ["synchronize", "run", "event", *["run"] * 20, "event", "synchronize"]
-    assert happened == ["run", "synchronize", "run", "synchronize", *turn, *turn]
-
-
-@pytest.mark.parametrize(("once", "calls"), [(1e-5, 20), (5e-3, 20), (2e-2, 5), (1.0, 3)])
-def test_calls_in_a_queue(once, calls):
-    assert harness._queued_calls(once) == calls
