@@ -1,281 +1,203 @@
-"""Everything that needs a GPU, in one call of less than 8 minutes: `python benchmarks/gpu_gate.py`.
+"""Everything that needs a GPU, in one call of under 9 minutes that loses nothing: `python benchmarks/gpu_gate.py`.
 
-Builds the CUDA kernels, runs the tests marked gpu, runs compute-sanitizer on a short case, measures, and writes
-benchmarks/results/gpu_NAME.json and a table. A stage that fails is recorded and the next one runs; the exit code is 0 if all
-passed, 1 if one did not, 2 if there is no CUDA device. Needs torch, numpy, pytest, hypothesis and nvcc; no network.
-`--device cpu --quick` goes through the same measurements on small sizes without a GPU.
+Stages, each a process of its own: machine, build, load, smoke, measure-cuda, memcheck, racecheck, tests, measure-triton,
+measure-compiled. A stage that fails keeps only those from running that are nothing without it. One deadline holds for all; a
+stage that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
+.log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only what was
+running.
+
+Exit code: 0 everything passed; 1 something failed or was skipped; 2 nothing was run: wrong usage, or no CUDA device.
+
+Needs torch, numpy, setuptools, nvcc and a C++20 compiler; for the tests pytest and hypothesis. No network, pip or git.
+The checkout is only read, but for build/gpu_gate. `--device cpu --quick` goes the same way without a GPU, on small lists.
 """
 
 import argparse
-import json
 import os
-import re
-import shutil
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True  # the checkout is only read
+
+from gpu_stages import SITE, WORK, Gate, Record, Stage, open_record, say
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 
 
-class Stage(NamedTuple):
-    """One step of the gate. ``output`` is the end of what it printed."""
-
-    name: str
-    passed: bool
-    seconds: float
-    output: str
+def script(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / name), *arguments]
 
 
-def run_stage(name: str, command: list[str], limit: float, environment: dict[str, str]) -> Stage:
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=ROOT,
-            env=environment,
-            timeout=limit,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        passed, output = done.returncode == 0, done.stdout.decode(errors="replace")
-    except subprocess.TimeoutExpired as error:
-        passed, output = False, (error.stdout or b"").decode(errors="replace") + f"\nstopped after {limit:.0f} s"
-    except FileNotFoundError as error:
-        passed, output = False, str(error)
-    stage = Stage(name, passed, time.perf_counter() - start, output[-6000:])
-    print(f"   {'passed' if passed else 'FAILED'} in {stage.seconds:.0f} s", flush=True)
-    if not passed:
-        print(output[-3000:], flush=True)
-    return stage
+def first_stage(device: str) -> Stage:
+    return Stage("machine", 90, script("machine.py", device))
 
 
-# --- measurements, in a process of their own -------------------------------------------------------------------------
-
-
-def cases(quick: bool) -> list:
-    import parameter_lists as lists
-    from harness import Case
-
-    if quick:
-        small = lists.uniform(20, 5000)
-        return [Case("124M fp32", small), Case("124M bf16", small, torch.bfloat16), Case("K = 8", small, directions=8)]
-    gpt2, large = lists.gpt2_124m(), lists.decoder_1b()
-    return [
-        Case("124M fp32", gpt2, rounds=15),
-        Case("124M bf16", gpt2, torch.bfloat16, rounds=15),
-        Case("1B fp32", large, rounds=9),
-        Case("1B bf16", large, torch.bfloat16, rounds=9),
-        Case("10M fp32", lists.ten_million(), rounds=21),
-        Case("10M bf16", lists.ten_million(), torch.bfloat16, rounds=21),
-        Case("K = 8", gpt2, directions=8, rounds=9),
-        Case("300 x 64", lists.uniform(300, 64), rounds=21),
+def stages(options: argparse.Namespace, machine: dict[str, str]) -> list[Stage]:
+    """What the first stage has found is there. What is worth most comes first, what may take long for nothing comes last."""
+    device, quick = options.device, ["--quick"] if options.quick else []
+    library = [word for path in options.library or () for word in ("--library", str(path.absolute()))]
+    build = script("gpu_build.py", "--device", device, "--arch", machine.get("capability", ""), *library)
+    found = [
+        Stage("build", 240, build),
+        Stage("load", 60, script("gpu_measure.py", "load", device), needs="build"),
+        Stage("smoke", 60, script("gpu_measure.py", "smoke", device), needs="load"),
+        Stage(f"measure-{device}", 150, script("gpu_measure.py", "rows", device, *quick), needs="load"),
     ]
-
-
-def captured_seconds(backend: str) -> float:
-    """300 tensors of 64 elements, replayed from a CUDA graph."""
-    import gradproj
-    import parameter_lists as lists
-
-    grads = [torch.randn(s, device="cuda") for s in lists.uniform(300, 64)]
-    direction = [torch.randn_like(g) for g in grads]
-    with gradproj.use_backend(backend):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            gradproj.project_(grads, direction)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            gradproj.project_(grads, direction)
-    times = []
-    for _ in range(21):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(100):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / 100)
-    return statistics.median(times)
-
-
-def measure(device: str, quick: bool) -> dict[str, Any]:
-    """All rows on every backend of the device, and the targets."""
-    import gradproj
-    import peers
-    from harness import machine
-    from harness import measure as measure_row
-
-    backends = gradproj.backends()
-    names = [n for n in (("cuda", "triton") if device == "cuda" else ("cpu",)) if backends[n].available]
-    rows: dict[str, dict[str, Any]] = {}
-    captured: dict[str, float] = {}
-    compiled = torch.compile(peers.device_coefficient)
-    for case in cases(quick):
-        for name in names:
-            contenders = dict(peers.EAGER)
-            if case.directions == 1 and case.name in ("124M fp32", "124M bf16"):
-                contenders["torch.compile"] = lambda g, d: compiled(g, d)
-            row = measure_row(case, contenders, device, name)
-            rows.setdefault(case.name, {})[name] = row._asdict()
-            print(json.dumps(row._asdict()), flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    sanitize = script("gpu_measure.py", "sanitize", device)
+    if device == "cpu":
+        found += [Stage("sanitize", 60, sanitize, needs="load")]
+    else:
+        found += [Stage(t, 75, [*sanitizer(t), *sanitize], "load", UNCACHED) for t in ("memcheck", "racecheck")]
+    one_thread = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))  # in each of many processes
+    plugin = ("PYTHONPATH", with_path(SITE, HERE))
+    found += [Stage("tests", 150, tests(device, machine), environment=(plugin, *one_thread))]
     if device == "cuda":
-        captured = {name: captured_seconds(name) for name in names}
-    return {"machine": machine(device), "rows": rows, "captured": captured, "targets": targets(rows, captured)}
+        found += [Stage("measure-triton", 120, script("gpu_measure.py", "rows", "triton", *quick))]
+    return [*found, Stage("measure-compiled", 120, script("gpu_measure.py", "compiled-rows", device, *quick), "load")]
 
 
-def targets(rows: dict[str, dict[str, Any]], captured: dict[str, float]) -> list[dict[str, Any]]:
-    """What is aimed at on an H100-class GPU, and whether it was met. A target without its measurement is not met."""
-    found = []
-
-    def aim(name: str, value, goal: float, at_least: bool):
-        met = value is not None and (value >= goal if at_least else value <= goal)
-        found.append({"target": name, "value": value, "goal": f"{'>=' if at_least else '<='} {goal:g}", "met": met})
-
-    def get(case: str, field: str, backend: str = "cuda"):
-        return rows.get(case, {}).get(backend, {}).get(field)
-
-    for case in ("124M fp32", "124M bf16", "1B fp32", "1B bf16"):
-        aim(f"{case}: share of the copy bandwidth", get(case, "share_of_limit"), 0.9, True)
-        aim(f"{case}: times naive", get(case, "times_naive"), 4, True)
-        aim(f"{case}: times the best of plain torch", get(case, "times_best_torch"), 1.5, True)
-        cuda, triton = get(case, "seconds"), get(case, "seconds", "triton")
-        aim(f"{case}: Triton's time over CUDA's", triton / cuda if cuda and triton else None, 1.1, False)
-    for case in ("10M fp32", "10M bf16"):
-        aim(f"{case}: share of 5 N over DRAM bandwidth (L2)", get(case, "share_of_limit"), 1.0, True)
-    aim("K = 8: share of the copy bandwidth", get("K = 8", "share_of_limit"), 0.85, True)
-    aim("300 x 64: eager seconds", get("300 x 64", "seconds"), 80e-6, False)
-    aim("300 x 64: captured seconds", captured.get("cuda"), 10e-6, False)
-    extra = [r["extra_bytes"] for b in rows.values() for r in b.values() if r["extra_bytes"] is not None]
-    aim("extra device memory, bytes, worst case", max(extra) if extra else None, 1 << 20, False)
-    return found
+# The allocator's cache would hide what lies beyond a tensor.
+UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 
 
-def sanitize_case(device: str) -> None:
-    """Short, and touches every kernel: dense, strided, mixed, misaligned, K = 1, 8 and 12, every method, every form of a row."""
-    import gradproj
-
-    def rows(count, dtype=torch.float32):
-        return [
-            [
-                torch.randn(700, device=device).to(dtype)[1:],
-                torch.randn(8, 9, device=device).to(dtype).t(),
-                torch.randn(2050, device=device).to(torch.bfloat16),
-                torch.randn(3, device=device).to(dtype),
-            ]
-            for _ in range(count)
-        ]
-
-    for name in ("cuda",) if device == "cuda" else ("cpu",):
-        with gradproj.use_backend(name):
-            for dtype in (torch.float32, torch.float64, torch.float16):
-                for k in (1, 8, 12):
-                    for method in ("orthogonal", "conflict", "pcgrad", ("mix", 0.5)):
-                        g, *ds = rows(k + 1, dtype)
-                        ds[0][1] = ds[0][1].contiguous()
-                        info = gradproj.project_(g, *ds, method=method)
-                        assert bool(info.finite)
-                    base, g, *ds = rows(k + 2, dtype)
-                    ds[-1] = gradproj.float8.quantize(ds[-1])
-                    info = gradproj.project_(g, *ds, base=base, parts=[0, 1, 1, 2])
-                    assert bool(info.finite)
+def sanitizer(tool: str) -> list[str]:
+    """Errors of kernels only: torch asks the driver for what an older one does not have, and lives with a no."""
+    return ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99"]
 
 
-# --- the gate -----------------------------------------------------------------------------------------------------------
+def tests(device: str, machine: dict[str, str]) -> list[str]:
+    """The tests that need a GPU; without one, a few that show that they are found and run."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "pytest_gate"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # they write into the checkout
+    command += ["--continue-on-collection-errors"]  # a module that misses a package costs itself only
+    workers = min(14, (os.cpu_count() or 1) - 2)
+    if machine.get("pytest-xdist", "missing") != "missing" and workers > 1:
+        command += ["-n", str(workers)]
+    if device == "cuda":
+        return [*command, "-m", "gpu", "tests"]
+    return [*command, "-m", "not gpu", "-k", "every_number_of_directions and cpu", "tests/test_gram.py"]
 
 
-def show(result: dict[str, Any]) -> str:
-    from harness import Row, table
-
-    lines = []
-    for name in sorted({n for by_backend in result["rows"].values() for n in by_backend}):
-        picked = [Row(**by_backend[name]) for by_backend in result["rows"].values() if name in by_backend]
-        lines += [f"backend {name}", "", table(picked, result["machine"]), ""]
-    lines += ["| target | measured | goal | met |", "| --- | ---: | ---: | --- |"]
-    for t in result["targets"]:
-        value = "not measured" if t["value"] is None else f"{t['value']:.4g}"
-        lines.append(f"| {t['target']} | {value} | {t['goal']} | {'yes' if t['met'] else 'no'} |")
-    return "\n".join(lines)
+def with_path(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def gate(device: str, quick: bool, results: Path) -> int:
-    site = Path(tempfile.mkdtemp(prefix="gradproj_gate_"))
-    python = sys.executable
-    environment = {**os.environ, "PYTHONPATH": str(site), "GRADPROJ_CUDA": "1" if device == "cuda" else "0"}
-    install = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(site),
-        ".",
-    ]
-    stages = [run_stage("build", install, 240, environment)]
-    measured = site / "measured.json"
-    script = [python, str(HERE / "gpu_gate.py"), "--device", device, *(["--quick"] if quick else [])]
-    if stages[0].passed:
-        if device == "cuda":
-            tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-            stages.append(run_stage("tests", tests, 150, environment))
-            for tool in ("memcheck", "racecheck"):
-                checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *script, "--sanitize-case"]
-                uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-                stages.append(run_stage(tool, checked, 90, uncached))
-        else:
-            stages.append(run_stage("sanitize case", [*script, "--sanitize-case"], 90, environment))
-        stages.append(run_stage("measure", [*script, "--measure", str(measured)], 240, environment))
-    result: dict[str, Any] = {"machine": {}, "rows": {}, "captured": {}, "targets": []}
-    if measured.exists():
-        result = json.loads(measured.read_text())
-    result["stages"] = [s._asdict() for s in stages]
-    shutil.rmtree(site)
-    results.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", result["machine"].get("machine", device)).strip("_").lower()
-    target = results / f"{'gpu' if device == 'cuda' else 'dry'}_{name}.json"
-    target.write_text(json.dumps(result, indent=1))
-    if result["rows"]:
-        print(f"\n{show(result)}")
-    for s in stages:
-        print(f"{'passed' if s.passed else 'FAILED'}  {s.name}  {s.seconds:.0f} s")
-    print(f"written: {target}")
-    return 0 if all(s.passed for s in stages) and result["rows"] else 1
+def make_environment(commit: str) -> dict[str, str]:
+    """Of all stages: the site in front of what is there already, and every cache inside build/gpu_gate."""
+    environment = {
+        **os.environ,
+        "PATH": f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin",
+        "PYTHONPATH": with_path(SITE),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(WORK / "hypothesis"),
+        "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
+        "TRITON_CACHE_DIR": str(WORK / "triton"),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    if commit:
+        environment["GRADPROJ_COMMIT"] = commit
+    return environment
 
 
-def main() -> int:
+def quantity(name: str, value: float) -> str:
+    if name != "seconds":
+        return f"{value:.0%}"
+    return f"{value * 1e3:.2f} ms" if value > 2e-3 else f"{value * 1e6:.1f} us"
+
+
+def verdict(row: dict[str, Any]) -> list[str]:
+    """[predicted, measured, whether the one is inside the other]"""
+    name, value, predicted = row["quantity"], row["measured"], row["predicted"]
+    measured = "" if value is None else quantity(name, value)
+    if predicted is None:
+        return ["", measured, ""]
+    bounds = " to ".join(quantity(name, bound) for bound in predicted)
+    return [bounds, measured, "inside" if row["inside"] else "not measured" if value is None else "OUTSIDE"]
+
+
+def show(told: dict[str, Any]) -> str:
+    """What a stage told, for the terminal."""
+    if "row" not in told:
+        return "\n".join(f"   {name}: {value}" for name, value in told.get("machine", told).items())
+    row = told["row"]
+    start = f"   {row['case']}, {row['backend']}: "
+    if row["error"]:
+        return start + row["error"]
+    predicted, measured, inside = verdict(row)
+    wrong = [f"wrong: {', '.join(row['wrong'])}"] if row["wrong"] else []
+    return start + "; ".join([measured, *([f"predicted {predicted}: {inside}"] if predicted else []), *wrong])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Share: of the minimal bytes at the bandwidth of a copy. Host: time to enqueue one call."""
+    heads = ["case", "backend", "predicted", "measured", "", "time", "host", "x naive", "x best torch", "extra MiB"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        if row["error"]:
+            lines.append([row["case"], row["backend"], "", row["error"][:60], *[""] * 6])
+            continue
+        seconds = [quantity("seconds", row[n]) if row[n] is not None else "" for n in ("seconds", "host_seconds")]
+        ratios = [f"{row[n]:.2f}" if row[n] is not None else "" for n in ("times_naive", "times_best_torch")]
+        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.2f}"
+        lines.append([row["case"], row["backend"], *verdict(row), *seconds, *ratios, extra])
+        if row["wrong"]:
+            lines.append(["", "", "", f"wrong: {', '.join(row['wrong'])}", *[""] * 6])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(record: Record) -> str:
+    content = record.content
+    machine = content["machine"]
+    lines = [f"{machine['machine']}; torch {machine['torch']}; {machine['date']}; commit {machine['commit']}"]
+    lines += ["Small lists stand in for the named ones."] if content["quick"] else []
+    lines += ["", table(content["rows"]), ""]
+    lines += [f"{s['name']:16} {s['result']}, {s['seconds']:.0f} s" for s in content["stages"]]
+    return "\n".join([*lines, f"written: {record.path}"])
+
+
+def stop(number: int, frame) -> None:
+    raise SystemExit(1)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--measure", type=Path, help="only measure, into this file")
-    parser.add_argument("--sanitize-case", action="store_true", help="only run the short case for compute-sanitizer")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_gate: torch sees no CUDA device; run it on a machine with one, or try --device cpu --quick")
+    parser.add_argument("--quick", action="store_true", help="small lists")
+    parser.add_argument("--deadline", type=float, default=530, help="seconds for everything")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these, after machine and build")
+    parser.add_argument("--results", type=Path, help="folder; default: $OUT, else benchmarks/results")
+    parser.add_argument("--commit", default="", help="for a copy without git")
+    parser.add_argument("--library", type=Path, action="append", help="take this one instead of building")
+    options = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+    names = [stage.name for stage in stages(options, {})]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: no stage {', '.join(unknown)}; there are {', '.join(names)}")
+
+    chosen = options.results or Path(os.environ.get("OUT") or HERE / "results")
+    facts = {"device": options.device, "quick": options.quick, "deadline": options.deadline}
+    record = open_record([chosen, WORK, Path(tempfile.gettempdir())], facts)
+    gate = Gate(record, options.deadline, make_environment(options.commit), show)
+    gate.run(first_stage(options.device))
+    machine = record.content["machine"]
+    if not machine:
         return 2
-    if options.sanitize_case:
-        sanitize_case(options.device)
-    elif options.measure:
-        options.measure.write_text(json.dumps(measure(options.device, options.quick)))
-    else:
-        return gate(options.device, options.quick, options.results)
-    return 0
+    try:
+        for stage in stages(options, machine):
+            if not options.only or stage.name in ("build", *options.only):
+                gate.run(stage)
+    finally:
+        say(summary(record))
+    return 0 if all(result == "passed" for result in gate.results.values()) else 1
 
 
 if __name__ == "__main__":

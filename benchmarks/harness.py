@@ -1,14 +1,12 @@
 """Checks first, then times: every row of a table is the fused projection against its peers and the limit, in one run.
 
 Contenders take turns (A B C A B C ..), so that a slow second of a shared machine meets all of them; a ratio is the median of
-the ratios round by round. A contender whose result is wrong is named and not timed.
+the ratios round by round. A contender whose result is wrong is named and not timed. On a GPU the time is the device's, of
+calls in a queue; what a call costs the host is measured by itself.
 """
 
-import datetime
 import functools
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,18 +18,24 @@ from torch import Tensor
 
 import gradproj
 from gradproj import reference
+from machine import machine  # noqa: F401  the header of a table
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 class Case(NamedTuple):
-    """One projection: ``directions`` lists of tensors of these shapes."""
+    """One projection: ``directions`` lists of tensors of these shapes, the columns of each of the ``parts`` by themselves.
+
+    ``gram_dd``: the directions' own Gram is known, as it is to a wrapper that keeps them.
+    """
 
     name: str
     shapes: list[tuple[int, ...]]
     dtype: torch.dtype = torch.float32
     directions: int = 1
     rounds: int = 7
+    parts: tuple[int, ...] = ()
+    gram_dd: bool = False
 
     @property
     def list_bytes(self) -> int:
@@ -43,38 +47,23 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Medians in seconds; ratios are of other / fused, so that larger is better for the fused one. None: not measured."""
+    """Medians in seconds; ratios are of other / fused, so that larger is better for the fused one. None: not measured.
+
+    ``seconds`` of a GPU are per call of many in a queue; ``host_seconds`` are those in which one call is enqueued.
+    """
 
     case: str
-    seconds: float | None
-    times_naive: float | None
-    times_best_torch: float | None
-    best_torch: str
-    share_of_limit: float | None
-    extra_bytes: int | None
-    naive_extra_bytes: int | None
-    buffers: int
     backend: str
+    buffers: int
     wrong: list[str]
-
-
-def machine(device: str = "cpu") -> dict[str, str]:
-    """What a figure needs beside it."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", root, "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
-    )
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{name}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
+    seconds: float | None = None
+    host_seconds: float | None = None
+    times_naive: float | None = None
+    times_best_torch: float | None = None
+    best_torch: str = ""
+    share_of_limit: float | None = None
+    extra_bytes: int | None = None
+    naive_extra_bytes: int | None = None
 
 
 GAP = 16  # elements between neighbours, so that they are segments of their own
@@ -116,16 +105,25 @@ def exact_gram(rows: list[list[Tensor]]) -> Tensor:
     return gram
 
 
-def expected_weights(grads: list[Tensor], directions: list[list[Tensor]]) -> np.ndarray:
-    """float64 weights from float64 inner products."""
-    return reference.oracle_weights(exact_gram([grads, *directions]).numpy())
+def columns(case: Case) -> list[list[int]]:
+    """Of every part; without parts all of them together."""
+    if not case.parts:
+        return [list(range(len(case.shapes)))]
+    return [[i for i, p in enumerate(case.parts) if p == part] for part in range(max(case.parts) + 1)]
+
+
+def expected_weights(case: Case, grads: list[Tensor], directions: list[list[Tensor]]) -> list[np.ndarray]:
+    """float64 weights of every part from float64 inner products."""
+    lists = [grads, *directions]
+    grams = [exact_gram([[row[i] for i in of] for row in lists]) for of in columns(case)]
+    return [reference.oracle_weights(gram.numpy()) for gram in grams]
 
 
 def relative_error(result: list[Tensor], rows: list[list[Tensor]], weights: Sequence[float]) -> float:
     """Length of (result - what the weights make of the rows) over the length of the latter."""
     error = scale = 0.0
     for r, column in zip(result, zip(*rows, strict=True), strict=True):
-        wanted = torch.zeros_like(r, dtype=torch.float32)
+        wanted = torch.zeros_like(r, dtype=torch.promote_types(r.dtype, torch.float32))
         for w, t in zip(weights, column, strict=True):
             wanted.add_(t, alpha=float(w))
         scale += float(wanted.square().sum(dtype=torch.float64))
@@ -133,13 +131,23 @@ def relative_error(result: list[Tensor], rows: list[list[Tensor]], weights: Sequ
     return (error / scale) ** 0.5
 
 
-def is_right(
-    run: Callable, case: Case, grads: list[Tensor], directions: list[list[Tensor]], weights: np.ndarray
+def has_result(
+    case: Case, result: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]], weights: list[np.ndarray]
 ) -> bool:
-    """Whether ``run`` leaves what the weights say, up to the rounding of the dtype."""
+    """Whether ``result`` is what the weights make of the rows, up to the rounding of the dtype."""
+    for of, w in zip(columns(case), weights, strict=True):
+        rows = [[row[i] for i in of] for row in (grads, *directions)]
+        if not relative_error([result[i] for i in of], rows, w.tolist()) <= TOLERANCE[case.dtype]:
+            return False
+    return True
+
+
+def is_right(
+    run: Callable, case: Case, grads: list[Tensor], directions: list[list[Tensor]], weights: list[np.ndarray]
+) -> bool:
     copies = [t.clone() for t in grads]
     run(copies, directions)
-    return relative_error(copies, [grads, *directions], weights.tolist()) <= TOLERANCE[case.dtype]
+    return has_result(case, copies, grads, directions, weights)
 
 
 def synchronize(device: str) -> None:
@@ -148,25 +156,67 @@ def synchronize(device: str) -> None:
 
 
 def in_turns(contenders: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; a round that takes under 2 ms is repeated within."""
-    repeats = {}
+    """Seconds per call of every contender in every round."""
+    turn, calls_for = (_queued_turn, _queued_calls) if device == "cuda" else (_turn, _calls)
+    calls = {}
     for name, run in contenders.items():
         run()
         synchronize(device)
         start = time.perf_counter()
         run()
         synchronize(device)
-        repeats[name] = max(1, min(1000, int(0.002 / max(1e-7, time.perf_counter() - start))))
+        calls[name] = calls_for(time.perf_counter() - start)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
+            seconds[name].append(turn(run, calls[name]))
     return seconds
+
+
+def _calls(once: float) -> int:
+    """As many as take 2 ms."""
+    return max(1, min(1000, int(0.002 / max(1e-7, once))))
+
+
+def _turn(run: Callable[[], None], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+QUEUED = 20  # calls between two events
+
+
+def _queued_calls(once: float) -> int:
+    """QUEUED, but no more than take 0.1 s: to a call of 5 ms, what the host adds at either end is nothing."""
+    return max(3, min(QUEUED, int(0.1 / max(1e-7, once))))
+
+
+def _queued_turn(run: Callable[[], None], calls: int) -> float:
+    """Between events around calls in a queue. The one before the first event keeps the device busy while the host enqueues
+    the first that counts: only a host that is slower than the device is seen, as it is in training."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    run()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def host_seconds(run: Callable[[], None], rounds: int = 21) -> float:
+    """In which one call is enqueued on an idle GPU. Not of a call that waits for the device itself."""
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(seconds)
 
 
 def ratio(a: list[float], b: list[float]) -> float:
@@ -233,48 +283,91 @@ def naive(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
     reference.project_(grads, directions[0], eps=0.0)
 
 
+def project_op(
+    backend: str,
+    grads: list[Tensor],
+    directions: list[list[Tensor]],
+    method: str = "orthogonal",
+    gram_dd: Tensor | None = None,
+    parts: Sequence[int] = (),
+) -> None:
+    """The op itself, for what the functions do not take: the directions' own Gram, columns in parts."""
+    op = gradproj.backends()[backend].op("project_")
+    flat = [t for d in directions for t in d]
+    op(grads, flat, method, 0.0, 0.0, gram_dd, parts=list(parts), num_parts=max(parts) + 1 if parts else 0)
+
+
+def fused_for(case: Case, directions: list[list[Tensor]], backend: str | None) -> Callable:
+    if not case.parts and not case.gram_dd:
+        return on_backend(backend, fused)
+    assert backend is not None, f"{case.name}: the op of which backend?"
+    gram_dd = on_backend(backend, gradproj.gram)(*directions) if case.gram_dd else None
+    return lambda g, ds: project_op(backend, g, ds, gram_dd=gram_dd, parts=case.parts)
+
+
 def measure(case: Case, peers: dict[str, Callable], device: str = "cpu", backend: str | None = None) -> Row:
     """One row of the table."""
     rows = make_rows(case, device)
     grads, directions = rows.grads, rows.directions
-    weights = expected_weights(grads, directions)
-    runs = {"fused": _on(backend, fused), **peers}
-    if case.directions == 1:
+    weights = expected_weights(case, grads, directions)
+    runs = {"fused": fused_for(case, directions, backend), **peers}
+    if case.directions == 1 and not case.parts:
         runs["naive"] = naive
     wrong = [name for name, run in runs.items() if not is_right(run, case, grads, directions, weights)]
-    info = _on(backend, gradproj.project_)([g.clone() for g in grads], *directions)
+    ran = backend or gradproj.project_([g.clone() for g in grads], *directions).backend
+    row = Row(case.name, ran, len(grads) * (case.directions + 1), wrong)
     if "fused" in wrong:
-        return Row(case.name, None, None, None, "", None, None, None, len(grads), info.backend, wrong)
+        return row
     timed = {name: functools.partial(run, grads, directions) for name, run in runs.items() if name not in wrong}
-    timed["limit"], scale = limit(case, rows, device)
-    seconds = in_turns(timed, case.rounds, device)
-    del timed["limit"]
+    stream, scale = limit(case, rows, device)
+    seconds = in_turns({**timed, "limit": stream}, case.rounds, device)
     torch_times = {name: ratio(seconds[name], seconds["fused"]) for name in peers if name in seconds}
     best = min(torch_times, key=torch_times.__getitem__) if torch_times else ""
-    return Row(
-        case=case.name,
+    return row._replace(
         seconds=statistics.median(seconds["fused"]),
+        host_seconds=host_seconds(timed["fused"]) if device == "cuda" else None,
         times_naive=ratio(seconds["naive"], seconds["fused"]) if "naive" in seconds else None,
         times_best_torch=torch_times.get(best),
         best_torch=best,
         share_of_limit=scale * ratio(seconds["limit"], seconds["fused"]),
         extra_bytes=extra_memory(timed["fused"], device),
         naive_extra_bytes=extra_memory(timed["naive"], device) if "naive" in timed else None,
-        buffers=len(grads) * (case.directions + 1),
-        backend=info.backend,
-        wrong=wrong,
     )
 
 
-def _on(backend: str | None, run: Callable) -> Callable:
+def measure_captured(case: Case, backend: str) -> Row:
+    """The row of a projection that is replayed from a CUDA graph."""
+    rows = make_rows(case, "cuda")
+    grads, directions = rows.grads, rows.directions
+    weights = expected_weights(case, grads, directions)
+    before = [g.clone() for g in grads]
+    run = functools.partial(on_backend(backend, fused), grads, directions)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    torch._foreach_copy_(grads, before)
+    graph.replay()
+    row = Row(case.name, backend, len(grads) * (case.directions + 1), [])
+    if not has_result(case, grads, before, directions, weights):
+        return row._replace(wrong=["fused"])
+    return row._replace(seconds=statistics.median(in_turns({"replay": graph.replay}, case.rounds, "cuda")["replay"]))
+
+
+def on_backend(backend: str | None, run: Callable) -> Callable:
+    """``run`` with that backend chosen; with None it is left to the package."""
     if backend is None:
         return run
 
-    def on_backend(*args):
+    def chosen(*args):
         with gradproj.use_backend(backend):
             return run(*args)
 
-    return on_backend
+    return chosen
 
 
 def heading(header: dict[str, str]) -> str:

@@ -1,0 +1,149 @@
+"""The GPU gate's measurements before there is a GPU: predictions beside rows, and stand-ins for torch.cuda."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gradproj
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu_gate
+import gpu_measure
+import gpu_stages
+import harness
+
+
+def told_rows(capsys):
+    return [gpu_stages.understand(line)[1]["row"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_row_of_the_cuda_kernels_has_a_prediction():
+    rows = [case.name for case, _ in gpu_measure.jobs("cuda", "cuda", quick=False)]
+    assert len(rows) == len(set(rows)) and set(rows) == set(gpu_measure.PREDICTED)
+
+
+@pytest.mark.parametrize(
+    ("share", "word"), [(0.95, "inside"), (0.5, "OUTSIDE"), (1.0, "OUTSIDE"), (None, "not measured")]
+)
+def test_predicted_beside_measured(share, word):
+    told = gpu_measure.judged(harness.Row("124M fp32", "cuda", 2, [], share_of_limit=share))
+    assert told["inside"] is (word == "inside")
+    measured = "" if share is None else f"{share:.0%}"
+    assert f"| 124M fp32 | cuda | 93% to 98% | {measured} | {word} |" in gpu_gate.table([told])
+    assert gpu_gate.show({"row": told}).endswith(f"{measured}; predicted 93% to 98%: {word}")
+    assert gpu_measure.judged(harness.Row("124M fp32", "triton", 2, [], share_of_limit=share))["predicted"] is None
+
+
+def test_rows_without_a_time_are_shown():
+    wrong = gpu_measure.judged(harness.Row("124M fp32", "triton", 2, ["fused"]))
+    broken = gpu_measure.judged(harness.Row("1B fp32", "cuda", 0, []), "OutOfMemoryError: too much")
+    assert "wrong: fused" in gpu_gate.table([wrong]) and "wrong: fused" in gpu_gate.show({"row": wrong})
+    assert "too much" in gpu_gate.table([broken]) and "too much" in gpu_gate.show({"row": broken})
+
+
+def test_a_row_that_fails_does_not_cost_the_next(capsys):
+    def broken():
+        raise RuntimeError("reason\nand more")
+
+    case = gpu_measure.cases(True)[0]
+    todo = [(case, broken), (case, lambda: harness.Row("fine", "cpu", 2, []))]
+    assert gpu_measure.tell_rows(todo, "cpu") == 1
+    first, second = told_rows(capsys)
+    assert first["error"] == "RuntimeError: reason" and second["case"] == "fine" and not second["error"]
+
+
+class PretendedGpu:
+    """What the measurements ask of torch.cuda, on the CPU: what is under test is that they ask for it rightly."""
+
+    def __init__(self, monkeypatch):
+        self.happened, self.graph_works = [], True
+        real_rows, real_randn, cpu = harness.make_rows, torch.randn, gradproj.backends()["cpu"]
+
+        def fused(*arguments):
+            self.captured = arguments
+            gradproj.project_(arguments[0], *arguments[1])
+
+        monkeypatch.setattr(harness, "make_rows", lambda case, device: real_rows(case, "cpu"))
+        monkeypatch.setattr(harness, "fused", fused)
+        monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
+        monkeypatch.setattr(torch, "randn", lambda *size, device: real_randn(*size))
+        monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
+        monkeypatch.setattr(gradproj, "backends", lambda: {"cuda": cpu, "triton": cpu})
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda name=name: self.happened.append(name))
+        for name in ("memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: 4096)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.context)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+        monkeypatch.setattr(torch.cuda, "graph", self.context)
+
+    def event(self, enable_timing):
+        assert enable_timing
+        made = SimpleNamespace(synchronize=lambda: self.happened.append("synchronize"))
+
+        def record():
+            made.time = time.perf_counter()
+            self.happened.append("event")
+
+        made.record, made.elapsed_time = record, lambda end: (end.time - made.time) * 1e3
+        return made
+
+    def stream(self):
+        return SimpleNamespace(wait_stream=lambda other: self.happened.append("wait_stream"))
+
+    def context(self, _):
+        return contextlib.nullcontext()
+
+    def replay(self):
+        if self.graph_works:
+            harness.fused(*self.captured)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    if not gradproj.backends()["cpu"].available:
+        pytest.skip("the CPU kernels are not built here")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # lists this small gain nothing by a second
+    yield PretendedGpu(monkeypatch)
+    torch.set_num_threads(threads)
+
+
+def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
+    assert gpu_measure.tell_rows(gpu_measure.jobs("cuda", "cuda", quick=True), "cuda") == 0
+    rows = told_rows(capsys)
+    assert {row["case"] for row in rows} == set(gpu_measure.PREDICTED)
+    for row in rows:
+        captured = row["case"].endswith("captured")
+        assert row["seconds"] > 0 and row["predicted"]
+        assert (row["host_seconds"] is None) == (row["share_of_limit"] is None) == captured
+
+
+def test_a_graph_that_does_nothing_is_wrong(pretended_gpu):
+    case = harness.Case("300 x 64", [(64,)] * 3, rounds=1)
+    assert harness.measure_captured(case, "cuda").seconds and pretended_gpu.happened.count("wait_stream") == 2
+    pretended_gpu.graph_works = False
+    row = harness.measure_captured(case, "cuda")
+    assert row.wrong == ["fused"] and row.seconds is None
+
+
+def test_time_is_between_events_around_calls_in_a_queue(pretended_gpu):
+    happened = pretended_gpu.happened
+    seconds = harness.in_turns({"run": lambda: happened.append("run")}, 2, "cuda")
+    assert len(seconds["run"]) == 2 and min(seconds["run"]) > 0
+    turn = ["synchronize", "run", "event", *["run"] * 20, "event", "synchronize"]
+    assert happened == ["run", "synchronize", "run", "synchronize", *turn, *turn]
+
+
+@pytest.mark.parametrize(("once", "calls"), [(1e-5, 20), (5e-3, 20), (2e-2, 5), (1.0, 3)])
+def test_calls_in_a_queue(once, calls):
+    assert harness._queued_calls(once) == calls
