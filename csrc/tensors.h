@@ -41,17 +41,17 @@ class TensorList {
  public:
   TensorList(StableListHandle list, bool optional) {
     size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     handles_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
       if (optional)
         handles_.push_back(torch::stable::detail::to<std::optional<AtenTensorHandle>>(item).value_or(nullptr));
       else
         handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
@@ -87,15 +87,15 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     int32_t dtype, type, index;
     int64_t ndim;
     int64_t *sizes, *strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
     if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16 && dtype != f8) refuse("dtype without a kernel");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
     if (where.type < 0) where = {type, index};
     if (type != where.type || index != where.index) refuse("on another device than the first");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
     b.sizes = sizes;
     b.strides = strides;
     b.ndim = static_cast<int32_t>(ndim);
@@ -110,7 +110,7 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     b.present = true;
     if (b.numel > 0) {
       void* data;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
       b.data = static_cast<const char*>(data);
       if (!data) refuse("has no memory");
     }
@@ -171,16 +171,16 @@ class Rows {
     for (const Buffer& b : buffers_)
       if (b.dtype == DType::f8 && b.numel > 0 && !b.scale) throw PlanError("gradproj: a float8 buffer without its scales");
     size_t count = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(extras.parts, &count));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(extras.parts, &count));
     for (size_t i = 0; i < count; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(extras.parts, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(extras.parts, i, &item));
       const int64_t part = torch::stable::detail::to<int64_t>(item);
       if (part < 0 || part >= extras.num_parts || part > INT32_MAX)
         throw PlanError("gradproj: parts: a number is not below num_parts");
       layout_.part.push_back(static_cast<int32_t>(part));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(extras.parts));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(extras.parts));
     if (extras.num_parts < 0 || extras.num_parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
     batched_ = extras.num_parts > 0;
     if (batched_ == layout_.part.empty() && given > 0) throw PlanError("gradproj: parts and num_parts go together");
