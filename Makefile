@@ -12,7 +12,7 @@ help:  ## list the commands
 # Torch first and at its pinned version: left to a requirement, pip takes gigabytes of CUDA libraries.
 PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 # Of all that pip says, a line for each file that it brings.
-FILES := { grep --line-buffered -oE '[^ /]+\.(whl|gz)( .*)?$$' || true; }
+FILES := { grep --line-buffered -oE '[^ /=]+\.(whl|gz)( \([0-9.]+ [kMG]B\)| |$$)' || true; }
 $(VENV)/.torch: constraints.txt
 	@echo "== set-up 1 of 3: $(VENV), torch (a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -3,6 +3,7 @@
 GRADPROJ_NATIVE=0   no native kernels at all
 GRADPROJ_CUDA=1     the CUDA kernels too, with nvcc (CUDA_HOME, else the one on PATH); architectures from
                     TORCH_CUDA_ARCH_LIST, else those of the GPUs that are there
+CXX, CXXFLAGS, LDFLAGS as usual; NVCC_CCBIN is nvcc's own C++ compiler.
 Torch must be installed already: pip install --no-build-isolation .
 """
 
@@ -16,7 +17,7 @@ import sysconfig
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import setuptools
 from setuptools import Extension
@@ -45,13 +46,13 @@ NVCC_FLAGS = [
 
 def numbers(version: str) -> tuple[int, ...]:
     """``"2.11.0+cu130"`` -> ``(2, 11, 0)``."""
-    return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", version).group().split("."))
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
 
 
 # --- what is asked for and what is there, before anything is compiled -------------------------------------------------------
 
 
-def refuse(problem: str):
+def refuse(problem: str) -> NoReturn:
     raise SystemExit(f"gradproj: {problem}")
 
 
@@ -281,7 +282,8 @@ def compile_all(jobs: list[Job], workers: int) -> None:
             job.command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         pending = {pool.submit(run, job): job for job in jobs}
         while pending:
             ready = wait(pending, timeout=20, return_when=FIRST_COMPLETED).done
@@ -296,12 +298,20 @@ def compile_all(jobs: list[Job], workers: int) -> None:
                 if done.stdout.strip():
                     say(done.stdout.rstrip())
                 if done.returncode != 0:
-                    pool.shutdown(wait=False, cancel_futures=True)
                     refuse(
                         f"{job.source} did not compile; its errors are above, and this is the command:\n    "
-                        f"{shlex.join(job.command)}\nThe kernels need g++ 11, clang 14 or a later one."
+                        f"{shlex.join(job.command)}\nThe kernels need g++ 11, clang 14 or a later one; nvcc takes "
+                        "the one that NVCC_CCBIN names."
                     )
                 job.key_file.write_text(job.key)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def remove_libraries(folder: Path) -> None:
+    """A library that an earlier build left and this one does not make would be used with sources that it was not built from."""
+    for library in folder.glob("_*.so"):
+        library.unlink()
 
 
 class BuildExt(build_ext):
@@ -320,15 +330,17 @@ class BuildExt(build_ext):
         total = sum(map(len, jobs.values()))
         say(f"gradproj: {describe(self.extensions[0])}; {len(stale)} of {total} files to compile, {workers} at a time")
         compile_all(stale, workers)
-        # What is in this folder is installed, a library that an earlier build left there included.
-        for left in Path(self.build_lib, "gradproj").glob("_*.so"):
-            left.unlink()
+        remove_libraries(Path(self.build_lib, "gradproj"))
         for library in self.extensions:
             self.link(library, [job.target for job in jobs[library.name]])
         say(f"  built {' and '.join(library.name for library in self.extensions)} in {time.monotonic() - start:.0f} s")
 
+    def copy_extensions_to_source(self):
+        remove_libraries(ROOT / "python" / "gradproj")
+        super().copy_extensions_to_source()
+
     def job(self, library: Library, source: str) -> Job:
-        target = Path(self.build_temp, source).with_suffix(".o")
+        target = Path(self.build_temp, source + ".o")
         command = library.compile_command(source, target)
         return Job(source, target, command, f"{describe(library)}\n{shlex.join(command)}\n")
 

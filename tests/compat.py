@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -32,7 +33,6 @@ FAST_TESTS = [
     "-k",
     "not triton",
 ]
-LIMIT = 30 * 60
 START = time.monotonic()
 
 # Loads the libraries with every symbol bound at once and prints what the dispatcher has. backends.py would not load the CUDA
@@ -49,6 +49,18 @@ for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         found[name] = [s.split("(")[0] for s in SCHEMAS if has("gradproj::" + s.split("(")[0], key)]
 print("found " + json.dumps(found))
 """
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="VERSION", help="fail if this torch did not run"
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="stop after this time (30)")
+    return parser.parse_args()
+
+
+OPTIONS = parse_options()
 
 
 class Failed(Exception):
@@ -94,7 +106,7 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
     say(version, step)
     # PYTHONPATH would bring another gradproj in; a build's progress would stay in Python's buffer.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1", **variables}
-    left = LIMIT - (time.monotonic() - START)
+    left = 60 * OPTIONS.minutes - (time.monotonic() - START)
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -121,7 +133,7 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     if failed:
-        late = f" within the {LIMIT // 60} minutes of make compat" if process.returncode == -signal.SIGTERM else ""
+        late = f", stopped after {OPTIONS.minutes:g} minutes in all" if process.returncode == -signal.SIGTERM else ""
         say(version, f"{step}: FAILED{late}; the end of its output:")
         print("\n".join("    | " + line for line in lines[-40:]))
         settings = " ".join(f"{k}={shlex.quote(v)}" for k, v in variables.items())
@@ -168,8 +180,8 @@ def checkout(version: str) -> Path:
 
 
 def build(version: str, python: Path, source: Path, library: str, **variables: str) -> str:
-    """Install the package; how many seconds it took."""
-    start = time.monotonic()
+    """Install the package; how many seconds it took, and how many seconds of one core."""
+    start, cores = time.monotonic(), core_seconds()
     command = [
         str(python),
         "-m",
@@ -183,7 +195,12 @@ def build(version: str, python: Path, source: Path, library: str, **variables: s
     # Ubuntu's linker has --as-needed on; elsewhere it has to be asked for.
     shown = r"\(\d+ of \d+\) |\.\.\.  csrc|files? to compile|  built "
     run(version, f"build of the {library} library", command, shown, LDFLAGS="-Wl,--as-needed", **variables)
-    return f"{time.monotonic() - start:.0f} s"
+    return f"{time.monotonic() - start:.0f} s ({core_seconds() - cores:.0f})"
+
+
+def core_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def check(row: Row, version: str, python: Path, libraries: list[str], package: Path | None = None) -> dict:
@@ -259,7 +276,7 @@ def attempt(row: Row, steps: Callable, *arguments):
 
 
 def show(rows: list[Row]) -> None:
-    titles = Row("torch", "CPU build", "CUDA build", "loaded", "kernels", "fast tests", "")
+    titles = Row("torch", "CPU build (core-s)", "CUDA build (core-s)", "loaded", "kernels", "fast tests", "")
     table = [dataclasses.astuple(row) for row in (titles, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
@@ -267,11 +284,6 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--require", action="append", default=[], metavar="VERSION", help="fail if this torch did not run"
-    )
-    required = parser.parse_args().require
     rows, installed = [], []
     newest = Row("newest")
     versions = [*VERSIONS, attempt(newest, newest_torch)]
@@ -286,7 +298,7 @@ def main() -> int:
         attempt(rows[-1], try_later, first, last)
     print()
     show(rows)
-    missing = [version for version in required if version not in (one.version for one in installed)]
+    missing = [version for version in OPTIONS.require if version not in (one.version for one in installed)]
     if missing:
         print(f"compat: torch {', '.join(missing)} is required and did not run")
     return 1 if missing or any(row.verdict == "FAILED" for row in rows) else 0

@@ -52,12 +52,21 @@ class Checkout:
 
     def __init__(self, home: Path):
         self.home, self.log, self.bin = home, home / "log", home / "bin"
-        for name in ("source/csrc/cpu", "source/csrc/cuda", "bin", "python/torch/lib", "toolkit/lib64"):
-            (home / name).mkdir(parents=True)
-        for name in ("csrc/plan.h", "csrc/cpu/gram.cpp", "csrc/cpu/combine.cpp", "csrc/cuda/gram.cu"):
-            (home / "source" / name).touch()
-        shutil.copy(ROOT / "setup.py", home / "source")
-        (home / "python/torch/lib/libtorch_cuda.so").touch()
+        for folder in (
+            "bin",
+            "site/torch/lib",
+            "toolkit/lib64",
+            "source/csrc/cpu",
+            "source/csrc/cuda",
+            "source/python/gradproj",
+        ):
+            (home / folder).mkdir(parents=True)
+        for file in ("csrc/plan.h", "csrc/cpu/gram.cpp", "csrc/cpu/combine.cpp", "csrc/cuda/gram.cu"):
+            (home / "source" / file).touch()
+        (home / "source/triton_kernels").symlink_to(ROOT / "triton_kernels")
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, home / "source")
+        (home / "site/torch/lib/libtorch_cuda.so").touch()
         self.torch()
         self.script("g++", COMPILER.format(log=self.log))
         self.nvcc()
@@ -67,7 +76,7 @@ class Checkout:
         (self.bin / name).chmod(0o755)
 
     def torch(self, version: str = "2.11.0+cu130", gpus: tuple = (), text: str = TORCH) -> None:
-        (self.home / "python/torch/__init__.py").write_text(text.format(version=version, gpus=gpus))
+        (self.home / "site/torch/__init__.py").write_text(text.format(version=version, gpus=gpus))
 
     def nvcc(self, release: str = "13.0") -> None:
         answers = NVCC.format(release=release, toolkit=self.home / "toolkit", known=KNOWN)
@@ -83,7 +92,7 @@ class Checkout:
             capture_output=True,
             text=True,
             cwd=self.home / "source",
-            env=plain | {"PATH": str(self.bin), "CXX": "g++", "PYTHONPATH": str(self.home / "python")} | variables,
+            env=plain | {"PATH": str(self.bin), "CXX": "g++", "PYTHONPATH": str(self.home / "site")} | variables,
         )
 
     def commands(self) -> list[str]:
@@ -160,7 +169,7 @@ def test_old_or_strange_nvcc_is_refused(checkout, release, message):
 def test_cuda_library_for_a_torch_without_cuda_is_refused(checkout):
     """It would build, and then not load: the current stream is only to be had from libtorch_cuda.so."""
     checkout.torch("2.13.0+cpu")
-    (checkout.home / "python/torch/lib/libtorch_cuda.so").unlink()
+    (checkout.home / "site/torch/lib/libtorch_cuda.so").unlink()
     refused(checkout, "a CUDA build of torch", "2.13.0+cpu", "unset GRADPROJ_CUDA", **CUDA)
 
 
@@ -197,7 +206,7 @@ def test_architectures(checkout, wanted, targets):
     checkout.torch(gpus=((9, 0), (8, 0), (9, 0)))
     done = checkout.build(**CUDA | {"TORCH_CUDA_ARCH_LIST": wanted})
     assert done.returncode == 0, done.stderr
-    (command,) = (c for c in checkout.commands() if "gram.cu" in c)
+    (command,) = (c for c in checkout.commands() if " -c csrc/cuda/gram.cu" in c)
     flags = [word for word in command.split() if word.startswith("-gencode")]
     assert flags == ["-gencode=arch=compute_{},code={}".format(*target.split(":")) for target in targets]
 
@@ -261,12 +270,14 @@ def test_another_torch_compiles_everything_again(checkout):
     assert checkout.compiled() == {"gram.cpp", "combine.cpp"}
 
 
-def test_library_that_an_earlier_build_left_is_not_installed(checkout):
+def test_library_that_an_earlier_build_left_is_removed(checkout):
     """An install with GRADPROJ_CUDA=1 and a later one without it: the wheel had the earlier one's CUDA library."""
-    checkout.build(**CUDA)
-    assert len(list(checkout.home.glob("source/build/lib*/gradproj/*.so"))) == 2
-    checkout.build()
-    assert [p.name for p in checkout.home.glob("source/build/lib*/gradproj/*.so")] == ["_cpu.so"]
+    in_place = ("setup.py", "-q", "build_ext", "--inplace")
+    for folder, arguments in (("build/lib*", ()), ("python", in_place)):
+        checkout.build(*arguments, **CUDA)
+        assert len(list(checkout.home.glob(f"source/{folder}/gradproj/*.so"))) == 2
+        checkout.build(*arguments)
+        assert [p.name for p in checkout.home.glob(f"source/{folder}/gradproj/*.so")] == ["_cpu.so"]
 
 
 def test_file_that_does_not_compile_is_named_with_its_command(checkout):
