@@ -2,7 +2,7 @@
 
 Every torch is installed, both libraries are built for it as README's "Install" says, loaded, and asked for the kernel of every op,
 and the fast tests run on the CPU. At the end the libraries built for the oldest torch run on the newest. An environment that is
-there is used again; the libraries are built afresh. Half an hour at most, a quarter where the environments are there.
+there is used again; the libraries are built afresh. Takes up to half an hour, half of it for the environments.
 
 A torch that cannot be had on this machine is reported and left out, unless --require names it.
 """
@@ -30,8 +30,7 @@ VERSIONS = ("2.10.0", "2.11.0")  # and the newest release
 NEWEST_BELOW = (2, 15)  # the first release that nobody has tried yet
 FAST_TESTS = [
     *(f"tests/test_{name}.py" for name in ("gram", "combine", "project", "ops", "methods", "optim")),
-    "-k",
-    "not triton",
+    *("-m", "not gpu", "-k", "not triton"),
 ]
 START = time.monotonic()
 
@@ -66,9 +65,15 @@ OPTIONS = parse_options()
 class Failed(Exception):
     """A step that did not succeed; what it printed has been shown."""
 
+    verdict = "FAILED"
+
+
+class OutOfTime(Failed):
+    verdict = "FAILED: out of time"
+
 
 class Unavailable(Failed):
-    """A torch that cannot be had on this machine."""
+    verdict = "not to be had here"
 
 
 @dataclasses.dataclass
@@ -133,12 +138,12 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     if failed:
-        late = f", stopped after {OPTIONS.minutes:g} minutes in all" if process.returncode == -signal.SIGTERM else ""
-        say(version, f"{step}: FAILED{late}; the end of its output:")
+        error = OutOfTime if process.returncode == -signal.SIGTERM else Failed
+        say(version, f"{step}: {error.verdict}; the end of its output:")
         print("\n".join("    | " + line for line in lines[-40:]))
         settings = " ".join(f"{k}={shlex.quote(v)}" for k, v in variables.items())
         say(version, f"again with: cd {shlex.quote(str(ROOT))} && env -u PYTHONPATH {settings} {shlex.join(command)}")
-        raise Failed(step)
+        raise error(step)
     return "\n".join(lines)
 
 
@@ -151,21 +156,21 @@ def newest_torch(row: Row) -> str:
     return row.torch
 
 
+def pip_install(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+
+
 def environment(version: str) -> Path:
     """The Python of an environment with this torch and what the tests need."""
     home = COMPAT / version
     python = home / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     downloads = r"^\s*(Downloading|Processing|Using cached) .*\.(whl|gz)( |$)|^Installing"
+    torch = [*pip_install(python), f"torch=={version}", "setuptools>=77,<82"]
+    tools = [*pip_install(python), "numpy", "pytest", "hypothesis", "scipy"]
     if not python.exists():
         run(version, f"environment {home.relative_to(ROOT)}", [sys.executable, "-m", "venv", str(home)])
-    run(
-        version,
-        "torch, 3 to 6 GB where it is not there yet",
-        [*pip, f"torch=={version}", "setuptools>=77,<82"],
-        downloads,
-    )
-    run(version, "test tools", [*pip, "numpy", "pytest", "hypothesis", "scipy"], downloads)
+    run(version, "torch, 3 to 6 GB where it is not there yet", torch, downloads)
+    run(version, "test tools", tools, downloads)
     return python
 
 
@@ -182,16 +187,7 @@ def checkout(version: str) -> Path:
 def build(version: str, python: Path, source: Path, library: str, **variables: str) -> str:
     """Install the package; how many seconds it took, and how many seconds of one core."""
     start, cores = time.monotonic(), core_seconds()
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "-v",
-        "--no-build-isolation",
-        str(source),
-    ]
+    command = [*pip_install(python), "-v", "--no-build-isolation", str(source)]
     # Ubuntu's linker has --as-needed on; elsewhere it has to be asked for.
     shown = r"\(\d+ of \d+\) |\.\.\.  csrc|files? to compile|  built "
     run(version, f"build of the {library} library", command, shown, LDFLAGS="-Wl,--as-needed", **variables)
@@ -219,8 +215,8 @@ def check(row: Row, version: str, python: Path, libraries: list[str], package: P
     problems = [f"no kernel of library {n} for {found['ops'] - c} ops" for n, c in counts.items() if c < found["ops"]]
     if found["torch"].split("+")[0] != version:
         problems.append(f"torch {found['torch']} has taken the place of {version}")
-    if package and found["folder"] != str(package):
-        problems.append(f"the gradproj of {found['folder']} was loaded, not that of {package}")
+    if not Path(found["folder"]).is_relative_to(package or COMPAT / version):
+        problems.append(f"the gradproj of {found['folder']} was loaded in the place of the one to be tried")
     if problems:
         say(version, "FAILED: " + "; ".join(problems))
         raise Failed
@@ -238,6 +234,8 @@ def fast_tests(row: Row, version: str, python: Path, package: Path | None = None
 def try_torch(row: Row, version: str) -> Installed:
     try:
         python = environment(version)
+    except OutOfTime:
+        raise
     except Failed as error:
         raise Unavailable from error
     source = checkout(version)
@@ -268,10 +266,8 @@ def attempt(row: Row, steps: Callable, *arguments):
     """What ``steps`` return, or None; its row says how it went."""
     try:
         return steps(row, *arguments)
-    except Unavailable:
-        row.verdict = "not to be had here"
-    except Failed:
-        row.verdict = "FAILED"
+    except Failed as error:
+        row.verdict = error.verdict
     return None
 
 
@@ -301,7 +297,7 @@ def main() -> int:
     missing = [version for version in OPTIONS.require if version not in (one.version for one in installed)]
     if missing:
         print(f"compat: torch {', '.join(missing)} is required and did not run")
-    return 1 if missing or any(row.verdict == "FAILED" for row in rows) else 0
+    return 1 if missing or any(row.verdict.startswith("FAILED") for row in rows) else 0
 
 
 if __name__ == "__main__":
