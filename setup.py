@@ -170,10 +170,11 @@ def architectures(nvcc: str, version: str) -> list[str]:
         number = match[1] + match[2] if match else ""
         target = f"-gencode=arch=compute_{number},code=sm_{number}"
         if not match or dry_run(nvcc, target).returncode != 0:
-            known = re.findall(r"compute_(\d+)(\d)", ask([nvcc, "--list-gpu-arch"]).stdout)
+            listed = re.findall(r"compute_(\d+)(\d)", ask([nvcc, "--list-gpu-arch"]).stdout)
+            known = sorted((int(major), int(minor)) for major, minor in listed)
             refuse(
                 f"TORCH_CUDA_ARCH_LIST: nvcc {version} knows no architecture {arch}; it knows "
-                f"{', '.join('.'.join(k) for k in known)}, each with or without +PTX; for example: TORCH_CUDA_ARCH_LIST=9.0"
+                f"{', '.join(f'{major}.{minor}' for major, minor in known)}, each with or without +PTX; for example: TORCH_CUDA_ARCH_LIST=9.0"
             )
         flags.append(target)
         if match[3]:
