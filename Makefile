@@ -47,7 +47,7 @@ tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure
 test: $(VENV)/.built  ## every test that this machine can run
 	@$(RUN) -m pytest
 
-compat: $(VENV)/.torch  ## build and test on every torch that is supported; downloads 15 GB once, half an hour
+compat: $(VENV)/.torch  ## build and test on every torch that is supported; half an hour, 15 GB of disk
 	@$(RUN) tests/compat.py $(ARGS)
 
 bench: $(VENV)/.built  ## fused against naive, the best plain torch, and the limit

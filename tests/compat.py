@@ -151,8 +151,8 @@ def newest_torch(row: Row) -> str:
     """The newest release below NEWEST_BELOW that pip sees from here."""
     command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--disable-pip-version-check"]
     listing = re.search(r"Available versions: (.*)", run(row.torch, "releases of torch", command))
-    releases = [tuple(map(int, v.split("."))) for v in re.findall(r"\b(\d+\.\d+\.\d+)", listing[1] if listing else "")]
-    row.torch = ".".join(map(str, max(release for release in releases if release < NEWEST_BELOW)))
+    found = [tuple(map(int, v.split("."))) for v in re.findall(r"\b(\d+\.\d+\.\d+)", listing[1] if listing else "")]
+    row.torch = ".".join(map(str, max(version for version in found if version < NEWEST_BELOW)))
     return row.torch
 
 
@@ -262,6 +262,10 @@ def try_later(row: Row, oldest: Installed, newest: Installed) -> None:
     fast_tests(row, newest.version, newest.python, package)
 
 
+def release(one: Installed) -> list[int]:
+    return [int(n) for n in one.version.split(".")]
+
+
 def attempt(row: Row, steps: Callable, *arguments):
     """What ``steps`` return, or None; its row says how it went."""
     try:
@@ -282,14 +286,14 @@ def show(rows: list[Row]) -> None:
 def main() -> int:
     rows, installed = [], []
     newest = Row("newest")
-    versions = [*VERSIONS, attempt(newest, newest_torch)]
-    for version in dict.fromkeys(versions):
+    versions = dict.fromkeys([*VERSIONS, attempt(newest, newest_torch)])
+    for version in sorted(versions, key=lambda v: v not in OPTIONS.require):  # time or disk may run out
         rows.append(Row(version) if version else newest)
         one = version and attempt(rows[-1], try_torch, version)
         if one:
             installed.append(one)
     if len(installed) > 1:
-        first, last = installed[0], installed[-1]
+        first, last = min(installed, key=release), max(installed, key=release)
         rows.append(Row(f"{last.version}, built on {first.version}"))
         attempt(rows[-1], try_later, first, last)
     print()
