@@ -3,22 +3,37 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+SHELL := bash
 
-.PHONY: help demo tax test bench lint doctor build clean
+.PHONY: help demo tax test compat bench lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 # Torch first and at its pinned version: left to a requirement, pip takes gigabytes of CUDA libraries.
-PIP := $(RUN) -m pip install -q -q --disable-pip-version-check -c constraints.txt
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "== set-up: $(VENV) and torch (once, about a minute)"
-	@$(PYTHON) -m venv $(VENV) || { echo "python3 needs its venv module (on Debian: apt-get install python3-venv)"; exit 1; }
-	@$(PIP) "setuptools>=77" torch numpy
+PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+# Of all that pip says, a line for each file that it brings.
+FILES := { grep --line-buffered -oE '[^ /=]+\.(whl|gz)( \([0-9.]+ [kMG]B\)| |$$)' || true; }
+$(VENV)/.torch: constraints.txt
+	@echo "== set-up 1 of 3: $(VENV), torch (a minute)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is no Python 3.10 or later; name one that is: make build PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "make: $(PYTHON) makes no environment; on Debian: apt-get install python3-venv, then: make build"; exit 1; }
+	@set -o pipefail; $(PIP) "setuptools>=77,<82" torch numpy | $(FILES) || { \
+	  echo "make: torch was not installed; if the network failed, again: make build;" \
+	    "if this torch does not exist for your Python: make clean, then: make build PYTHON=python3.12"; exit 1; }
+	@touch $@
+
+# An editable install only points here: the kernels are built in place, file by file, and pip would not show them.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "== set-up 2 of 3: the package, and what its tests and demo use (a minute)"
+	@set -o pipefail; GRADPROJ_NATIVE=0 GRADPROJ_CUDA=0 $(PIP) --no-build-isolation -e ".[test,demo]" | $(FILES) || { \
+	  echo "make: not everything was installed; if the network failed, again: make build"; exit 1; }
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
-	@echo "== set-up: the native kernels"
-	@$(PIP) --no-build-isolation -e ".[test,demo]"
+	@echo "== set-up 3 of 3: the native kernels (a minute)"
+	@$(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
 build: $(VENV)/.built  ## make .venv, install, build the kernels
@@ -31,6 +46,9 @@ tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure
 
 test: $(VENV)/.built  ## every test that this machine can run
 	@$(RUN) -m pytest
+
+compat: $(VENV)/.torch  ## build and test on every torch that is supported; half an hour, 15 GB of disk
+	@$(RUN) tests/compat.py $(ARGS)
 
 bench: $(VENV)/.built  ## fused against naive, the best plain torch, and the limit
 	@$(RUN) -m pytest benchmarks -q

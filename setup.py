@@ -3,147 +3,370 @@
 GRADPROJ_NATIVE=0   no native kernels at all
 GRADPROJ_CUDA=1     the CUDA kernels too, with nvcc (CUDA_HOME, else the one on PATH); architectures from
                     TORCH_CUDA_ARCH_LIST, else those of the GPUs that are there
+CXX, CXXFLAGS, LDFLAGS as usual; NVCC_CCBIN is nvcc's own C++ compiler.
 Torch must be installed already: pip install --no-build-isolation .
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-NATIVE = os.environ.get("GRADPROJ_NATIVE", "1") != "0"
-CUDA = os.environ.get("GRADPROJ_CUDA", "0") == "1"
-# The stable ABI of torch 2.10: one build runs on every later torch.
-DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+INSTALL = "pip install --no-build-isolation ."
+OLDEST_SETUPTOOLS = (77,)  # reads the licence field of pyproject.toml
+OLDEST_TORCH = (2, 10)
+OLDEST_NVCC = (12, 8)
+# The stable ABI of OLDEST_TORCH: one build runs on every later torch.
+DEFINE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
+# A symbol that no library has is an error here, not first when the library is loaded.
+SHARED = ["-shared", "-Wl,-z,defs"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+# --threads: the architectures at the same time. --split-compile: the kernels of one file too, into the same machine code.
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=0",
+    "--split-compile=0",
+]
 
 
-def torch_paths():
+def numbers(version: str) -> tuple[int, ...]:
+    """``"2.11.0+cu130"`` -> ``(2, 11, 0)``."""
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
+
+
+# --- what is asked for and what is there, before anything is compiled -------------------------------------------------------
+
+
+def refuse(problem: str) -> NoReturn:
+    raise SystemExit(f"gradproj: {problem}")
+
+
+def switch(name: str, default: str) -> bool:
+    value = os.environ.get(name) or default
+    if value not in ("0", "1"):
+        refuse(f"{name}={value} is neither 0 nor 1; set it to one of them or unset it")
+    return value == "1"
+
+
+def check_setuptools() -> None:
+    if numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
+        refuse(
+            f"setuptools {setuptools.__version__} cannot read the licence field of pyproject.toml; upgrade it with: "
+            'pip install "setuptools>=77,<82"'
+        )
+
+
+class Torch(NamedTuple):
+    """The torch that is installed."""
+
+    version: str
+    cuda: str | None
+    folder: Path
+
+
+def find_torch() -> Torch:
     try:
         import torch
-        from torch.utils.cpp_extension import include_paths
     except ImportError as error:
-        raise SystemExit(
-            "gradproj: building the native kernels needs the torch they will run with. Install torch first, then:\n"
-            "    pip install --no-build-isolation .\n"
-            "or go without native kernels:\n"
-            "    GRADPROJ_NATIVE=0 pip install ."
-        ) from error
-    return [path for path in include_paths() if os.path.isdir(path)], str(Path(torch.__file__).parent / "lib")
+        refuse(
+            f"the native kernels are built against torch, and it does not import ({error}); install it with: "
+            f"pip install torch, then: {INSTALL} (or go without native kernels: GRADPROJ_NATIVE=0 {INSTALL})"
+        )
+    if numbers(torch.__version__) < OLDEST_TORCH:
+        refuse(
+            f'torch {torch.__version__} is older than 2.10; upgrade it with: pip install "torch>=2.10", then: {INSTALL}'
+        )
+    return Torch(torch.__version__, torch.version.cuda, Path(torch.__file__).parent)
 
 
-def sources(folder, *suffixes):
+def environment_words(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def find_cxx() -> list[str]:
+    command = environment_words("CXX") or shlex.split(sysconfig.get_config_var("CXX") or "c++")
+    if not shutil.which(command[0]):
+        refuse(
+            f"there is no C++ compiler {command[0]}; install g++ 11 or clang 14, or a later one (on Debian: apt-get install "
+            f"g++), or name yours in CXX, or go without native kernels: GRADPROJ_NATIVE=0 {INSTALL}"
+        )
+    return command
+
+
+class Nvcc(NamedTuple):
+    """The CUDA compiler. ``targets`` are nvcc's flags for the architectures."""
+
+    path: str
+    version: str
+    targets: list[str]
+    toolkit: Path
+
+
+def find_nvcc(torch: Torch) -> Nvcc:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = os.path.join(home, "bin", "nvcc") if home else "nvcc"
+    found = shutil.which(path)
+    if not found:
+        refuse(
+            f"GRADPROJ_CUDA=1 needs nvcc, and there is no {path}; put it on PATH, or set CUDA_HOME, or unset GRADPROJ_CUDA"
+        )
+    if not (torch.folder / "lib" / "libtorch_cuda.so").exists():
+        refuse(
+            f"GRADPROJ_CUDA=1 needs a CUDA build of torch, and torch {torch.version} has no libtorch_cuda.so; install one with: "
+            "pip install --force-reinstall torch, or unset GRADPROJ_CUDA"
+        )
+    release = re.search(r"release (\d+\.\d+)", ask([found, "--version"]).stdout)
+    if not release:
+        refuse(
+            f"{found} --version names no release; is it nvcc? Set CUDA_HOME to the CUDA toolkit, or unset GRADPROJ_CUDA"
+        )
+    version = release[1]
+    if numbers(version) < OLDEST_NVCC:
+        refuse(
+            f"{found} is nvcc {version}, older than 12.8; set CUDA_HOME to a newer CUDA toolkit, or unset GRADPROJ_CUDA"
+        )
+    return Nvcc(found, version, architectures(found, version), toolkit(found))
+
+
+def ask(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def dry_run(nvcc: str, *flags: str) -> subprocess.CompletedProcess:
+    return ask([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull, *flags])
+
+
+def toolkit(nvcc: str) -> Path:
+    """The CUDA toolkit's folder, from nvcc itself: the one on PATH may be a wrapper that lies elsewhere."""
+    top = re.search(r"TOP=(.*)", dry_run(nvcc).stderr)
+    if not top:
+        refuse(f"{nvcc} does not say where its toolkit is; set CUDA_HOME to the CUDA toolkit, or unset GRADPROJ_CUDA")
+    return Path(top[1].strip())
+
+
+def architectures(nvcc: str, version: str) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and PTX where it ends in +PTX. nvcc itself says what it knows."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if wanted in ([], ["native"]):
+        wanted = gpus()
+    flags = []
+    for arch in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        number = match[1] + match[2] if match else ""
+        target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        if not match or dry_run(nvcc, target).returncode != 0:
+            listed = re.findall(r"compute_(\d+)(\d)", ask([nvcc, "--list-gpu-arch"]).stdout)
+            known = sorted((int(major), int(minor)) for major, minor in listed)
+            refuse(
+                f"TORCH_CUDA_ARCH_LIST: nvcc {version} knows no architecture {arch}; it knows "
+                f"{', '.join(f'{major}.{minor}' for major, minor in known)}, each with or without +PTX; for example: TORCH_CUDA_ARCH_LIST=9.0"
+            )
+        flags.append(target)
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return list(dict.fromkeys(flags))
+
+
+def gpus() -> list[str]:
+    import torch
+
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not capabilities:
+        refuse(
+            "GRADPROJ_CUDA=1, and there is no GPU to build for; name the architectures, for example: "
+            f'TORCH_CUDA_ARCH_LIST="8.0 9.0" GRADPROJ_CUDA=1 {INSTALL}'
+        )
+    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+
+
+# --- the libraries ----------------------------------------------------------------------------------------------------------
+
+
+def sources(folder: str, *suffixes: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes)
 
 
-def headers():
+def headers() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
 
 
-def nvcc_path():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    if not nvcc or not os.path.exists(nvcc):
-        raise SystemExit(
-            "gradproj: GRADPROJ_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME; or unset GRADPROJ_CUDA"
+class Library(Extension):
+    """One library of native kernels: its files, and the commands that make it."""
+
+    def __init__(self, name: str, files: list[str], cxx: list[str], torch: Torch, nvcc: Nvcc | None = None):
+        super().__init__(name, files, depends=headers())
+        self.cxx, self.torch, self.nvcc = cxx, torch, nvcc
+        self.includes = ["-isystem", str(torch.folder / "include")]
+        # torch's libraries by the names of those that have the symbols: where the linker defaults to --as-needed, as on Ubuntu,
+        # it drops libtorch.so, which has none itself and would bring the others along.
+        self.links = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+        if nvcc:
+            self.includes += ["-isystem", str(nvcc.toolkit / "include"), "-DUSE_CUDA"]
+            folders = [nvcc.toolkit / "lib64", nvcc.toolkit / "lib", *sorted(nvcc.toolkit.glob("targets/*/lib"))]
+            self.links += ["-ltorch_cuda", *(f"-L{folder}" for folder in folders if folder.is_dir())]
+            self.links += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+    def compile_command(self, source: str, target: Path) -> list[str]:
+        if source.endswith(".cu"):
+            command = [self.nvcc.path, *NVCC_FLAGS, *self.nvcc.targets]
+        else:
+            command = [*self.cxx, *CXX_FLAGS, *environment_words("CXXFLAGS")]
+        return [*command, DEFINE, *self.includes, "-c", source, "-o", str(target)]
+
+    def link_command(self, objects: list[Path], target: Path) -> list[str]:
+        return [*self.cxx, *SHARED, *environment_words("LDFLAGS"), *map(str, objects), *self.links, "-o", str(target)]
+
+
+def libraries() -> list[Library]:
+    native, cuda = switch("GRADPROJ_NATIVE", "1"), switch("GRADPROJ_CUDA", "0")
+    if cuda and not native:
+        refuse("GRADPROJ_CUDA=1 contradicts GRADPROJ_NATIVE=0; unset one of them")
+    if not native:
+        return []
+    torch, cxx = find_torch(), find_cxx()
+    found = [Library("gradproj._cpu", sources("cpu", ".cpp"), cxx, torch)]
+    if cuda:  # first: its files take the longest
+        found.insert(0, Library("gradproj._cuda", sources("cuda", ".cpp", ".cu"), cxx, torch, find_nvcc(torch)))
+    return found
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One source file to compile. ``key`` is all that its object file depends on besides files of csrc/."""
+
+    source: str
+    target: Path
+    command: list[str]
+    key: str
+
+    @property
+    def key_file(self) -> Path:
+        return self.target.with_suffix(".key")
+
+    def is_current(self, newest_header: float) -> bool:
+        """The object file that an earlier build left is what this command would make."""
+        if not self.target.exists() or not self.key_file.exists() or self.key_file.read_text() != self.key:
+            return False
+        return self.target.stat().st_mtime > max(newest_header, os.path.getmtime(self.source))
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def compile_all(jobs: list[Job], workers: int) -> None:
+    """Compile ``workers`` files at a time; a line for each when it is done, and one every 20 seconds in between."""
+    started: dict[str, float] = {}
+
+    def run(job: Job) -> subprocess.CompletedProcess:
+        started[job.source] = time.monotonic()
+        job.key_file.unlink(missing_ok=True)
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        return subprocess.run(
+            job.command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-    return nvcc
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending = {pool.submit(run, job): job for job in jobs}
+        while pending:
+            ready = wait(pending, timeout=20, return_when=FIRST_COMPLETED).done
+            now = time.monotonic()
+            if not ready:
+                running = [job.source for future, job in pending.items() if future.running()]
+                say("  ...  " + ", ".join(f"{source} {now - started[source]:.0f} s" for source in running))
+            for future in ready:
+                job, done = pending.pop(future), future.result()
+                tool, count = Path(job.command[0]).name, len(jobs) - len(pending)
+                say(f"  {tool:4} {job.source}  ({count} of {len(jobs)})  {now - started[job.source]:.0f} s")
+                if done.stdout.strip():
+                    say(done.stdout.rstrip())
+                if done.returncode != 0:
+                    refuse(
+                        f"{job.source} did not compile; its errors are above, and this is the command:\n    "
+                        f"{shlex.join(job.command)}\nThe kernels need g++ 11, clang 14 or a later one; nvcc takes "
+                        "the one that NVCC_CCBIN names."
+                    )
+                job.key_file.write_text(job.key)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def toolkit(nvcc):
-    """The CUDA toolkit's folder, from nvcc itself: the one on PATH may be a wrapper that lies elsewhere."""
-    done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
-    return next(line.split("TOP=", 1)[1].strip() for line in done.stderr.splitlines() if "TOP=" in line)
-
-
-def architectures():
-    """nvcc's -gencode flags: machine code for each architecture, and PTX where it ends in +PTX."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not wanted:
-        import torch
-
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        wanted = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-    if not wanted:
-        raise SystemExit(
-            "gradproj: GRADPROJ_CUDA=1, but there is no GPU to build for. Name the architectures, for example:\n"
-            '    TORCH_CUDA_ARCH_LIST="8.0 9.0" GRADPROJ_CUDA=1 pip install --no-build-isolation .'
-        )
-    flags = []
-    for arch in wanted:
-        number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+def remove_libraries(folder: Path) -> None:
+    """A library that an earlier build left and this one does not make would be used with sources that it was not built from."""
+    for library in folder.glob("_*.so"):
+        library.unlink()
 
 
 class BuildExt(build_ext):
-    """setuptools' build_ext, taught .cu files, and to name the library without a Python version: it has no Python in it."""
+    """setuptools' build_ext with a queue of its own for the files of all libraries. Each leaves ``NAME.so``, without a Python
+    version, because it has no Python in it."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self):
-        if self.parallel is None:
-            self.parallel = os.cpu_count()
-        self.compiler.src_extensions.append(".cu")
-        compile_host = self.compiler._compile
+        start = time.monotonic()
+        jobs = {library.name: [self.job(library, source) for source in library.sources] for library in self.extensions}
+        newest_header = max(os.path.getmtime(header) for header in headers())
+        stale = [job for group in jobs.values() for job in group if not job.is_current(newest_header)]
+        workers = int(self.parallel or os.cpu_count() or 1)
+        total = sum(map(len, jobs.values()))
+        say(f"gradproj: {describe(self.extensions[0])}; {len(stale)} of {total} files to compile, {workers} at a time")
+        compile_all(stale, workers)
+        remove_libraries(Path(self.build_lib, "gradproj"))
+        for library in self.extensions:
+            self.link(library, [job.target for job in jobs[library.name]])
+        say(f"  built {' and '.join(library.name for library in self.extensions)} in {time.monotonic() - start:.0f} s")
 
-        def compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            if ext != ".cu":
-                return compile_host(obj, src, ext, cc_args, extra_postargs, pp_opts)
-            self.spawn([nvcc_path(), "-c", src, "-o", obj, *pp_opts, *extra_postargs["nvcc"]])
+    def copy_extensions_to_source(self):
+        remove_libraries(ROOT / "python" / "gradproj")
+        super().copy_extensions_to_source()
 
-        def compile_dispatch(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            host = extra_postargs["host"] if isinstance(extra_postargs, dict) else extra_postargs
-            compile_one(obj, src, ext, cc_args, extra_postargs if ext == ".cu" else host, pp_opts)
+    def job(self, library: Library, source: str) -> Job:
+        target = Path(self.build_temp, source + ".o")
+        command = library.compile_command(source, target)
+        return Job(source, target, command, f"{describe(library)}\n{shlex.join(command)}\n")
 
-        self.compiler._compile = compile_dispatch
-        try:
-            super().build_extensions()
-        except Exception as error:
-            raise SystemExit(
-                f"gradproj: the native kernels did not build: {error}\n"
-                "They need a C++20 compiler (g++ >= 11 or clang >= 14; on Debian: apt-get install g++). Without them:\n"
-                "    GRADPROJ_NATIVE=0 pip install --no-build-isolation ."
-            ) from error
-
-
-def extensions():
-    if not NATIVE:
-        if CUDA:
-            raise SystemExit("gradproj: GRADPROJ_CUDA=1 contradicts GRADPROJ_NATIVE=0: unset one of them")
-        return []
-    include, lib = torch_paths()
-    host = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall"]
-    common = {
-        "include_dirs": include,
-        "library_dirs": [lib],
-        "libraries": ["torch", "torch_cpu", "c10"],
-        "define_macros": DEFINES,
-        "depends": headers(),
-        "language": "c++",
-    }
-    found = [Extension("gradproj._cpu", sources("cpu", ".cpp"), extra_compile_args=host, **common)]
-    if CUDA:
-        root = toolkit(nvcc_path())
-        nvcc = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
-        common |= {"define_macros": [*DEFINES, ("USE_CUDA", "1")], "include_dirs": [*include, f"{root}/include"]}
-        common["library_dirs"] = [lib, *(f"{root}/{name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib"))]
-        common["libraries"] = ["torch", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"]
-        found.append(
-            Extension(
-                "gradproj._cuda",
-                sources("cuda", ".cpp", ".cu"),
-                extra_compile_args={"host": host, "nvcc": nvcc},
-                **common,
+    def link(self, library: Library, objects: list[Path]) -> None:
+        target = Path(self.get_ext_fullpath(library.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = library.link_command(objects, target)
+        if subprocess.run(command, check=False).returncode != 0:
+            refuse(
+                f"{library.name} did not link; its errors are above, and this is the command:\n    {shlex.join(command)}"
             )
-        )
-    return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+def describe(library: Library) -> str:
+    """What a library is built for, on one line."""
+    torch, nvcc = library.torch, library.nvcc
+    if not nvcc:
+        return f"torch {torch.version}"
+    targets = " ".join(dict.fromkeys(re.findall(r",code=(\w+)", " ".join(nvcc.targets))))
+    drivers = ""
+    if torch.cuda and numbers(torch.cuda)[0] != numbers(nvcc.version)[0]:
+        drivers = f" (torch's CUDA is {torch.cuda}; the GPU's driver has to serve both)"
+    return f"torch {torch.version}, nvcc {nvcc.version} for {targets}{drivers}"
+
+
+if __name__ == "__main__":
+    check_setuptools()
+    setuptools.setup(ext_modules=libraries(), cmdclass={"build_ext": BuildExt})

@@ -42,7 +42,7 @@ class RunContext {
   explicit RunContext(const Where& where) : guard_(where.index), index_(where.index) {
     if (where.type != aoti_torch_device_type_cuda()) throw PlanError("gradproj: the first buffer is not on a CUDA device");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.index, &stream));
     const Properties& p = properties(where.index);
     device = {static_cast<cudaStream_t>(stream), p.most_blocks, p.large_params};
   }
