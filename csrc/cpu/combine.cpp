@@ -1,5 +1,7 @@
+// The op combine_: row 0 <- a weighted sum of the rows.
 #include "combine.h"
 
+#include "arguments.h"
 #include "walk.h"
 
 namespace gradproj::cpu {
@@ -17,71 +19,104 @@ bool unchanged(const double* weights, const std::vector<int>& used) {
   return used.size() == 1 && used[0] == 0 && weights[0] == 1.0;
 }
 
+// Writes one chunk.
+template <typename T>
+class ChunkCombine {
+ public:
+  ChunkCombine(const Plan& plan, const Chunks& chunks, const double* weights)
+      : plan_(plan), tile_(chunks.tile), weights_(weights), reader_(plan) {}
+
+  // Elements start to start + n of a segment, by the fastest way that its rows allow.
+  void write(size_t segment, int64_t start, int64_t n) {
+    take_part(plan_.segments[segment].part);
+    if (unchanged_) return;
+    const int count = static_cast<int>(used_.size());
+    if (whole_.take(plan_, segment, used_, start))
+      return row_kernels<T, T>().combine(whole_.gradient, whole_.rows.data(), scale_.data(), count, n);
+    if constexpr (sizeof(T) == 4) {
+      if (halves_.take(plan_, segment, used_, start))
+        return row_kernels<T, BF16>().combine(halves_.gradient, halves_.rows.data(), scale_.data(), count, n);
+      if (mixed_.take(plan_, segment, used_)) return write_mixed(segment, start, n);
+    }
+    for_each_tile(tile_, start, n, [&](int64_t at, int64_t count) { write_tile(segment, at, count); });
+  }
+
+ private:
+  void take_part(int part) {
+    if (part == part_) return;
+    part_ = part;
+    const double* w = weights_ + int64_t{part} * plan_.rows;
+    used_ = used_rows(w, plan_.rows);
+    unchanged_ = unchanged(w, used_);
+    scale_.clear();
+    for (int r : used_) scale_.push_back(static_cast<T>(w[r]));
+  }
+
+  // Where a tile of row 0 is computed: in its own memory, if that is a run of T.
+  T* target(size_t segment, int64_t at) {
+    if (!reader_.in_place(segment)) return reader_.buffer(0);
+    return reinterpret_cast<T*>(const_cast<char*>(plan_.row_views(segment)[0].data)) + at;
+  }
+
+  void write_mixed(size_t segment, int64_t start, int64_t n) {
+    const int first = !used_.empty() && used_[0] == 0;  // whether the gradient is read
+    for_each_tile(reader_.in_place(segment) && first ? n : tile_, start, n, [&](int64_t at, int64_t count) {
+      const T* g = first ? reader_.read(segment, 0, at, count) : reader_.zeros();
+      T* out = target(segment, at);
+      mixed_kernels(mixed_.dtype)
+          .combine(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(g), first ? static_cast<float>(scale_[0]) : 0.0f,
+                   mixed_.data.data(), reinterpret_cast<const float*>(scale_.data()) + first, static_cast<int>(used_.size()) - first,
+                   at, count);
+      reader_.write(segment, out, at, count);
+    });
+  }
+
+  void write_tile(size_t segment, int64_t at, int64_t count) {
+    rows_.clear();
+    present_.clear();
+    for (size_t i = 0; i < used_.size(); ++i) {
+      if (!plan_.row_views(segment)[used_[i]].data) continue;
+      rows_.push_back(reader_.read(segment, used_[i], at, count));
+      present_.push_back(scale_[i]);
+    }
+    T* out = target(segment, at);
+    row_kernels<T, T>().combine(out, rows_.data(), present_.data(), static_cast<int>(rows_.size()), count);
+    reader_.write(segment, out, at, count);
+  }
+
+  const Plan& plan_;
+  const int64_t tile_;
+  const double* weights_;
+  int part_ = -1;
+  bool unchanged_ = false;
+  std::vector<int> used_;
+  std::vector<T> scale_, present_;
+  std::vector<const T*> rows_;
+  InPlace<T> whole_;
+  InPlace<BF16> halves_;
+  MixedRows mixed_;
+  TileReader<T> reader_;
+};
+
 template <typename T>
 void combine_typed(const Plan& plan, const double* weights) {
-  const int R = plan.gram_rows();
   bool nothing = true;
-  for (int p = 0; p < plan.parts && nothing; ++p) nothing = unchanged(weights + p * R, used_rows(weights + p * R, R));
+  for (int p = 0; p < plan.parts && nothing; ++p) {
+    const double* w = weights + int64_t{p} * plan.rows;
+    nothing = unchanged(w, used_rows(w, plan.rows));
+  }
   if (nothing) return;
-  const Tasks tasks = make_tasks(plan, 0);
-
-  for_each_task(tasks, true, [&](int64_t task) {
-    std::vector<int> used;
-    std::vector<T> scale, tile_scale;
-    std::vector<const T*> rows;
-    InPlace<T> whole;
-    InPlace<BF16> halves;
-    StoredRows stored;
-    TileReader<T> reader(plan);
-    int part = -1;
-    for_each_span(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
-      const double* w = weights + int64_t{plan.pieces[piece].part} * R;
-      if (plan.pieces[piece].part != part) {
-        part = plan.pieces[piece].part;
-        used = used_rows(w, R);
-        scale.clear();
-        for (int r : used) scale.push_back(static_cast<T>(w[r]));
-      }
-      if (plan.parts > 1 && unchanged(w, used)) return;
-      const int count_used = static_cast<int>(used.size());
-      if (whole.take(plan, piece, used, start))
-        return row_kernels<T, T>().combine(whole.gradient, whole.rows.data(), scale.data(), count_used, n);
-      const int reads_gradient = !used.empty() && used[0] == 0;
-      bool decoded = false;
-      if constexpr (sizeof(T) == 4) {
-        if (halves.take(plan, piece, used, start))
-          return row_kernels<T, BF16>().combine(halves.gradient, halves.rows.data(), scale.data(), count_used, n);
-        decoded = stored.take(plan, piece, used);
-      }
-      const RowView* views = plan.row_views(piece);
-      const bool in_place = reader.in_place(piece);
-      for_each_tile(decoded && in_place && reads_gradient ? n : tasks.tile, start, n, [&](int64_t at, int64_t count) {
-        T* out = in_place ? reinterpret_cast<T*>(const_cast<char*>(views[0].data)) + at : reader.buffer(0);
-        if (decoded) {
-          if constexpr (sizeof(T) == 4)
-            stored_kernels(stored.dtype)
-                .combine(out, reads_gradient ? reader.gradient(piece, at, count) : reader.zeros(), reads_gradient ? scale[0] : 0,
-                         stored.data.data(), stored.scales.data(), scale.data() + reads_gradient, count_used - reads_gradient, at,
-                         count);
-        } else {
-          rows.clear();
-          tile_scale.clear();
-          for (int i = 0; i < count_used; ++i) {
-            const int r = used[static_cast<size_t>(i)];
-            if (!views[r].data) continue;
-            rows.push_back(r == 0 ? reader.gradient(piece, at, count) : reader.read(piece, r, at, count));
-            tile_scale.push_back(scale[static_cast<size_t>(i)]);
-          }
-          row_kernels<T, T>().combine(out, rows.data(), tile_scale.data(), static_cast<int>(rows.size()), count);
-        }
-        if (plan.base) {
-          const T* base = reader.read(piece, plan.rows - 1, at, count);
-          for (int64_t i = 0; i < count; ++i) out[i] = base[i] - out[i];
-        }
-        reader.write(piece, out, at, count);
-      });
-    });
+  const Chunks chunks = make_chunks(plan, 0);
+  for_each_chunk(chunks, true, [&](int64_t chunk) {
+    ChunkCombine<T> rows(plan, chunks, weights);
+    for_each_run_of_chunk(plan, chunks, chunk, [&](size_t segment, int64_t start, int64_t n) { rows.write(segment, start, n); });
   });
+}
+
+void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {parts, num_parts});
+  const Plan plan = plan_to_write(rows);
+  combine(plan, small(weights, int64_t{plan.parts} * plan.rows, "weights"));
 }
 
 }  // namespace
@@ -91,3 +126,5 @@ void combine(const Plan& plan, const double* weights) {
 }
 
 }  // namespace gradproj::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gradproj, CPU, m) { m.impl("combine_", TORCH_BOX(&gradproj::cpu::combine_op)); }

@@ -4,8 +4,8 @@
 
 namespace gradproj::cpu {
 
-// Row 0 <- sum_r weights[part][r] row r, rounded once; with a base, row 0 <- base - sum, where row 0 counts as base - row 0. Reads the rows whose weight is not 0, writes N bytes; weights (1, 0, .., 0)
-// read and write nothing. Walks backwards: the tail of what a Gram pass read is still in cache.
+// Row 0 <- sum_r weights[part][r] row r, rounded once. Reads the rows whose weight is not 0, writes N bytes; weights
+// (1, 0, .., 0) of a part touch nothing in it. weights: [parts x R].
 void combine(const Plan& plan, const double* weights);
 
 }  // namespace gradproj::cpu

@@ -1,105 +1,134 @@
+// The op gram: inner products of rows.
 #include "gram.h"
 
+#include "arguments.h"
 #include "walk.h"
 
 namespace gradproj::cpu {
 namespace {
 
-// Sums of one task and one part have a slot of their own, number task + part. No two share one: tasks and parts both ascend
-// along the plan, so of two neighbouring pairs at least one number is larger.
+// Sums of one chunk and one part have a slot of their own, number chunk + part: unique, because both ascend along the plan.
 class Partials {
  public:
-  Partials(const Plan& plan, const Tasks& tasks, int64_t pairs)
-      : tasks_(tasks), pairs_(pairs), sums_(static_cast<size_t>((tasks.count + plan.parts) * pairs)) {
+  Partials(const Plan& plan, const Chunks& chunks, int64_t pairs)
+      : chunks_(chunks), pairs_(pairs), sums_(static_cast<size_t>((chunks.count + plan.parts) * pairs)) {
     range_.assign(static_cast<size_t>(plan.parts) * 2, 0);
-    for (size_t p = plan.pieces.size(); p-- > 0;) {
-      int64_t* range = &range_[static_cast<size_t>(plan.pieces[p].part) * 2];
-      range[0] = tasks.starts[p];
-      if (range[1] == 0) range[1] = tasks.starts[p + 1];
+    for (size_t s = plan.segments.size(); s-- > 0;) {
+      int64_t* range = &range_[static_cast<size_t>(plan.segments[s].part) * 2];
+      range[0] = chunks.starts[s];
+      if (range[1] == 0) range[1] = chunks.starts[s + 1];
     }
   }
-  double* slot(int64_t task, int part) { return &sums_[static_cast<size_t>((task + part) * pairs_)]; }
+  double* slot(int64_t chunk, int part) { return &sums_[static_cast<size_t>((chunk + part) * pairs_)]; }
   double sum(int part, int64_t pair) {
     const int64_t begin = range_[static_cast<size_t>(part) * 2], end = range_[static_cast<size_t>(part) * 2 + 1];
     double total = 0.0;
-    for (int64_t t = begin / tasks_.elements; begin < end && t <= (end - 1) / tasks_.elements; ++t) total += slot(t, part)[pair];
+    for (int64_t c = begin / chunks_.elements; begin < end && c <= (end - 1) / chunks_.elements; ++c) total += slot(c, part)[pair];
     return total;
   }
 
  private:
-  const Tasks& tasks_;
+  const Chunks& chunks_;
   int64_t pairs_;
   std::vector<double> sums_;
   std::vector<int64_t> range_;  // of every part: first and past the last element
 };
 
+// The products of one chunk: of all pairs of rows, or of row 0 with each (only_first).
 template <typename T>
-void gram_typed(const Plan& plan, const double* known, double* gram) {
-  const int R = plan.gram_rows();
-  const bool row_only = known != nullptr;
-  const int64_t pairs = row_only ? R : int64_t{R} * (R + 1) / 2;
-  const Tasks tasks = make_tasks(plan, pairs * 8);
-  Partials partials(plan, tasks, pairs);
-  std::vector<int> all(static_cast<size_t>(R));
-  std::iota(all.begin(), all.end(), 0);
+class ChunkGram {
+ public:
+  ChunkGram(const Plan& plan, const Chunks& chunks, bool only_first, int64_t pairs)
+      : plan_(plan), tile_(chunks.tile), only_first_(only_first), sums_(static_cast<size_t>(pairs * kLanes)), reader_(plan) {
+    for (int r = 0; r < plan.rows; ++r) all_.push_back(r);
+    rows_.resize(all_.size());
+  }
 
-  for_each_task(tasks, false, [&](int64_t task) {
-    std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
-    std::vector<const T*> rows(static_cast<size_t>(R));
-    InPlace<T> whole;
-    InPlace<BF16> halves;
-    StoredRows stored;
-    TileReader<T> reader(plan);
-    int part = -1;
-    auto finish_part = [&] {
-      for (int64_t p = 0; part >= 0 && p < pairs; ++p) {
-        double total = 0.0;
-        for (int l = 0; l < kLanes; ++l) total += acc[static_cast<size_t>(p * kLanes + l)];
-        partials.slot(task, part)[p] = total;
-      }
-      std::fill(acc.begin(), acc.end(), 0.0);
-    };
-    for_each_span(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
-      if (plan.pieces[piece].part != part) {
-        finish_part();
-        part = plan.pieces[piece].part;
-      }
-      if (whole.take(plan, piece, all, start)) return row_kernels<T, T>().gram(whole.rows.data(), R, n, row_only, acc.data());
-      if constexpr (sizeof(T) == 4) {
-        if (halves.take(plan, piece, all, start))
-          return row_kernels<T, BF16>().gram(halves.rows.data(), R, n, row_only, acc.data());
-        if (row_only && stored.take(plan, piece, all))
-          return for_each_tile(reader.in_place(piece) ? n : tasks.tile, start, n, [&](int64_t at, int64_t count) {
-            stored_kernels(stored.dtype)
-                .products(reader.gradient(piece, at, count), stored.data.data(), stored.scales.data(), R - 1, at, count, acc.data());
-          });
-      }
-      for_each_tile(tasks.tile, start, n, [&](int64_t at, int64_t count) {
-        rows[0] = reader.gradient(piece, at, count);
-        for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, at, count);
-        row_kernels<T, T>().gram(rows.data(), R, count, row_only, acc.data());
-      });
+  // Elements start to start + n of a segment, by the fastest way that its rows allow.
+  void add(size_t segment, int64_t start, int64_t n) {
+    if (whole_.take(plan_, segment, all_, start))
+      return row_kernels<T, T>().gram(whole_.rows.data(), plan_.rows, n, only_first_, sums_.data());
+    if constexpr (sizeof(T) == 4) {
+      if (halves_.take(plan_, segment, all_, start))
+        return row_kernels<T, BF16>().gram(halves_.rows.data(), plan_.rows, n, only_first_, sums_.data());
+      if (only_first_ && mixed_.take(plan_, segment, all_)) return add_mixed(segment, start, n);
+    }
+    for_each_tile(tile_, start, n, [&](int64_t at, int64_t count) {
+      for (int r : all_) rows_[static_cast<size_t>(r)] = reader_.read(segment, r, at, count);
+      row_kernels<T, T>().gram(rows_.data(), plan_.rows, count, only_first_, sums_.data());
     });
-    finish_part();
+  }
+
+  // The sums so far into a slot; the next begin anew.
+  void finish(double* slot) {
+    for (size_t p = 0; p < sums_.size() / kLanes; ++p) {
+      slot[p] = 0.0;
+      for (size_t l = 0; l < kLanes; ++l) slot[p] += sums_[p * kLanes + l];
+    }
+    std::fill(sums_.begin(), sums_.end(), 0.0);
+  }
+
+ private:
+  void add_mixed(size_t segment, int64_t start, int64_t n) {
+    for_each_tile(reader_.in_place(segment) ? n : tile_, start, n, [&](int64_t at, int64_t count) {
+      const float* g = reinterpret_cast<const float*>(reader_.read(segment, 0, at, count));
+      mixed_kernels(mixed_.dtype).products(g, mixed_.data.data(), plan_.rows - 1, at, count, sums_.data());
+    });
+  }
+
+  const Plan& plan_;
+  const int64_t tile_;
+  const bool only_first_;
+  std::vector<double> sums_;
+  std::vector<int> all_;
+  std::vector<const T*> rows_;
+  InPlace<T> whole_;
+  InPlace<BF16> halves_;
+  MixedRows mixed_;
+  TileReader<T> reader_;
+};
+
+template <typename T>
+void gram_typed(const Plan& plan, const double* gram_dd, double* gram) {
+  const int R = plan.rows;
+  const bool only_first = gram_dd != nullptr;
+  const int64_t pairs = only_first ? R : int64_t{R} * (R + 1) / 2;
+  const Chunks chunks = make_chunks(plan, pairs * 8);
+  Partials partials(plan, chunks, pairs);
+
+  for_each_chunk(chunks, false, [&](int64_t chunk) {
+    ChunkGram<T> sums(plan, chunks, only_first, pairs);
+    int part = -1;
+    for_each_run_of_chunk(plan, chunks, chunk, [&](size_t segment, int64_t start, int64_t n) {
+      if (part >= 0 && plan.segments[segment].part != part) sums.finish(partials.slot(chunk, part));
+      part = plan.segments[segment].part;
+      sums.add(segment, start, n);
+    });
+    if (part >= 0) sums.finish(partials.slot(chunk, part));
   });
 
-  for (int part = 0; part < plan.parts; ++part) {
-    int64_t p = 0;
+  for (int part = 0; part < plan.parts; ++part, gram += int64_t{R} * R) {
+    int64_t pair = 0;
     for (int i = 0; i < R; ++i)
-      for (int j = i; j < R; ++j) {
-        const double total = row_only && i > 0 ? known[(i - 1) * (R - 1) + j - 1] : partials.sum(part, p);
-        gram[i * R + j] = gram[j * R + i] = total;
-        ++p;
-      }
-    gram += int64_t{R} * R;
-    if (known) known += int64_t{R - 1} * (R - 1);
+      for (int j = i; j < R; ++j, ++pair)
+        gram[i * R + j] = gram[j * R + i] =
+            only_first && i > 0 ? gram_dd[(int64_t{part} * (R - 1) + i - 1) * (R - 1) + j - 1] : partials.sum(part, pair);
   }
+}
+
+Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(list, num_rows, {parts, num_parts});
+  Tensor result = new_tensor(rows.shape(2));
+  gram(make_plan(rows.buffers(), rows.layout()), small_gram_dd(gram_dd, rows.layout()), data(result));
+  return result;
 }
 
 }  // namespace
 
-void gram(const Plan& plan, const double* known, double* gram) {
-  plan.any_f64 ? gram_typed<double>(plan, known, gram) : gram_typed<float>(plan, known, gram);
+void gram(const Plan& plan, const double* gram_dd, double* gram) {
+  plan.any_f64 ? gram_typed<double>(plan, gram_dd, gram) : gram_typed<float>(plan, gram_dd, gram);
 }
 
 }  // namespace gradproj::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gradproj, CPU, m) { m.impl("gram", TORCH_BOX(&gradproj::cpu::gram_op)); }

@@ -25,9 +25,7 @@ struct RowKernels {
 // Between a dtype's storage and T; contiguous.
 template <typename T>
 struct Converters {
-  void (*load)(const char* source, DType dtype, T* out, int64_t n);  // f8: the codes alone
-  // Elements start to start + n of a float8 buffer with its scales.
-  void (*load_blocks)(const char* codes, const float* scales, int64_t start, T* out, int64_t n);
+  void (*load)(const char* source, DType dtype, T* out, int64_t n);
   void (*store)(const T* source, char* out, DType dtype, int64_t n);
 };
 
@@ -37,26 +35,22 @@ struct BF16 {
 struct F16 {
   uint16_t bits;
 };
-struct F8 {
-  uint8_t bits;
-};
 
-// A float32 gradient with directions of one storage type, decoded in registers: nothing but what is stored is moved. Elements
-// start to start + n of the directions, whose pointers (and scales, for f8) are those of element 0; g is that of `start`.
-struct StoredKernels {
+// A float32 gradient with directions of one 16-bit type, decoded in registers: nothing but what is stored is moved. Elements
+// `start` to `start` + n of the directions, whose pointers are those of element 0; g is that of `start`.
+struct MixedKernels {
   // acc += <g, g>, then acc + (1 + r) * kLanes += <g, rows[r]>.
-  void (*products)(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
-                   double* acc);
+  void (*products)(const float* g, const void* const* rows, int num_rows, int64_t start, int64_t n, double* acc);
   // out = weight g + sum_r weights[r] rows[r]; out may be g.
-  void (*combine)(float* out, const float* g, float weight, const void* const* rows, const float* const* scales,
-                  const float* weights, int num_rows, int64_t start, int64_t n);
+  void (*combine)(float* out, const float* g, float weight, const void* const* rows, const float* weights, int num_rows,
+                  int64_t start, int64_t n);
 };
 
 struct Kernels {
   RowKernels<float, float> f32;
   RowKernels<double, double> f64;
   RowKernels<float, BF16> bf16;  // straight from memory: half the bytes are only worth something if nothing else is moved
-  StoredKernels f32_with_bf16, f32_with_f16, f32_with_f8;
+  MixedKernels f32_with_bf16, f32_with_f16;
   Converters<float> to_f32;
   Converters<double> to_f64;
   const char* name;
@@ -84,9 +78,8 @@ const RowKernels<T, S>& row_kernels() {
   else
     return kernels().bf16;
 }
-inline const StoredKernels& stored_kernels(DType directions) {
-  const Kernels& k = kernels();
-  return directions == DType::bf16 ? k.f32_with_bf16 : directions == DType::f16 ? k.f32_with_f16 : k.f32_with_f8;
+inline const MixedKernels& mixed_kernels(DType directions) {
+  return directions == DType::bf16 ? kernels().f32_with_bf16 : kernels().f32_with_f16;
 }
 template <typename T>
 const Converters<T>& converters() {

@@ -49,25 +49,25 @@ void combine(S* out, const S* const* rows, const T* weights, int num_rows, int64
   }
 }
 
+// out = weight g + kRows directions that walk in step.
 template <typename S, int kRows>
-inline void stored_combine_of(float* out, const float* g, float weight, const Group<S>& group, const float* weights, int64_t n) {
+inline void mixed_combine_of(float* out, const float* g, float weight, const S* const* rows, const float* weights, int64_t n) {
   using V = Vector<float>::type;
   using D = Decode<S>;
   constexpr int kWidth = Vector<float>::kWidth;
   const S* x[kRows];
   float w[kRows];
   GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
-    x[r] = group.x[r];
-    w[r] = weights[r] * group.factor[r];
+    x[r] = rows[r];
+    w[r] = weights[r];
   }
   int64_t i = 0;
-  if (group.vectors_hold(n))
-    for (; i + kWidth <= n; i += kWidth) {
-      prefetch_rows<kRows>(x, i);
-      V total = weight * Decode<float>::load(g + i);
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) total += w[r] * D::load(x[r] + i);
-      *reinterpret_cast<Vector<float>::unaligned*>(out + i) = total;
-    }
+  for (; i + kWidth <= n; i += kWidth) {
+    prefetch_rows<kRows>(x, i);
+    V total = weight * Decode<float>::load(g + i);
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) total += w[r] * D::load(x[r] + i);
+    *reinterpret_cast<Vector<float>::unaligned*>(out + i) = total;
+  }
   for (; i < n; ++i) {
     float total = weight * g[i];
     for (int r = 0; r < kRows; ++r) total += w[r] * D::get(x[r][i]);
@@ -76,21 +76,23 @@ inline void stored_combine_of(float* out, const float* g, float weight, const Gr
 }
 
 template <typename S>
-void stored_combine(float* out, const float* g, float weight, const void* const* rows, const float* const* scales,
-                    const float* weights, int num_rows, int64_t start, int64_t n) {
-  for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
-    const float* source = g + (at - start);
-    float* target = out + (at - start);
+void mixed_combine(float* out, const float* g, float weight, const void* const* rows, const float* weights, int num_rows,
+                   int64_t start, int64_t n) {
+  for (int64_t at = 0; at < n; at += kTile) {
+    const int64_t count = n - at < kTile ? n - at : kTile;
+    const float* source = g + at;
     float first = weight;
     for (int r = 0; r < num_rows; r += kGroup) {
-      const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
-      with_count<kGroup>(group.count, [&](auto c) {
-        stored_combine_of<S, decltype(c)::value>(target, source, first, group, weights + r, count);
+      const S* x[kGroup];
+      const int group = num_rows - r < kGroup ? num_rows - r : kGroup;
+      for (int k = 0; k < group; ++k) x[k] = static_cast<const S*>(rows[r + k]) + start + at;
+      with_count<kGroup>(group, [&](auto c) {
+        mixed_combine_of<S, decltype(c)::value>(out + at, source, first, x, weights + r, count);
       });
-      source = target;
+      source = out + at;
       first = 1.0f;
     }
-  });
+  }
 }
 
 }  // namespace

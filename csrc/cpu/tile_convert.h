@@ -44,35 +44,9 @@ void store_f16(const T* s, uint16_t* out, int64_t n) {
 #endif
 }
 
-// One block's codes, all with one scale.
-template <typename T>
-inline void load_f8(const uint8_t* codes, float scale, T* out, int64_t n) {
-  if constexpr (sizeof(T) == 4)
-    if (!any_nan_f8(codes, n)) {
-      using D = Decode<F8>;
-      const F8* s = reinterpret_cast<const F8*>(codes);
-      const float factor = scale * D::kFactor;
-      return in_lines(s, n, [&](int64_t i, int64_t count) {
-        const int64_t stop = i + count;
-        for (; i + Vector<float>::kWidth <= stop; i += Vector<float>::kWidth)
-          *reinterpret_cast<Vector<float>::unaligned*>(out + i) = D::load(s + i) * factor;
-        for (; i < stop; ++i) out[i] = D::get(s[i]) * factor;
-      });
-    }
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f8(codes[i])) * static_cast<T>(scale);
-}
-
-template <typename T>
-void load_blocks(const char* codes, const float* scales, int64_t start, T* out, int64_t n) {
-  for_each_block<F8>(start, n, [&](int64_t at, int64_t count, int64_t block) {
-    load_f8<T>(reinterpret_cast<const uint8_t*>(codes) + at, scales[block], out + (at - start), count);
-  });
-}
-
 template <typename T>
 void load_tile(const char* source, DType dtype, T* out, int64_t n) {
   switch (dtype) {
-    case DType::f8: return load_f8<T>(reinterpret_cast<const uint8_t*>(source), 1.0f, out, n);
     case DType::f32: return convert<T, float>(source, out, n);
     case DType::f64: return convert<T, double>(source, out, n);
     case DType::f16: return load_f16<T>(reinterpret_cast<const uint16_t*>(source), out, n);
@@ -88,7 +62,6 @@ void load_tile(const char* source, DType dtype, T* out, int64_t n) {
 template <typename T>
 void store_tile(const T* source, char* out, DType dtype, int64_t n) {
   switch (dtype) {
-    case DType::f8: return;  // read only: check_writable refuses it
     case DType::f32: {
       float* o = reinterpret_cast<float*>(out);
       for (int64_t i = 0; i < n; ++i) o[i] = static_cast<float>(source[i]);

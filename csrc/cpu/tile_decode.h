@@ -37,20 +37,6 @@ inline uint16_t to_f16(float f) {
 }
 #endif
 
-// e4m3fn: rebased by a multiplication like float16; no infinity, one NaN.
-inline float from_f8(uint8_t code) {
-  const uint32_t magnitude = static_cast<uint32_t>(code & 0x7fu) << 20;
-  const float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, 0x7b800000u);  // 2^120
-  const uint32_t nan = magnitude == 0x07f00000u ? 0x7fc00000u : 0u;
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | nan | static_cast<uint32_t>(code & 0x80u) << 24);
-}
-
-inline bool any_nan_f8(const uint8_t* s, int64_t n) {
-  uint8_t found = 0;
-  for (int64_t i = 0; i < n; ++i) found |= static_cast<uint8_t>((s[i] & 0x7fu) == 0x7fu);
-  return found;
-}
-
 // A step of a row: the elements that one load takes, as one or two vectors of T.
 template <typename T, typename S>
 struct Lane {  // S == T
@@ -87,14 +73,13 @@ struct Lane<float, BF16> {
   static inline BF16 put(float x) { return {to_bf16(x)}; }
 };
 
-// A vector of float32 out of consecutive elements of S, and one element. kFactor: what is left to multiply them with.
+// A vector of float32 out of consecutive elements of S, and one element.
 template <typename S>
 struct Decode;
 
 template <>
 struct Decode<float> {
   using V = Vector<float>::type;
-  static constexpr float kFactor = 1.0f;
   static inline V load(const float* p) { return *reinterpret_cast<const Vector<float>::unaligned*>(p); }
   static inline float get(float x) { return x; }
 };
@@ -102,7 +87,6 @@ struct Decode<float> {
 template <>
 struct Decode<BF16> {
   using V = Vector<float>::type;
-  static constexpr float kFactor = 1.0f;
   typedef uint16_t halves __attribute__((vector_size(GRADPROJ_VECTOR_BYTES / 2), aligned(2), may_alias));
   static inline V load(const BF16* p) {
     return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type) << 16);
@@ -113,7 +97,6 @@ struct Decode<BF16> {
 template <>
 struct Decode<F16> {
   using V = Vector<float>::type;
-  static constexpr float kFactor = 1.0f;
   static inline V load(const F16* p) {
 #if GRADPROJ_VECTOR_BYTES == 64
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -134,65 +117,7 @@ struct Decode<F16> {
   }
 };
 
-// A code shifted into the place of a float16 is that number times 2^-8, subnormals included, which the processor converts at
-// full speed. Only the NaN has no place there: whoever loads vectors has looked for it.
-template <>
-struct Decode<F8> {
-  using V = Vector<float>::type;
-#if GRADPROJ_VECTOR_BYTES > 16
-  static constexpr float kFactor = 256.0f;
-#else
-  static constexpr float kFactor = 1.0f;
-#endif
-  static inline V load(const F8* p) {
-#if GRADPROJ_VECTOR_BYTES == 64
-    const __m256i word = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
-    return _mm512_cvtph_ps(_mm256_and_si256(word, _mm256_set1_epi16(static_cast<short>(0xbf80))));
-#elif GRADPROJ_VECTOR_BYTES > 16
-    const __m128i word = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
-    return _mm256_cvtph_ps(_mm_and_si128(word, _mm_set1_epi16(static_cast<short>(0xbf80))));
-#else
-    V v;
-    for (int l = 0; l < Vector<float>::kWidth; ++l) v[l] = from_f8(p[l].bits);
-    return v;
-#endif
-  }
-  static inline float get(F8 x) { return from_f8(x.bits) * (1.0f / kFactor); }
-};
-
-// f(start, n, block) for runs of elements that share a scale, or for tiles where there are no scales.
-template <typename S, typename F>
-inline void for_each_block(int64_t start, int64_t n, const F& f) {
-  constexpr int64_t kBlock = sizeof(S) == 1 ? kScaleBlock : kTile;
-  for (const int64_t end = start + n; start < end;) {
-    const int64_t left = kBlock - start % kBlock, count = end - start < left ? end - start : left;
-    f(start, count, start / kBlock);
-    start += count;
-  }
-}
-
-// Up to kGroup rows of a block, each with a factor: what 16 registers hold beside the gradient.
-constexpr int kGroup = 8;
-
-template <typename S>
-struct Group {
-  int count;
-  const S* x[kGroup];
-  float factor[kGroup];  // what a decoded element is to be multiplied with
-
-  Group(const void* const* rows, const float* const* scales, int count, int64_t at, int64_t block) : count(count) {
-    for (int r = 0; r < count; ++r) {
-      x[r] = static_cast<const S*>(rows[r]) + at;
-      factor[r] = Decode<S>::kFactor * (sizeof(S) == 1 ? scales[r][block] : 1.0f);
-    }
-  }
-  bool vectors_hold(int64_t n) const {
-    bool hold = true;
-    if constexpr (sizeof(S) == 1)
-      for (int r = 0; r < count; ++r) hold = hold && !any_nan_f8(reinterpret_cast<const uint8_t*>(x[r]), n);
-    return hold;
-  }
-};
+constexpr int kGroup = 8;  // rows that walk in step: what 16 registers hold beside the gradient
 
 // Asks for the next tile's lines of rows that walk in step, once per line.
 template <int kRows, typename S>

@@ -89,51 +89,50 @@ void gram(const S* const* rows, int num_rows, int64_t n, bool row_only, double* 
   for (int64_t i = 0; i < n; i += step) gram_blocks<T, S>(rows, num_rows, i, n - i < step ? n : i + step, row_only, acc);
 }
 
+// Products of the gradient with kRows directions that walk in step, and with itself if kOwn.
 template <typename S, int kRows, bool kOwn>
-inline void stored_products_of(const float* g, const Group<S>& group, int64_t n, double* own_acc, double* acc) {
+inline void mixed_products_of(const float* g, const S* const* rows, int64_t n, double* own_acc, double* acc) {
   using V = Vector<float>::type;
   using D = Decode<S>;
   constexpr int kWidth = Vector<float>::kWidth;
   const S* x[kRows];
-  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) x[r] = group.x[r];
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) x[r] = rows[r];
   int64_t i = 0;
-  if (group.vectors_hold(n))
-    while (i + kWidth <= n) {
-      const int64_t stop = n - i < kChain * kWidth ? n : i + kChain * kWidth;
-      V own = {}, sums[kRows];
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = V{};
-      for (; i + kWidth <= stop; i += kWidth) {
-        prefetch_rows<kRows>(x, i);
-        const V y = Decode<float>::load(g + i);
-        if (kOwn) own += y * y;
-        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] += D::load(x[r] + i) * y;
-      }
-      if (kOwn) flush<float>(own, own_acc);
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) flush<float>(sums[r], acc + r * kLanes, group.factor[r]);
+  while (i + kWidth <= n) {
+    const int64_t stop = n - i < kChain * kWidth ? n : i + kChain * kWidth;
+    V own = {}, sums[kRows];
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = V{};
+    for (; i + kWidth <= stop; i += kWidth) {
+      prefetch_rows<kRows>(x, i);
+      const V y = Decode<float>::load(g + i);
+      if (kOwn) own += y * y;
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) sums[r] += D::load(x[r] + i) * y;
     }
+    if (kOwn) flush<float>(own, own_acc);
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) flush<float>(sums[r], acc + r * kLanes);
+  }
   for (; i < n; ++i) {
     if (kOwn) own_acc[0] += static_cast<double>(g[i] * g[i]);
-    for (int r = 0; r < kRows; ++r)
-      acc[r * kLanes] += static_cast<double>(D::get(x[r][i]) * g[i]) * static_cast<double>(group.factor[r]);
+    for (int r = 0; r < kRows; ++r) acc[r * kLanes] += static_cast<double>(D::get(x[r][i]) * g[i]);
   }
 }
 
 template <typename S>
-void stored_products(const float* g, const void* const* rows, const float* const* scales, int num_rows, int64_t start, int64_t n,
-                     double* acc) {
-  for_each_block<S>(start, n, [&](int64_t at, int64_t count, int64_t block) {
+void mixed_products(const float* g, const void* const* rows, int num_rows, int64_t start, int64_t n, double* acc) {
+  for (int64_t at = 0; at < n; at += kTile) {
+    const int64_t count = n - at < kTile ? n - at : kTile;
     for (int r = 0; r < num_rows; r += kGroup) {
-      const Group<S> group(rows + r, scales + r, num_rows - r < kGroup ? num_rows - r : kGroup, at, block);
-      double* pairs = acc + (1 + r) * kLanes;
-      with_count<kGroup>(group.count, [&](auto c) {
-        constexpr int kRows = decltype(c)::value;
+      const S* x[kGroup];
+      const int group = num_rows - r < kGroup ? num_rows - r : kGroup;
+      for (int k = 0; k < group; ++k) x[k] = static_cast<const S*>(rows[r + k]) + start + at;
+      with_count<kGroup>(group, [&](auto c) {
         if (r == 0)
-          stored_products_of<S, kRows, true>(g + (at - start), group, count, acc, pairs);
+          mixed_products_of<S, decltype(c)::value, true>(g + at, x, count, acc, acc + (1 + r) * kLanes);
         else
-          stored_products_of<S, kRows, false>(g + (at - start), group, count, acc, pairs);
+          mixed_products_of<S, decltype(c)::value, false>(g + at, x, count, acc, acc + (1 + r) * kLanes);
       });
     }
-  });
+  }
 }
 
 }  // namespace

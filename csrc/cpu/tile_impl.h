@@ -20,11 +20,10 @@
     static constexpr Kernels table = {{gram<float, float>, combine<float, float>},                     \
                                       {gram<double, double>, combine<double, double>},                 \
                                       {gram<float, BF16>, combine<float, BF16>},                       \
-                                      {stored_products<BF16>, stored_combine<BF16>},                   \
-                                      {stored_products<F16>, stored_combine<F16>},                     \
-                                      {stored_products<F8>, stored_combine<F8>},                       \
-                                      {load_tile<float>, load_blocks<float>, store_tile<float>},       \
-                                      {load_tile<double>, load_blocks<double>, store_tile<double>},    \
+                                      {mixed_products<BF16>, mixed_combine<BF16>},                   \
+                                      {mixed_products<F16>, mixed_combine<F16>},                     \
+                                      {load_tile<float>, store_tile<float>},                           \
+                                      {load_tile<double>, store_tile<double>},                         \
                                       GRADPROJ_QUOTE(GRADPROJ_ISA)};                                   \
     return table;                                                                                      \
   }                                                                                                    \

@@ -18,15 +18,15 @@ struct Vector {
   typedef T unaligned_for_2 __attribute__((vector_size(GRADPROJ_VECTOR_BYTES), aligned(2), may_alias));
 };
 
-// Adds factor times a vector's lanes to kLanes float64 sums, lane l to sum l modulo kLanes: the order depends on the vector's
+// Adds a vector's lanes to kLanes float64 sums, lane l to sum l modulo kLanes: the order depends on the vector's
 // width alone.
 template <typename T>
-inline void flush(typename Vector<T>::type v, double* acc, double factor = 1.0) {
+inline void flush(typename Vector<T>::type v, double* acc) {
   constexpr int kStep = Vector<double>::kWidth;
   typedef T part __attribute__((vector_size(kStep * sizeof(T)), may_alias));
   GRADPROJ_UNROLL for (int l = 0; l < Vector<T>::kWidth; l += kStep)
     *reinterpret_cast<Vector<double>::unaligned*>(acc + l % kLanes) +=
-        __builtin_convertvector(reinterpret_cast<const part*>(&v)[l / kStep], Vector<double>::type) * factor;
+        __builtin_convertvector(reinterpret_cast<const part*>(&v)[l / kStep], Vector<double>::type);
 }
 
 // With many rows a tile of each is about a page, and the processor's own prefetcher starts anew on every page: whoever touches
