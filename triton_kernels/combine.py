@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.triton_kernels.table import WARPS, Table, implement, small
+from gradproj.triton_kernels.table import WARPS, Table, check_small, implement
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
 
 GROUP = tl.constexpr(8)  # rows whose loads are in flight together
@@ -100,4 +100,5 @@ def combine_(
 ) -> None:
     """The op ``combine_``; see ``gradproj.ops``."""
     table = Table.to_write(grads, directions, parts, num_parts)
-    combine(table, small(weights, (*table.lead, table.num_rows), table, "weights"))
+    check_small(weights, (table.num_rows,), table, "weights")
+    combine(table, weights)

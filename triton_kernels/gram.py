@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.methods import Rule
-from gradproj.triton_kernels.table import WARPS, Table, implement, small
+from gradproj.triton_kernels.table import WARPS, Table, check_small, implement
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row
 from gradproj.triton_kernels.weights import solve, solves
 
@@ -28,7 +28,7 @@ def load_rows(
 ):  # fmt: skip
     """A chunk of every row of a pass, [threads, 16 bytes of the narrowest row]; 0 for a row that is absent."""
     shape: tl.constexpr = (form.threads, form.chunk // form.threads)
-    values = ()
+    values = tl.tuple([])
     position = first
     for k in tl.static_range(len(dtypes)):
         if k == heads:
@@ -49,11 +49,11 @@ def gram_kernel(
     form: tl.constexpr,
 ):  # fmt: skip
     """Reads each row of a pass once, 16 bytes at a time in full chunks; writes a double per program and pair of rows. The rows
-    are ``heads`` from position ``first`` on, the others from ``second`` on. Same grid, same bits."""
+    are ``heads`` from position ``first`` on and the others from ``second`` on. Same grid, same bits."""
     program = programs + tl.program_id(0) * 4
     segment = segments + tl.load(program + 1) * width
     threads: tl.constexpr = form.threads
-    sums = ()
+    sums = tl.tuple([])
     for a in tl.static_range(1 if only_first else len(dtypes)):
         for _ in tl.static_range(a, len(dtypes)):
             sums = sums + (tl.zeros([threads], dtype=tl.float64),)
@@ -64,7 +64,7 @@ def gram_kernel(
             values = load_rows(segment, first, second, heads, dtypes, start, True, form)
         else:
             values = load_rows(segment, first, second, heads, dtypes, start, False, form)
-        added = ()
+        added = tl.tuple([])
         for a in tl.static_range(1 if only_first else len(dtypes)):
             for b in tl.static_range(a, len(dtypes)):
                 if dtypes[a] is None or dtypes[b] is None:
@@ -83,9 +83,9 @@ def gram_finish_kernel(
     partial, bounds, gram, gram_dd, weights, num_rows, first, second, gamma: tl.float64, eps: tl.float64, heads: tl.constexpr,
     count: tl.constexpr, only_first: tl.constexpr, method: tl.constexpr, block: tl.constexpr, tableau: tl.constexpr,
 ):  # fmt: skip
-    """Adds up what the programs of a part found for each pair of a pass's ``count`` rows, and writes it to ``gram``; rows are
-    counted from ``first``, behind the ``heads`` from ``second``. Copies ``gram_dd`` if given; with a ``method`` solves for the
-    weights. A program a part."""
+    """A program a part. Adds up what its programs found for each pair of a pass's ``count`` rows, and writes it to ``gram``,
+    where those are ``heads`` rows from ``first`` on and the others from ``second`` on. Copies ``gram_dd`` if given; with a
+    ``method`` solves for the weights."""
     part = tl.program_id(0).to(tl.int64)
     gram += part * num_rows * num_rows
     pairs: tl.constexpr = count if only_first else count * (count + 1) // 2
@@ -135,9 +135,9 @@ def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> 
     """Gram, [R, R] or [P, R, R], and, where one pass does it, the weights of ``rule``, [R] or [P, R]."""
     num_rows, only_first = table.num_rows, gram_dd is not None
     gram = torch.empty(*table.lead, num_rows, num_rows, dtype=torch.float64, device=table.device)
-    weights = None
+    weights, method, gamma, eps = None, None, 0.0, 0.0
     if rule is not None and num_rows <= PASS_ROWS and solves(rule.name, num_rows):
-        weights = gram.new_empty(gram.shape[:-1])
+        weights, (method, gamma, eps) = gram.new_empty(gram.shape[:-1]), rule
     with torch.cuda.device_of(gram):
         for heads, others in passes(num_rows, only_first):
             count = len(heads) + len(others)
@@ -151,11 +151,10 @@ def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> 
                     *launch.arguments, partial, launch.position(heads.start), launch.position(others.start), len(heads),
                     dtypes, only_first, launch.form, num_warps=WARPS,
                 )  # fmt: skip
-            method = None if weights is None else rule.name
             gram_finish_kernel[(max(1, table.num_parts),)](
                 partial, table.bounds, gram, gram_dd if others.start <= 1 else None, weights, num_rows, heads.start,
-                others.start, rule.gamma if rule else 0.0, rule.eps if rule else 0.0, len(heads), count, only_first, method,
-                triton.next_power_of_2(pairs), triton.next_power_of_2(max(1, num_rows - 1)),
+                others.start, gamma, eps, len(heads), count, only_first, method, triton.next_power_of_2(pairs),
+                triton.next_power_of_2(max(1, num_rows - 1)),
             )  # fmt: skip
     return gram, weights
 
@@ -170,4 +169,5 @@ def gram(
 ) -> Tensor:
     """The op ``gram``; see ``gradproj.ops``."""
     table = Table.of(rows, num_rows, parts, num_parts, written=False)
-    return products(table, small(gram_dd, (*table.lead, num_rows - 1, num_rows - 1), table, "gram_dd"))[0]
+    check_small(gram_dd, (num_rows - 1, num_rows - 1), table, "gram_dd")
+    return products(table, gram_dd)[0]

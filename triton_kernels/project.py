@@ -5,7 +5,7 @@ from torch import Tensor
 from gradproj.methods import Rule
 from gradproj.triton_kernels.combine import combine
 from gradproj.triton_kernels.gram import products
-from gradproj.triton_kernels.table import Table, implement, small
+from gradproj.triton_kernels.table import Table, check_small, implement
 from gradproj.triton_kernels.weights import weights
 
 
@@ -17,10 +17,8 @@ def project_(
     """The op ``project_``; see ``gradproj.ops``. Up to 8 directions take three launches: Gram, its finish with the weights,
     combine."""
     table = Table.to_write(grads, directions, parts, num_parts)
-    count = table.num_rows - 1
-    gram, found = products(
-        table, small(gram_dd, (*table.lead, count, count), table, "gram_dd"), Rule(method, gamma, eps)
-    )
+    check_small(gram_dd, (table.num_rows - 1, table.num_rows - 1), table, "gram_dd")
+    gram, found = products(table, gram_dd, Rule(method, gamma, eps))
     if found is None:
         found = weights(gram, method, gamma, eps)
     combine(table, found)

@@ -169,8 +169,9 @@ def implement(function: Callable) -> Callable:
     return function
 
 
-def small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> Tensor | None:
-    """A small float64 argument as the kernels read it."""
+def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
+    """Refuse what the kernels would misread: ``t`` is a small float64 argument, ``shape`` that of one part's."""
+    shape = (*table.lead, *shape)
     if t is not None and (
         t.dtype != torch.float64 or t.device != table.device or t.shape != shape or not t.is_contiguous()
     ):
@@ -178,7 +179,6 @@ def small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> 
             f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
             f"{tuple(t.shape)}, {t.dtype}, {t.device}"
         )
-    return t
 
 
 def _capturing(device: torch.device) -> bool:
@@ -206,25 +206,19 @@ def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
         )
     found = _columns(rows, num_rows, parts)
     most = max(1, min(_programs_for(device, num_rows), MAX_PROGRAMS // max(1, len(found))))
-    kinds, arrays = [], []
-    for (here, torch_dtypes, ndim), columns in found.items():
-        dtypes = tuple(_TYPES[d] for d in torch_dtypes)
+    facts, segments, programs = [], [], []
+    for (present, torch_dtypes, ndim), columns in found.items():
         widths = np.array([d.itemsize for d in torch_dtypes])
         compute = tl.float64 if torch.float64 in torch_dtypes else tl.float32
         form = Form(ndim, compute, threads, threads * 16 // int(widths.min()))
-        part, segments = _segments(np.array(columns, dtype=np.int64), form, widths)
-        kinds.append((here, dtypes, form))
-        arrays += [segments, _programs(part, segments, most, max(1, num_parts))]
-
-    # Slots ascend by part, then by launch: those of a part are neighbours.
-    part_of_slot = np.concatenate([np.zeros(0, dtype=np.int64), *(programs[:-1, 2] for programs in arrays[1::2])])
-    slots = np.argsort(np.argsort(part_of_slot, kind="stable"))
-    for programs in arrays[1::2]:
-        programs[:-1, 3], slots = slots[: len(programs) - 1], slots[len(programs) - 1 :]
-    bounds = np.searchsorted(np.sort(part_of_slot), np.arange(max(1, num_parts) + 1))
-    memory, views, ready = _upload([bounds, *arrays], device)
-    launches = [Launch(*kind, *views[1 + 2 * k : 3 + 2 * k]) for k, kind in enumerate(kinds)]
-    return Table(num_rows, num_parts, device, launches, views[0], len(part_of_slot), memory, ready)
+        facts.append((present, tuple(_TYPES[d] for d in torch_dtypes), form))
+        part, own = _segments(np.array(columns, dtype=np.int64), form, widths)
+        segments.append(own)
+        programs.append(_programs(part, own, most, max(1, num_parts)))
+    bounds = _number_slots(programs, max(1, num_parts))
+    memory, views, ready = _upload([bounds, *segments, *programs], device)
+    launches = [Launch(*f, *v) for f, *v in zip(facts, views[1 : 1 + len(facts)], views[1 + len(facts) :], strict=True)]
+    return Table(num_rows, num_parts, device, launches, views[0], int(bounds[-1]), memory, ready)
 
 
 def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> torch.device:
@@ -311,6 +305,15 @@ def _programs(part: np.ndarray, segments: np.ndarray, most: int, num_parts: int)
     return programs
 
 
+def _number_slots(programs: list[np.ndarray], num_parts: int) -> np.ndarray:
+    """Numbers the slots of all programs so that those of a part are neighbours; where each part's begin, and the end."""
+    part = np.concatenate([np.zeros(0, dtype=np.int64), *(p[:-1, 2] for p in programs)])
+    slots = np.argsort(np.argsort(part, kind="stable"))
+    for p in programs:
+        p[:-1, 3], slots = slots[: len(p) - 1], slots[len(p) - 1 :]
+    return np.searchsorted(np.sort(part), np.arange(num_parts + 1))
+
+
 def _upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
     """The arrays one after the other on the device, each from a 16-byte boundary on, in one copy."""
     starts = np.cumsum([0, *(a.size + a.size % 2 for a in arrays)])
@@ -330,7 +333,7 @@ def coalesce(tensors: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
     first = tensors[0]
     if all(map(Tensor.is_contiguous, tensors)):
         return [first.numel()], [[1]] * len(tensors)
-    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=lambda d: -first.stride(d))
+    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride, reverse=True)
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
     for d in order:

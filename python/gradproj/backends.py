@@ -75,7 +75,7 @@ def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed; install it with: pip install triton"
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        device_types = ("cpu",)
     elif not torch.cuda.is_available():
         reason = "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
     if not reason:

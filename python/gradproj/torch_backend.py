@@ -5,6 +5,7 @@ Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from gradproj.ops import implement
 _CHUNK_BYTES = 1 << 18
 _PIN_BYTES = 1 << 20  # of a weight's rows that are taken at a time
 
-Column = list[Tensor | None]  # a tensor of every row, or of a chunk of it
+Column = list[Any]  # of every row a tensor or None, or a chunk of those
 
 
 def gram(rows, num_rows, gram_dd=None, parts=(), num_parts=0) -> Tensor:
