@@ -1,241 +1,249 @@
-// Row 0 <- sum_r weights[r] row r, and, fused in front of it at K = 1, the weights themselves.
+// Row 0 <- sum_r weights[r] row r, and, in front of it at K = 1, the weights themselves.
 #pragma once
 
 #include "../weights.h"
-#include "gram.cuh"
+#include "batches.h"
+#include "slots.cuh"
 
 namespace gradproj::cuda {
 
-// Where a combine kernel finds its weights. slots == 0: in `weights` [parts, R]. Otherwise K = 1, there is one part, and a
-// Gram pass has just left its partial sums: every block adds them up for itself (a few thousand doubles out of L2) and applies
-// the rule, so nothing has to run between the two passes over the gradients; block 0 also writes the results down.
+// Where a combine kernel finds its weights. count == 0: in `weights` [parts, R]. Otherwise there are two rows and one part, and a
+// Gram pass has just left `count` slots of partial sums: every block adds them up for itself (a few thousand doubles out of L2)
+// and applies the rule, so that nothing has to run between the two passes; block 0 also writes the results down.
 struct WeightSource {
   double* weights;
-  const double* partial;
+  const double* slots;
   double* gram;
   Rule rule;
-  int32_t slots;
-  int32_t R;
-};
-static_assert(sizeof(WeightSource) <= 64, "what Segments leaves of the kernel parameters");
-
-constexpr int kMostLoads = 4;  // rows of a group
-
-// The rows that have to be read, and their weights.
-template <typename C>
-struct Used {
-  C weight[kMaxRows];
-  int row[kMaxRows];  // index within the launch
-  int count;
-  int size, larger;  // rows of a group, and how many groups have one more: all are loaded before the first is waited for
-  bool unchanged;  // weights (1, 0, .., 0): nothing is read or written
+  int32_t count;
 };
 
-// By one warp, all lanes.
-template <typename C>
-__device__ inline void find_used(Used<C>& used, const double* weights, const RowInfo& info, int rows) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int count = 0;
-  bool unchanged = true;
-  for (int first = 0; first < rows; first += 32) {
-    const int r = first + lane;
-    const double w = r < rows ? weights[info.id[r]] : 0.0;
-    const unsigned read = __ballot_sync(0xffffffffu, w != 0.0);
-    const double same = r < rows && info.id[r] == 0 ? 1.0 : 0.0;
-    unchanged = __ballot_sync(0xffffffffu, w != same) == 0 && unchanged;
-    if (w != 0.0) {
-      const int at = count + __popc(read & ((1u << lane) - 1));
-      used.row[at] = r;
-      used.weight[at] = static_cast<C>(w);
-    }
-    count += __popc(read);
+// The weights of part 0. solved: of the block's shared memory. By every thread of the block.
+__device__ inline const double* find_weights(const WeightSource& source, double (&solved)[2]) {
+  __shared__ double products[3];
+  if (source.count == 0) return source.weights;
+  for (int p = static_cast<int>(threadIdx.x) / 32; p < 3; p += kWarps) {
+    const double sum = sum_slots(source.slots, source.count, 3, p);
+    if (threadIdx.x % 32 == 0) products[p] = sum;
   }
-  if (lane == 0) {
-    const int groups = (count + kMostLoads - 1) / kMostLoads;
-    used.count = count;
-    used.size = groups ? count / groups : 0;
-    used.larger = count - used.size * groups;
-    used.unchanged = unchanged;
-  }
-}
-
-// Of a launch whose pieces all belong to one part: by every thread of the block.
-template <typename C>
-__device__ inline void find_used(Used<C>& used, const WeightSource& source, int32_t part, const RowInfo& info, int rows) {
-  __shared__ double products[3], solved[2];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  if (source.slots > 0) {
-    for (int p = warp; p < 3; p += kWarps) {
-      const double sum = sum_slots(source.partial, source.slots, 3, p, lane);
-      if (lane == 0) products[p] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      solve_weights_k1(source.rule, products[0], products[1], products[2], solved);
-      if (blockIdx.x == 0) {
-        source.weights[0] = solved[0];
-        source.weights[1] = solved[1];
-        source.gram[0] = products[0];
-        source.gram[1] = source.gram[2] = products[1];
-        source.gram[3] = products[2];
-      }
-    }
-    __syncthreads();
-  }
-  if (warp == 0) find_used(used, source.slots > 0 ? solved : source.weights + int64_t{part} * source.R, info, rows);
   __syncthreads();
+  if (threadIdx.x == 0) {
+    solve_weights_k1(source.rule, products[0], products[1], products[2], solved);
+    if (blockIdx.x == 0) {
+      source.weights[0] = solved[0];
+      source.weights[1] = solved[1];
+      source.gram[0] = products[0];
+      source.gram[1] = source.gram[2] = products[1];
+      source.gram[3] = products[2];
+    }
+  }
+  __syncthreads();
+  return solved;
 }
 
-// Reads the rows whose weight is not 0 once, and the base, and writes row 0 once, in accesses of 16 bytes but for the head and
-// tail of a segment and rows that are not aligned as row 0 is. Walks backwards: what a Gram pass read last is still in L2. All
-// rows of an element are loaded before it is stored.
-template <typename C, typename Access, int kBytes>
-__global__ __launch_bounds__(kThreads, Access::kMixed ? 2 : 4) void combine_dense(const __grid_constant__ Segments<kBytes> p, WeightSource source) {
-  constexpr int kCount = Access::kCount;
-  constexpr int kUnroll = Access::kMixed || kCount == 8 ? 2 : 4;
-  constexpr int kStep = 32 * kCount;
-  using Rows = RunRows<C, Access, Segments<kBytes>>;
-  using Part = typename Rows::Part;
-  __shared__ Used<C> of_warp[Access::kMixed ? kWarps : 1];  // with several parts, each warp is in one of its own
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const bool several = Access::kMixed && p.parts;
-  Used<C>& used = of_warp[several ? warp : 0];
-  if (!several) {
-    find_used(used, source, 0, p.info, p.rows);
-    if (used.unchanged) return;
-  }
-  const bool from_base = Access::kMixed && p.base > 0;
-  const uint32_t granules = p.end(p.count - 1), chunks = (granules + p.chunk - 1) / p.chunk;
-  const int row0_bytes = Access::element_bytes(p.info.dtype[0]);
-  int32_t part_used = -1;
+// A row behind row 0 that has to be read: it is there, and its weight is not 0.
+template <typename C, typename D>
+struct WeightedRow {
+  const D* row;
+  C weight;
+};
 
-  for (uint32_t c = blockIdx.x * kWarps + warp; c < chunks; c += gridDim.x * kWarps) {
-    const uint32_t first = (chunks - 1 - c) * p.chunk;
-    const uint32_t last = granules - first < p.chunk ? granules : first + p.chunk;
-    for_each_run(p, row0_bytes, first, last, [&](const Run& run) {
-      if (several && p.part(run.segment) != part_used) {
-        part_used = p.part(run.segment);
-        __syncwarp();  // until all lanes are done with the part before
-        find_used(used, source.weights + int64_t{part_used} * source.R, p.info, p.rows);
-        __syncwarp();
+// A warp at one segment. All rows of an element are loaded before it is stored: a direction may be the gradient itself.
+template <typename G, typename D>
+class Combine {
+ public:
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(G));  // elements of a row that a lane takes at a time
+  static constexpr int kStep = 32 * kCount;
+  using C = Compute<G>;
+  using List = WeightedRow<C, D>[kMaxRows - 1];
+
+  // list: the warp's own, in shared memory.
+  __device__ explicit Combine(List& list) : list_(list), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  // Turns to segment s. weights: of its part.
+  __device__ void begin(const Segments& p, int s, const double* weights) {
+    const char* const* address = p.address + s * p.rows;
+    const int lead = lead_of(address[0], sizeof(G));
+    row0_ = reinterpret_cast<G*>(const_cast<char*>(address[0]));
+    weight0_ = static_cast<C>(weights[0]);
+    count_ = 0;
+    bool all_aligned = true;
+    __syncwarp();  // all lanes are done with the list
+    for (int first = 1; first < p.rows; first += 32) {
+      const int r = first + lane_;
+      const double weight = r < p.rows && address[r] ? weights[r] : 0.0;
+      const unsigned read = __ballot_sync(0xffffffffu, weight != 0.0);
+      if (weight != 0.0) {
+        const D* row = reinterpret_cast<const D*>(address[r]);
+        all_aligned = all_aligned && aligned<kCount>(row - lead);
+        list_[count_ + __popc(read & ((1u << lane_) - 1))] = {row, static_cast<C>(weight)};
       }
-      if (several && used.unchanged) return;
-      const Rows rows(p, run);
-      auto add = [&](C (&total)[kCount], C weight, const C (&v)[kCount]) {
+      count_ += __popc(read);
+    }
+    all_aligned_ = __all_sync(0xffffffffu, all_aligned);
+    __syncwarp();  // the list is written
+  }
+
+  // Whether the segment stays as it is, unread.
+  __device__ bool unchanged() const { return count_ == 0 && weight0_ == C(1); }
+
+  __device__ void run(const Chunk& chunk) const {
+    int at = chunk.to;
+    if (all_aligned_) at = min(at, (chunk.from + kCount - 1) / kCount * kCount);
+    elements(chunk.start, chunk.from, at);
+    if (count_ == 1 && weight0_ != C(0)) at = two_rows(chunk.start, at, chunk.to);
+#pragma unroll 1
+    for (; at + kStep <= chunk.to; at += kStep) step(chunk.start + at + lane_ * kCount);
+    elements(chunk.start, at, chunk.to);
+  }
+
+ private:
+  // Pointers out of shared memory are not known to be global ones, whose loads are cheaper.
+  __device__ const D* row(int k) const {
+    const D* const row = list_[k].row;
+    __builtin_assume(__isGlobal(row));
+    return row;
+  }
+
+  // Positions [first, last) of a chunk, four to a lane at a time.
+  __device__ void elements(int64_t start, int first, int last) const {
+    constexpr int kUnroll = 4;
+    for (int at = first / 32 * 32 + lane_; at < last; at += 32 * kUnroll) {
+      C total[kUnroll] = {};
+      auto inside = [&](int u) { return at + 32 * u >= first && at + 32 * u < last; };
+      for (int k = 0; k < count_; ++k) add_elements(total, list_[k].weight, row(k) + start + at, inside);
+      if (weight0_ != C(0)) add_elements(total, weight0_, row0_ + start + at, inside);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) total[e] += weight * v[e];
-      };
-      auto subtract_from = [&](int i, const Part& base, C (&v)[kCount]) {
-        C b[kCount];
-        rows.values(p.base, i, base, b);
+      for (int u = 0; u < kUnroll; ++u)
+        if (inside(u)) narrow(total[u], row0_[start + at + 32 * u]);
+    }
+  }
+  template <int kUnroll, typename T, typename Inside>
+  __device__ static void add_elements(C (&total)[kUnroll], C weight, const T* row, const Inside& inside) {
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) v[e] = b[e] - v[e];
-      };
-      int at = 0;
-      auto some = [&](int stop) {  // any number of rows, any alignment, heads and tails
-        for (; at < stop; at += kStep) {
-          const int i = at + lane * kCount;
-          const int from = i < run.pad ? (run.pad - i < kCount ? run.pad - i : kCount) : 0;
-          const int to = i + kCount <= run.end ? kCount : i < run.end ? run.end - i : 0;
-          if (from >= to) continue;
-          Part base{};
-          if (from_base) base = rows.load_some(p.base, i, from, to);
-          C total[kCount] = {};
-          for (int k = 0; k < used.count; ++k) {
-            const int r = used.row[k];
-            const Part part = rows.load_some(r, i, from, to);
-            C v[kCount];
-            rows.values(r, i, part, v);
-            if (from_base && r == 0) subtract_from(i, base, v);
-            add(total, used.weight[k], v);
-          }
-          if (from_base) subtract_from(i, base, total);
-          Access::template store<C>(rows.at(0, i), total, rows.dtype(0), from, to);
-        }
-      };
-      bool good = rows.aligned(0) && (!from_base || rows.aligned(p.base));
-      for (int k = lane; k < used.count; k += 32) good = good && rows.aligned(used.row[k]);
-      const bool aligned = __ballot_sync(0xffffffffu, !good) == 0;
-      if (run.pad > 0) some(kStep < run.end ? kStep : run.end);
-      if (aligned && used.count == 2 && used.row[0] == 0) {
-        const int r1 = used.row[1];
-        const C w0 = used.weight[0], w1 = used.weight[1];
-        for (; at + kUnroll * kStep <= run.end; at += kUnroll * kStep) {
-          Part g[kUnroll], d[kUnroll], base[kUnroll] = {};
+    for (int u = 0; u < kUnroll; ++u)
+      if (inside(u)) total[u] += weight * widen(row[32 * u]);
+  }
+
+  // Whole steps of row 0 and one other, four loads in flight, from position `at` of a chunk on; returns where they end.
+  __device__ int two_rows(int64_t start, int at, int to) const {
+    constexpr int kUnroll = 2;
+    const D* const d = row(0) + start + lane_ * kCount;
+    G* const g = row0_ + start + lane_ * kCount;
+    const C w0 = weight0_, w1 = list_[0].weight;
+    for (; at + kUnroll * kStep <= to; at += kUnroll * kStep) {
+      Pack<G, kCount> x[kUnroll];
+      Pack<D, kCount> y[kUnroll];
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            const int i = at + u * kStep + lane * kCount;
-            g[u] = rows.load(0, i);
-            d[u] = rows.load(r1, i);
-            if (from_base) base[u] = rows.load(p.base, i);
-          }
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            const int i = at + u * kStep + lane * kCount;
-            C v0[kCount], v1[kCount], total[kCount];
-            rows.values(0, i, g[u], v0);
-            rows.values(r1, i, d[u], v1);
-            if (from_base) subtract_from(i, base[u], v0);
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) total[e] = w0 * v0[e] + w1 * v1[e];
-            if (from_base) subtract_from(i, base[u], total);
-            Access::template store<C>(rows.at(0, i), total, rows.dtype(0), 0, kCount);
-          }
-        }
-      } else if (aligned) {
-        for (; at + kStep <= run.end; at += kStep) {
-          const int i = at + lane * kCount;
-          Part base{};
-          if (from_base) base = rows.load(p.base, i);
-          C total[kCount] = {};
-          auto group = [&](auto size, int k) {
-            constexpr int kRows = decltype(size)::value;
-            Part part[kRows];
-#pragma unroll
-            for (int j = 0; j < kRows; ++j) part[j] = rows.load(used.row[k + j], i);
-#pragma unroll
-            for (int j = 0; j < kRows; ++j) {
-              C v[kCount];
-              rows.values(used.row[k + j], i, part[j], v);
-              if (from_base && used.row[k + j] == 0) subtract_from(i, base, v);
-              add(total, used.weight[k + j], v);
-            }
-          };
-          for (int k = 0, larger = used.larger; k < used.count; --larger) {
-            const int size = used.size + (larger > 0);
-            if (size == 4) group(std::integral_constant<int, 4>{}, k);
-            if (size == 3) group(std::integral_constant<int, 3>{}, k);
-            if (size == 2) group(std::integral_constant<int, 2>{}, k);
-            if (size == 1) group(std::integral_constant<int, 1>{}, k);
-            k += size;
-          }
-          if (from_base) subtract_from(i, base, total);
-          Access::template store<C>(rows.at(0, i), total, rows.dtype(0), 0, kCount);
-        }
+      for (int u = 0; u < kUnroll; ++u) {
+        x[u] = load<kCount>(g + at + u * kStep);
+        y[u] = load<kCount>(d + at + u * kStep);
       }
-      some(run.end);
-    });
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        C total[kCount] = {};
+        add(total, w1, y[u]);
+        add(total, w0, x[u]);
+        put(g + at + u * kStep, total);
+      }
+    }
+    return at;
+  }
+
+  // One step at element i, any number of rows: four of them, and row 0, are loaded before the first is waited for.
+  __device__ void step(int64_t i) const {
+    Pack<G, kCount> row0 = {};
+    if (weight0_ != C(0)) row0 = load<kCount>(row0_ + i);
+    C total[kCount] = {};
+    int k = 0;
+#pragma unroll 1
+    for (; k + 4 <= count_; k += 4) add_rows<4>(total, k, i);
+    switch (count_ - k) {
+      case 3: add_rows<3>(total, k, i); break;
+      case 2: add_rows<2>(total, k, i); break;
+      case 1: add_rows<1>(total, k, i); break;
+    }
+    if (weight0_ != C(0)) add(total, weight0_, row0);
+    put(row0_ + i, total);
+  }
+  template <int kRows>
+  __device__ void add_rows(C (&total)[kCount], int k, int64_t i) const {
+    Pack<D, kCount> pack[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) pack[j] = load<kCount>(row(k + j) + i);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) add(total, list_[k + j].weight, pack[j]);
+  }
+
+  template <typename T>
+  __device__ static void add(C (&total)[kCount], C weight, const Pack<T, kCount>& pack) {
+#pragma unroll
+    for (int e = 0; e < kCount / 2; ++e) {
+      const auto pair = widen(pack.pair(e));
+      total[2 * e] += weight * pair.x;
+      total[2 * e + 1] += weight * pair.y;
+    }
+  }
+  __device__ static void put(G* row, const C (&total)[kCount]) {
+    Pack<G, kCount> pack;
+#pragma unroll
+    for (int e = 0; e < kCount / 2; ++e) {
+      typename Pack<G, kCount>::Pair pair;
+      narrow({total[2 * e], total[2 * e + 1]}, pair);
+      pack.set_pair(e, pair);
+    }
+    store<kCount>(row, pack);
+  }
+
+  List& list_;
+  const int lane_;
+  G* row0_;
+  C weight0_;
+  int count_;
+  bool all_aligned_;
+};
+
+// Resident blocks per multiprocessor, which is the register budget: half occupancy, but for doubles.
+template <typename G>
+constexpr int kCombineBlocks = sizeof(G) == 8 ? 3 : 4;
+
+// Row 0 of dense segments. Reads each row whose weight is not 0 once and writes row 0 once, 16 bytes of row 0 and as many
+// elements of the others per lane; one element per lane in heads, tails, and segments whose rows are not all aligned as row 0 is.
+// Walks backwards over the chunks that the same block of a Gram pass took: what was read last is still in L2. An element is the
+// sum over rows 1, 2, .., then row 0.
+template <typename G, typename D>
+__global__ __launch_bounds__(kThreads, kCombineBlocks<G>)
+void combine_dense(const __grid_constant__ Segments p, WeightSource source) {
+  __shared__ double solved[2];
+  __shared__ typename Combine<G, D>::List lists[kWarps];
+  const double* weights = find_weights(source, solved);
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = static_cast<int>(blockIdx.x) * p.per_block;
+  Combine<G, D> combine(lists[warp]);
+  int s = p.count;  // the segment that `combine` is at
+  for (int c = min(first + p.per_block, p.chunks()) - 1 - warp; c >= first; c -= kWarps) {
+    if (s == p.count || p.begin(s) > c) {
+      s = p.segment_of(c);
+      combine.begin(p, s, weights + int64_t{p.part[s]} * p.rows);
+    }
+    if (!combine.unchanged()) combine.run(chunk_of<G>(p, s, c));
   }
 }
 
-// The same for one strided piece, an element per thread.
-template <typename C, int kBuffers>
-__global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedPiece<kBuffers> p, WeightSource source) {
-  __shared__ Used<C> used;
-  find_used(used, source, p.part, p.info, p.rows);
-  if (used.unchanged) return;
+// The same for one strided segment, an element per thread, in double.
+__global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
+  __shared__ double solved[2];
+  const double* weights = find_weights(source, solved) + int64_t{p.part} * p.rows;
+  bool unchanged = weights[0] == 1.0;
+  for (int r = 1; r < p.rows; ++r) unchanged = unchanged && (!p.address[r] || weights[r] == 0.0);
+  if (unchanged) return;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.numel; i += int64_t{gridDim.x} * kThreads) {
-    const Element<C, StridedPiece<kBuffers>> element(p, i);
-    C total = C(0);
-    for (int k = 0; k < used.count; ++k) total += used.weight[k] * element.value(used.row[k]);
-    element.store(p.base ? element.load(p.base) - total : total);
+    const Element element(p, i);
+    double total = 0.0;
+    for (int r = 1; r < p.rows; ++r)
+      if (p.address[r] && weights[r] != 0.0) total += weights[r] * element.load(r);
+    if (weights[0] != 0.0) total += weights[0] * element.load(0);
+    element.store(total);
   }
 }
-
-// Row 0 of every part from weights [parts, R]. Refuses before anything is launched.
-void launch_combine(const Device& device, const Plan& plan, const double* weights);
-
-// Gram pass and combine with nothing in between: K = 1 and one part. scratch: gram_scratch doubles.
-void launch_project_one(const Device& device, const Plan& plan, Rule rule, double* scratch, double* gram, double* weights);
 
 }  // namespace gradproj::cuda

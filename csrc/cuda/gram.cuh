@@ -1,330 +1,226 @@
-// Inner products of rows: a first kernel writes one set of float64 sums per block, a second adds the blocks up. No atomics
-// and no counter: the order of every sum is fixed by the grid, so the same buffers give the same bits, launches on different
-// streams cannot disturb each other, and a captured graph can be replayed anywhere.
+// The Gram of up to nine rows in one pass: every block leaves float64 sums of its products in slots, a second kernel adds the
+// slots up. No kernel here knows of torch.
 #pragma once
 
-#include <vector>
-
-#include "load.cuh"
+#include "batches.h"
+#include "slots.cuh"
 
 namespace gradproj::cuda {
 
-constexpr int kPassRows = 9;  // rows whose products one launch accumulates
+constexpr int kPassRows = 9;
 
-// The sums of one pass over `width` rows: of all pairs, or of row 0 with each (row_only). RowInfo::id is a row's position
-// in the pass. A slot is `pairs` doubles. With one part, blocks own one each and later launches of the pass add to it. With
-// more, blocks take contiguous ranges and the sums of one block and one part are slot number block + part: no two share one,
-// because blocks and parts both ascend along a launch; each launch is added up by itself.
-struct Slots {
-  double* partial;
-  int32_t width;
-  int32_t pairs;
-  bool row_only;
-  bool fresh;              // nothing is there yet that has to be kept
-  uint8_t row[kPassRows];  // of the call, by position
-
-  __host__ __device__ int pair(int i, int j) const { return row_only ? j : i * width - i * (i - 1) / 2 + j - i; }
-};
-
-__device__ inline double warp_sum(double x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
-
-// Sums that a warp keeps while it walks its chunks: C products of up to 48 elements per lane, widened after every chunk. Of equal
-// elements every addition may round the same way: 48 of them cost 8e-7 of the sum.
+// Sums that a lane keeps: products of kRows rows in C, added to totals in double after every chunk. Pair (i, j), i <= j, is
+// number j (j + 1) / 2 + i, so the pairs of fewer rows come first. kRowOnly: pair (0, j) only, number j.
+// At most 48 products are added up in float32: of equal elements every addition may round the same way, 8e-7 in all.
 template <typename C, int kRows, bool kRowOnly>
 struct Sums {
   static constexpr int kPairs = kRowOnly ? kRows : kRows * (kRows + 1) / 2;
-  static constexpr bool kPerLane = kPairs <= 3;  // else a lane's registers would not hold them: lane p % 32 keeps pair p
-  static constexpr int kTotals = kPerLane ? kPairs : (kPairs + 31) / 32;
-  C products[kPairs];
-  double totals[kTotals];
+  C product[kPairs] = {};
+  double total[kPairs] = {};
 
-  __device__ Sums() {
-#pragma unroll
-    for (int t = 0; t < kTotals; ++t) totals[t] = 0.0;
-    clear();
-  }
-  __device__ void clear() {
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) products[p] = C(0);
-  }
-  __device__ void add(const C (&v)[kRows]) {
+  __device__ void add(const C (&column)[kRows]) {
     int p = 0;
 #pragma unroll
-    for (int i = 0; i < (kRowOnly ? 1 : kRows); ++i)
+    for (int j = 0; j < kRows; ++j)
 #pragma unroll
-      for (int j = i; j < kRows; ++j) {
-        products[p] += v[i] * v[j];
-        ++p;
+      for (int i = 0; i <= (kRowOnly ? 0 : j); ++i, ++p) {
+        if constexpr (sizeof(C) == sizeof(double))
+          total[p] += column[i] * column[j];
+        else
+          product[p] += column[i] * column[j];
       }
   }
-  __device__ void widen_products(int lane) {
+  __device__ void widen_products() {
+    if constexpr (sizeof(C) < sizeof(double))
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      if constexpr (kPerLane) {
-        totals[p] += static_cast<double>(products[p]);
-      } else {
-        const double sum = warp_sum(static_cast<double>(products[p]));
-        if (lane == p % 32) totals[p / 32] += sum;
+      for (int p = 0; p < kPairs; ++p) {
+        total[p] += static_cast<double>(product[p]);
+        product[p] = C(0);
       }
-    }
-    clear();
-  }
-  // The block's sums into a slot. Every thread of the block must call it.
-  __device__ void finish(const Slots& slots, int64_t number, const RowInfo& info, int rows, double (*shared)[kPairs]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      if constexpr (kPerLane) {
-        const double sum = warp_sum(totals[p]);
-        if (lane == 0) shared[warp][p] = sum;
-      } else if (lane == p % 32) {
-        shared[warp][p] = totals[p / 32];
-      }
-    }
-    double* slot = slots.partial + number * slots.pairs;
-    if (slots.fresh)
-      for (int p = static_cast<int>(threadIdx.x); p < slots.pairs; p += kThreads) slot[p] = 0.0;
-    __syncthreads();
-    for (int p = static_cast<int>(threadIdx.x); p < kPairs; p += kThreads) {
-      int i = 0, j = p;
-      if (!kRowOnly)
-        for (; j >= kRows - i; ++i) j -= kRows - i;
-      j += i;
-      if (j >= rows) continue;
-      double sum = 0.0;
-      for (int w = 0; w < kWarps; ++w) sum += shared[w][p];
-      slot[slots.pair(info.id[i], info.id[j])] += sum;
-    }
   }
 };
 
-// Blocks that shall fit a multiprocessor together, which is what the compiler may spend registers on: half occupancy where
-// two rows of one type are streamed in float, less where a base and scales come with them or 45 sums have to be kept.
-template <typename C, typename Access>
-constexpr int blocks_per_sm(int rows) {
-  if (rows == 2) return Access::kMixed ? 2 : sizeof(C) == 8 ? 3 : 4;
-  if (sizeof(C) == 8) return 1;
-  return rows <= 5 && Access::kCount < 8 ? 2 : 1;
-}
+// The rows of a chunk, and how their products come into the sums.
+template <typename G, typename D, int kRows>
+class ChunkRows {
+ public:
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(G));  // elements of a row that a lane takes at a time
+  static constexpr int kStep = 32 * kCount;
+  using C = Compute<G>;
 
-// Products of the rows of dense segments. Reads each element of each row once, in accesses of 16 bytes but for the head and
-// tail of a segment and rows that are not aligned as row 0 is; writes slots.pairs doubles per block, and per part that a block
-// touches. A warp keeps kRows * kUnroll accesses of 16 bytes per lane in flight.
-template <typename C, typename Access, int kRows, bool kRowOnly, int kBytes>
-__global__ __launch_bounds__(kThreads, blocks_per_sm<C, Access>(kRows)) void gram_dense(const __grid_constant__ Segments<kBytes> p, Slots slots) {
-  constexpr int kCount = Access::kCount;
-  constexpr int kUnroll = kRows == 2 ? 2 : 1;
-  constexpr int kStep = 32 * kCount;
-  constexpr bool kWhole = !Access::kMixed || kRows == 2 || kRowOnly;  // a loop of its own without masks: 45 sums leave no room
-  using Rows = RunRows<C, Access, Segments<kBytes>>;
-  using Part = typename Rows::Part;
-  __shared__ double shared[kWarps][Sums<C, kRows, kRowOnly>::kPairs];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const uint32_t granules = p.end(p.count - 1);
-  Sums<C, kRows, kRowOnly> sums;
-
-  auto walk = [&](uint32_t first, uint32_t stop, uint32_t stride) {
-    for (; first < stop; first += stride) {
-      const uint32_t last = stop - first < p.chunk ? stop : first + p.chunk;
-      for_each_run(p, Access::element_bytes(p.info.dtype[0]), first, last, [&](const Run& run) {
-        const Rows rows(p, run);
-        const bool from_base = Access::kMixed && p.base > 0;
-        bool aligned = !from_base || rows.aligned(p.base);
+  __device__ ChunkRows(const Segments& p, int s, const Chunk& chunk) {
+    const char* const* address = p.address + s * p.rows;
+    row0_ = row_at<G>(address[0], chunk);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (r < p.rows) aligned = aligned && rows.aligned(r);
-        auto add = [&](int i, const Part (&part)[kRows], const Part& base) {
-          C v[kRows][kCount] = {};
-          if constexpr (Access::kMixed) {
+    for (int r = 0; r < kRows - 1; ++r) rows_[r] = r + 1 < p.rows ? row_at<D>(address[r + 1], chunk) : nullptr;
+  }
+  __device__ bool all_present() const {
+    bool all = row0_ != nullptr;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              if (r < p.rows) rows.values(r, i, part[r], v[r]);
-            if (from_base) {
-              C b[kCount];
-              rows.values(p.base, i, base, b);
+    for (int r = 0; r < kRows - 1; ++r) all = all && rows_[r];
+    return all;
+  }
+  // Whether all rows can be loaded 16 bytes at a time from positions that are multiples of kCount. Row 0 always can.
+  __device__ bool all_aligned() const {
+    bool all = true;
 #pragma unroll
-              for (int e = 0; e < kCount; ++e) v[0][e] = b[e] - v[0][e];
-            }
-          }
+    for (int r = 0; r < kRows - 1; ++r) all = all && aligned<kCount>(rows_[r]);
+    return all;
+  }
+  // Positions [first, last), one to a lane.
+  template <typename S>
+  __device__ void add_elements(S& sums, int first, int last) const {
+#pragma unroll(kRows == 2 ? 4 : 1)
+    for (int i = first / 32 * 32 + static_cast<int>(threadIdx.x) % 32; i < last; i += 32) {
+      C column[kRows];
+      column[0] = row0_ && i >= first ? widen(row0_[i]) : C(0);
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) {
-            C column[kRows];
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              if constexpr (Access::kMixed)
-                column[r] = v[r][e];
-              else  // one by one: widened all at once, they spill on sm_100
-                column[r] = r < p.rows ? Access::template value<C>(part[r], e) : C(0);
-            }
-            sums.add(column);
-          }
-        };
-        int at = 0;                     // of the warp: the same for all lanes
-        auto some = [&](int stop_at) {  // any alignment, heads and tails
-          for (; at < stop_at; at += kStep) {
-            const int i = at + lane * kCount;
-            const int from = i < run.pad ? (run.pad - i < kCount ? run.pad - i : kCount) : 0;
-            const int to = i + kCount <= run.end ? kCount : i < run.end ? run.end - i : 0;
-            Part part[kRows], base{};
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              if (r < p.rows) part[r] = rows.load_some(r, i, from, to);
-            if (from_base) base = rows.load_some(p.base, i, from, to);
-            add(i, part, base);
-          }
-        };
-        if (run.pad > 0) some(kStep < run.end ? kStep : run.end);
-        if (aligned && kWhole)
-          for (; at + kUnroll * kStep <= run.end; at += kUnroll * kStep) {
-            Part part[kUnroll][kRows], base[kUnroll] = {};
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-              const int i = at + u * kStep + lane * kCount;
-#pragma unroll
-              for (int r = 0; r < kRows; ++r)
-                if (r < p.rows) part[u][r] = rows.load(r, i);
-              if (from_base) base[u] = rows.load(p.base, i);
-            }
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) add(at + u * kStep + lane * kCount, part[u], base[u]);
-          }
-        some(run.end);
-      });
-      sums.widen_products(lane);
+      for (int r = 0; r < kRows - 1; ++r) column[r + 1] = rows_[r] && i >= first ? widen(rows_[r][i]) : C(0);
+      sums.add(column);
     }
-  };
-
-  if constexpr (!Access::kMixed) {
-    walk((blockIdx.x * kWarps + warp) * p.chunk, granules, gridDim.x * kWarps * p.chunk);
-    sums.finish(slots, blockIdx.x, p.info, p.rows, shared);
-  } else {
-    uint32_t at = blockIdx.x * p.per_block;
-    const uint32_t stop = at < granules && granules - at > p.per_block ? at + p.per_block : granules;
-    for (;;) {  // one part at a time; a block without granules still clears its slot
-      uint32_t end = stop;
-      int32_t part = 0;
-      if (p.parts && at < stop) {
-        part = p.part(p.first_at(at));
-        const uint32_t next = p.begin(p.first_of(part + 1));
-        end = next < stop ? next : stop;
+  }
+  // Whole steps from position `first` on, as many as fit in front of `last`; returns where they end. All loads of kUnroll steps
+  // are issued before the first product.
+  template <int kUnroll, bool kAllPresent, typename S>
+  __device__ int add_steps(S& sums, int first, int last) const {
+    for (; first + kUnroll * kStep <= last; first += kUnroll * kStep) {
+      const int i = first + static_cast<int>(threadIdx.x) % 32 * kCount;
+      Pack<G, kCount> row0[kUnroll] = {};
+      Pack<D, kCount> rows[kUnroll][kRows - 1] = {};
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kAllPresent || row0_) row0[u] = load<kCount>(row0_ + i + u * kStep);
+#pragma unroll
+        for (int r = 0; r < kRows - 1; ++r)
+          if (kAllPresent || rows_[r]) rows[u][r] = load<kCount>(rows_[r] + i + u * kStep);
       }
-      walk(at + warp * p.chunk, end, kWarps * p.chunk);
-      sums.finish(slots, int64_t{blockIdx.x} + part, p.info, p.rows, shared);
-      at = end;
-      if (at >= stop) break;
-      __syncthreads();  // until all have read `shared`
-      sums = {};
-    }
-  }
-}
-
-// The same for one strided piece, an element per lane.
-template <typename C, bool kRowOnly>
-__global__ __launch_bounds__(kThreads) void gram_strided(const __grid_constant__ SmallStrided p, Slots slots) {
-  constexpr int64_t kChunk = 32 * kMostOfALane;
-  __shared__ double shared[kWarps][Sums<C, kPassRows, kRowOnly>::kPairs];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  Sums<C, kPassRows, kRowOnly> sums;
-  for (int64_t first = (int64_t{blockIdx.x} * kWarps + warp) * kChunk; first < p.numel;
-       first += int64_t{gridDim.x} * kWarps * kChunk) {
-    const int64_t last = first + kChunk < p.numel ? first + kChunk : p.numel;
-    for (int64_t i = first + lane; i < last; i += 32) {
-      const Element<C, SmallStrided> element(p, i);
-      C v[kPassRows];
 #pragma unroll
-      for (int r = 0; r < kPassRows; ++r) v[r] = r < p.rows ? element.value(r) : C(0);
-      sums.add(v);
+      for (int u = 0; u < kUnroll; ++u) add_packs(sums, row0[u], rows[u]);
     }
-    sums.widen_products(lane);
+    return first;
   }
-  sums.finish(slots, blockIdx.x, p.info, p.rows, shared);
+
+ private:
+  template <typename S>
+  __device__ static void add_packs(S& sums, const Pack<G, kCount>& row0, const Pack<D, kCount> (&rows)[kRows - 1]) {
+#pragma unroll
+    for (int e = 0; e < kCount / 2; ++e) {
+      const auto pair0 = widen(row0.pair(e));
+      C x[kRows] = {pair0.x}, y[kRows] = {pair0.y};
+#pragma unroll
+      for (int r = 0; r < kRows - 1; ++r) {
+        const auto pair = widen(rows[r].pair(e));
+        x[r + 1] = pair.x;
+        y[r + 1] = pair.y;
+      }
+      sums.add(x);
+      sums.add(y);
+    }
+  }
+
+  const G* row0_;
+  const D* rows_[kRows - 1];
+};
+
+// Resident blocks per multiprocessor, which is the register budget: half occupancy where two rows are streamed.
+template <typename G>
+constexpr int gram_blocks(int rows, bool row_only) {
+  if (rows == 2) return sizeof(G) == 8 ? 3 : 4;
+  return rows <= 5 || row_only ? 2 : 1;
 }
 
-// Sum of one pair over all slots, by one warp, in fixed order.
-__device__ inline double sum_slots(const double* partial, int64_t count, int pairs, int pair, int lane) {
-  double sum = 0.0;
-  for (int64_t s = lane; s < count; s += 32) sum += partial[s * pairs + pair];
-  return warp_sum(sum);
+// Products of the rows of dense segments, of which there are at most kRows (two: exactly, but for a Gram of one row). Reads each
+// element of each row once, 16 bytes of row 0 and as many elements of the others per lane; one element per lane in heads,
+// tails, and chunks whose rows are not all aligned as row 0 is. Writes a slot per block and part that it meets.
+// Order of summation: a lane its own elements, ascending; the lanes of a warp; the warps of a block; the slots.
+template <typename G, typename D, int kRows, bool kRowOnly>
+__global__ __launch_bounds__(kThreads, gram_blocks<G>(kRows, kRowOnly))
+void gram_dense(const __grid_constant__ Segments p, Slots slots) {
+  using Rows = ChunkRows<G, D, kRows>;
+  int first = static_cast<int>(blockIdx.x) * p.per_block;
+  const int last = min(first + p.per_block, p.chunks());
+  int s = p.segment_of(first);
+  while (first < last) {  // one part at a time
+    const int32_t part = p.part[s];
+    int behind = s + 1;  // the first segment of another part, or of another block only
+    while (p.end[behind - 1] < last && p.part[behind] == part) ++behind;
+    const int end = min(p.end[behind - 1], last);
+    Sums<Compute<G>, kRows, kRowOnly> sums;
+    for (int c = first + static_cast<int>(threadIdx.x) / 32; c < end; c += kWarps) {
+      while (p.end[s] <= c) ++s;
+      const Chunk chunk = chunk_of<G>(p, s, c);
+      const Rows rows(p, s, chunk);
+      int at = chunk.to;
+      if (rows.all_aligned()) at = min(at, (chunk.from + Rows::kCount - 1) / Rows::kCount * Rows::kCount);
+      rows.add_elements(sums, chunk.from, at);
+      if (kRows == 2 && rows.all_present()) at = rows.template add_steps<2, true>(sums, at, chunk.to);
+      at = rows.template add_steps<1, false>(sums, at, chunk.to);
+      rows.add_elements(sums, at, chunk.to);
+      sums.widen_products();
+    }
+    write_slot(slots, int64_t{blockIdx.x} + part, sums.total);
+    first = end;
+    s = behind;
+  }
 }
 
-// Where the sums go: [parts, R, R].
+// The same for one strided segment, an element per lane, in double. A slot per block.
+template <int kRows, bool kRowOnly>
+__global__ __launch_bounds__(kThreads, 1) void gram_strided(const __grid_constant__ StridedSegment p, Slots slots) {
+  Sums<double, kRows, kRowOnly> sums;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.numel; i += int64_t{gridDim.x} * kThreads) {
+    const Element element(p, i);
+    double column[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) column[r] = r < p.rows && p.address[r] ? element.load(r) : 0.0;
+    sums.add(column);
+  }
+  write_slot(slots, blockIdx.x, sums.total);
+}
+
+// Where sums go.
 struct Target {
-  double* gram;
-  const double* known;  // [parts, R - 1, R - 1], to be copied to rows and columns 1.. of the Gram; null: nothing is
+  double* gram;           // [parts, R, R]
+  const double* gram_dd;  // [parts, R - 1, R - 1], copied into rows and columns 1.. of the Gram; null: nothing is
   int32_t R;
-  bool add;  // to what an earlier launch of the pass left there
+  bool add;  // to what is there
 };
 
-// Adds up slots first, first + 1, .. of one part. Reads count * pairs doubles. One block.
-__device__ inline void add_up(const Slots& slots, int64_t first, int64_t count, const Target& target, int64_t part) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, R = target.R, K = R - 1;
+// Adds up slots first, first + 1, .. into one part of the Gram. Reads count * pairs doubles. By every thread of one block.
+__device__ inline void add_up(const Slots& slots, int64_t first, int32_t count, const Pass& pass, const Target& target,
+                              int64_t part) {
+  const int R = target.R, K = R - 1;
   double* gram = target.gram + part * R * R;
   for (int p = static_cast<int>(threadIdx.x) / 32; p < slots.pairs; p += kWarps) {
-    int i = 0, j = p;
-    if (!slots.row_only)
-      for (; j >= slots.width - i; ++i) j -= slots.width - i;
-    j += i;
-    double sum = sum_slots(slots.partial + first * slots.pairs, count, slots.pairs, p, lane);
-    if (lane != 0) continue;
-    double& value = gram[slots.row[i] * R + slots.row[j]];
+    int i = p, j = 0;
+    if (pass.needs_leading)
+      i = 0, j = p;
+    else
+      while (i > j) i -= ++j;
+    double sum = sum_slots(slots.sums + first * slots.pairs, count, slots.pairs, p);
+    if (threadIdx.x % 32 != 0) continue;
+    double& value = gram[pass.row(i) * R + pass.row(j)];
     if (target.add) sum += value;
-    value = gram[slots.row[j] * R + slots.row[i]] = sum;
+    value = gram[pass.row(j) * R + pass.row(i)] = sum;
   }
-  if (target.known)
+  if (target.gram_dd)
     for (int k = static_cast<int>(threadIdx.x); k < K * K; k += kThreads)
-      gram[(k / K + 1) * R + k % K + 1] = target.known[part * K * K + k];
+      gram[(k / K + 1) * R + k % K + 1] = target.gram_dd[part * K * K + k];
 }
 
-// One part, or none: count slots to each of gridDim.x parts.
-template <int = 0>  // so that it may be defined in a header
-__global__ __launch_bounds__(kThreads) void gram_finish(const __grid_constant__ Slots slots, int64_t count, Target target) {
-  add_up(slots, 0, count, target, blockIdx.x);
+// Slots 0..count-1 into each of parts `part`, `part` + 1, .., a block for each.
+__global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int32_t count, Pass pass, Target target, int32_t part) {
+  add_up(slots, 0, count, pass, target, int64_t{part} + blockIdx.x);
 }
 
-// Parts begin, begin + 1, .. after a launch over dense segments, a block for each.
-template <int kBytes>
-__global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments<kBytes> p,
-                                                               const __grid_constant__ Slots slots, int32_t begin, Target target) {
-  const int32_t part = begin + static_cast<int32_t>(blockIdx.x);
-  const int first = p.first_of(part), last = p.first_of(part + 1);
-  if (first == last) return add_up(slots, 0, 0, target, part);
-  const uint32_t from = p.begin(first) / p.per_block, to = (p.begin(last) - 1) / p.per_block;
-  add_up(slots, int64_t{from} + part, to - from + 1, target, part);
+// The slots of a launch over several parts, a block for each part from that of the first segment on.
+__global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments p, Slots slots, Pass pass,
+                                                               Target target) {
+  const int32_t part = p.part[0] + static_cast<int32_t>(blockIdx.x);
+  const int s = p.first_of_part(part), behind = p.first_of_part(part + 1);
+  if (s == behind) return;  // the launch has nothing of this part
+  const int32_t first = p.begin(s) / p.per_block, last = (p.begin(behind) - 1) / p.per_block;
+  add_up(slots, int64_t{first} + part, last - first + 1, pass, target, part);
 }
-
-struct Device {
-  cudaStream_t stream;
-  int64_t most_blocks;  // of the grid; fixed for a device, so that sums are
-  bool large_params;    // 32,764 bytes of kernel parameters
-};
-
-// Doubles of scratch that the Gram of a plan needs: a slot for each block, and one more for each of several parts.
-inline int64_t gram_scratch(const Device& device, const Plan& plan) {
-  const int R = plan.gram_rows();
-  return (device.most_blocks + (plan.parts > 1 ? plan.parts : 0)) * (R <= kPassRows ? R * (R + 1) / 2 : kPassRows);
-}
-
-// Sums of one pass over the rows `wanted`, [0] first. Without a target they stay in their slots (one part only), whose number is
-// returned.
-template <typename C>
-int64_t launch_pass(const Device& device, const Plan& plan, const std::vector<int>& wanted, bool row_only, double* partial,
-                    const Target* target);
-
-extern template int64_t launch_pass<float>(const Device&, const Plan&, const std::vector<int>&, bool, double*, const Target*);
-extern template int64_t launch_pass<double>(const Device&, const Plan&, const std::vector<int>&, bool, double*, const Target*);
-
-inline int64_t launch_pass(const Device& device, const Plan& plan, const std::vector<int>& wanted, bool row_only, double* partial,
-                           const Target* target) {
-  return plan.any_f64 ? launch_pass<double>(device, plan, wanted, row_only, partial, target)
-                      : launch_pass<float>(device, plan, wanted, row_only, partial, target);
-}
-
-// The Gram of every part into gram [parts, R, R]. known: [parts, R - 1, R - 1] of rows 1.., copied instead of computed, or null.
-// scratch: gram_scratch doubles. Up to 9 rows in one pass; more as passes of one row against eight others.
-void launch_gram(const Device& device, const Plan& plan, const double* known, double* scratch, double* gram);
 
 }  // namespace gradproj::cuda

@@ -5,37 +5,47 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef GRADPROJ_EMULATION
 #include GRADPROJ_EMULATION
 #else
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#define GRADPROJ_LAUNCH(kernel, grid, stream, ...)                                    \
-  do {                                                                                \
-    (kernel)<<<(grid), gradproj::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__);         \
-    gradproj::cuda::check(cudaGetLastError(), "launch of " #kernel);                  \
-  } while (0)
 #endif
 
 namespace gradproj::cuda {
 
-#ifdef GRADPROJ_EMULATED_THREADS
-constexpr int kThreads = GRADPROJ_EMULATED_THREADS;
+#ifdef GRADPROJ_EMULATION
+constexpr int kThreads = emulation::kThreads, kMostSegments = emulation::kMostSegments;
 #else
 constexpr int kThreads = 256;
+constexpr int kMostSegments = 1000;  // of one launch
 #endif
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxRows = 65;        // a gradient and 64 directions
-constexpr int kMaxBuffers = 66;     // of a column: the rows and a base
-constexpr int kMaxDims = 8;         // of a strided piece, coalesced
+constexpr int kMaxRows = 65;  // the gradient and 64 directions
+constexpr int kMaxDims = 8;   // of a strided segment
 constexpr int64_t kMaxBlocks = 1024;
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("gradproj: ") + what + " failed: " + cudaGetErrorString(status) +
                              "; the device's context may be unusable, restart the process");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments&&... arguments) {
+#ifdef GRADPROJ_EMULATION
+  emulation::launch(blocks, [&] { kernel(arguments...); });
+  (void)name, (void)stream;
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+#endif
 }
 
 }  // namespace gradproj::cuda

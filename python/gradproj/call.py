@@ -88,17 +88,25 @@ def run(call: Call, name: str, *arguments):
     backend = select(first(call).device.type)
     if backend.name == "torch":  # it walks column by column: nothing may be refused once the first is written
         _check(call, backend)
-    rows = call.rows if backend.namespace == "gradproj" else _real_views(call.rows)
-    lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
+        call = _real(call)
     try:
-        with torch.no_grad():
-            result = backend.op(name)(*lead, *arguments, call.part, call.num_parts)
+        result = _apply(backend, name, call, arguments)
     except RuntimeError:
         _check(call, backend)
-        raise
+        real = _real(call)  # complex tensors are rare, and asking each would cost a tenth of a call
+        if real is call:
+            raise
+        result = _apply(backend, name, real, arguments)
     if call.written and name != "gram" and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(call.rows[0])  # type: ignore[arg-type]  # no None: unpack left them out
     return result
+
+
+def _apply(backend: Backend, name: str, call: Call, arguments: tuple):
+    rows = call.rows
+    lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
+    with torch.no_grad():
+        return backend.op(name)(*lead, *arguments, call.part, call.num_parts)
 
 
 def gram(call: Call, weights: Sequence[float], gram_dd: Tensor | None, device: torch.device) -> Tensor:
@@ -157,8 +165,7 @@ def _check(call: Call, backend: Backend | None = None) -> None:
                 f"{call.op}: {call.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a tensor of its "
                 f"own: {call.names[0]}[{i}].resolve_conj()"
             )
-    rows = _real_views(call.rows)
-    validate.check(call.op, rows, call.names, call.index, call.written, backend.name if backend else "")
+    validate.check(call.op, _real(call).rows, call.names, call.index, call.written, backend.name if backend else "")
 
 
 def _beside(call: Call, t: Tensor | None) -> Tensor | None:
@@ -170,13 +177,15 @@ def _flat(rows: list[list[Tensor | None]]) -> list[Tensor | None]:
     return rows[0] if len(rows) == 1 else list(chain.from_iterable(rows))
 
 
-def _real_views(rows: list[list[Tensor | None]]) -> list[list[Tensor | None]]:
-    """Complex tensors as real ones with a last dimension of 2, which is what the native ops take them for."""
+def _real(call: Call) -> Call:
+    """The same call with complex tensors as real ones with a last dimension of 2; itself, if none is complex."""
+    if not any(isinstance(t, Tensor) and t.is_complex() for t in chain(*call.rows)):
+        return call
 
     def real(t):
         return torch.view_as_real(t.resolve_conj()) if isinstance(t, Tensor) and t.is_complex() else t
 
-    return [[real(t) for t in row] for row in rows]
+    return call._replace(rows=[[real(t) for t in row] for row in call.rows])
 
 
 def _device(t: Tensor) -> torch.device:

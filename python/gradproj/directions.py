@@ -175,7 +175,6 @@ class Directions(Protection):
     def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
         """What a projection takes; and again, if it has found directions that are not finite, for which it writes nothing."""
         self._drop_non_finite()
-        grads = _real_views(grads)
         while self._rows:
             rows, part = self._in_order_of(parameters), self._parts(parameters)
             gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
@@ -248,7 +247,7 @@ class Directions(Protection):
         change = -self.last.weights
         change[..., 0] += 1.0
         weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
-        functional.combine_parts(_real_views(after), [update, *rows], weights, part, num_parts)
+        functional.combine_parts(after, [update, *rows], weights, part, num_parts)
 
     # --- which directions -----------------------------------------------------------------------------------------------
 
@@ -413,10 +412,6 @@ class _OnHost:
 def _reads_for_free(t: Tensor) -> bool:
     """Elsewhere it would synchronise."""
     return t.device.type == "cpu"
-
-
-def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
 
 
 def _like(p: Tensor) -> Tensor:

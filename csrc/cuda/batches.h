@@ -1,0 +1,171 @@
+// From a plan to launches: sorts its segments by the kernel instance that takes them and fills kernel parameters. Host code.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "launch.h"
+#include "segments.cuh"
+
+namespace gradproj::cuda {
+
+// The rows that a launch takes: `leading`, then `next` and those behind it, `count` in all. Where everything is a product with
+// the leading row, or is added to it, segments in which it is absent are left out.
+struct Pass {
+  int32_t leading, next, count;
+  bool needs_leading;
+
+  __host__ __device__ int32_t row(int r) const { return r == 0 ? leading : next + r - 1; }
+};
+
+// What a segment's rows store: row 0 of the pass, and all others. Whatever has no pair goes element by element.
+enum class Kind : uint8_t { absent, f32, f64, f16, bf16, f32_f16, f32_bf16, elementwise };
+constexpr Kind kPairs[] = {Kind::f32, Kind::f64, Kind::f16, Kind::bf16, Kind::f32_f16, Kind::f32_bf16};
+
+template <typename Row0, typename Others>
+struct Types {
+  using G = Row0;
+  using D = Others;
+};
+
+// f(Types<G, D>) for a kind that has a pair.
+template <typename F>
+void with_types(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::f32: return f(Types<float, float>{});
+    case Kind::f64: return f(Types<double, double>{});
+    case Kind::f16: return f(Types<__half, __half>{});
+    case Kind::bf16: return f(Types<__nv_bfloat16, __nv_bfloat16>{});
+    case Kind::f32_f16: return f(Types<float, __half>{});
+    case Kind::f32_bf16: return f(Types<float, __nv_bfloat16>{});
+    default: break;
+  }
+}
+
+inline Kind kind_of(DType g, DType d) {
+  const bool same = g == d;
+  switch (d) {
+    case DType::f64: return same ? Kind::f64 : Kind::elementwise;
+    case DType::f32: return same ? Kind::f32 : Kind::elementwise;
+    case DType::f16: return same ? Kind::f16 : g == DType::f32 ? Kind::f32_f16 : Kind::elementwise;
+    default: return same ? Kind::bf16 : g == DType::f32 ? Kind::f32_bf16 : Kind::elementwise;
+  }
+}
+
+inline Kind kind_of(const Plan& plan, size_t segment, const Pass& pass) {
+  const RowView* views = plan.row_views(segment);
+  const RowView& leading = views[pass.leading];
+  if (!leading.data && pass.needs_leading) return Kind::absent;
+  const RowView* other = nullptr;  // the first that is there
+  bool mixed = plan.segments[segment].ndim > 0;
+  for (int r = 1; r < pass.count; ++r) {
+    const RowView& view = views[pass.row(r)];
+    if (!view.data) continue;
+    if (!other) other = &view;
+    mixed = mixed || view.dtype != other->dtype;
+  }
+  if (!leading.data && !other) return Kind::absent;
+  if (mixed) return Kind::elementwise;
+  return kind_of((leading.data ? leading : *other).dtype, (other ? *other : leading).dtype);
+}
+
+// Refuses what no kernel takes.
+inline void check_launchable(const Plan& plan) {
+  if (plan.rows > kMaxRows)
+    throw PlanError("gradproj: " + std::to_string(plan.rows - 1) + " directions; the CUDA kernels take up to " +
+                    std::to_string(kMaxRows - 1));
+  for (const auto& segment : plan.segments)
+    if (segment.ndim > kMaxDims)
+      throw PlanError("gradproj: a buffer of " + std::to_string(segment.numel) + " elements needs " +
+                      std::to_string(segment.ndim) + " dimensions after merging; the CUDA kernels take " +
+                      std::to_string(kMaxDims) + ": make it contiguous");
+}
+
+constexpr int kMostOfALane = 48;  // elements of a chunk: so many float32 products are added up before they are widened
+
+// Positions of a chunk: 1,536, or fewer where the warps of a full grid would not all get the same number of chunks.
+inline int32_t chunk_for(const Device& device, int64_t elements) {
+  constexpr int64_t most = 32 * kMostOfALane, unit = 256;  // unit: a step of the narrowest type
+  const int64_t warps = device.most_blocks * kWarps;
+  const int64_t rounds = std::max<int64_t>(1, (elements + warps * most - 1) / (warps * most));
+  const int64_t even = (elements + warps * rounds - 1) / (warps * rounds);
+  return static_cast<int32_t>(std::clamp((even + unit - 1) / unit * unit, unit, most));
+}
+
+inline bool full(const Segments& p) { return p.count == kMostSegments || (p.count + 1) * p.rows > kMostAddresses; }
+
+// 2^31 chunks are more than any device holds: either a plan is small, or there are 1,536 elements to a chunk.
+inline void append(Segments& p, const Plan& plan, size_t s, const Pass& pass) {
+  const auto& segment = plan.segments[s];
+  const RowView* views = plan.row_views(s);
+  for (int r = 0; r < p.rows; ++r) p.address[p.count * p.rows + r] = views[pass.row(r)].data;
+  const RowView& leading = views[pass.leading];
+  const int64_t positions = segment.numel + lead_of(leading.data, element_size(leading.dtype));
+  p.numel[p.count] = segment.numel;
+  p.part[p.count] = segment.part;
+  p.end[p.count] = p.begin(p.count) + static_cast<int32_t>((positions + p.chunk - 1) / p.chunk);
+  ++p.count;
+}
+
+// Divides the chunks among blocks, whose number it returns: as many as have a chunk for every warp, or, where each chunk may be
+// of another part, as there are chunks; no more than the device's.
+inline int64_t divide(Segments& p, const Device& device, bool several_parts) {
+  const int64_t chunks = p.chunks(), wanted = several_parts ? chunks : (chunks + kWarps - 1) / kWarps;
+  const int64_t most = std::min(device.most_blocks, wanted);
+  p.per_block = static_cast<int32_t>((chunks + most - 1) / most);
+  return (chunks + p.per_block - 1) / p.per_block;
+}
+
+inline StridedSegment make_strided(const Plan& plan, size_t s, const Pass& pass) {
+  const auto& segment = plan.segments[s];
+  StridedSegment p{};
+  p.numel = segment.numel;
+  p.ndim = std::max(1, segment.ndim);
+  p.rows = pass.count;
+  p.part = segment.part;
+  for (int d = 0; d < p.ndim; ++d) {
+    p.sizes[d] = segment.ndim ? plan.sizes(segment)[d] : segment.numel;
+    p.inverse[d] = 1.0 / static_cast<double>(p.sizes[d]);
+  }
+  for (int r = 0; r < pass.count; ++r) {
+    const RowView& view = plan.row_views(s)[pass.row(r)];
+    for (int d = 0; d < p.ndim; ++d) p.strides[r][d] = segment.ndim ? plan.strides(segment, pass.row(r))[d] : 1;
+    p.address[r] = view.data;
+    p.dtype[r] = view.dtype;
+  }
+  return p;
+}
+
+// Calls dense(kind, Segments, blocks) and strided(StridedSegment, blocks) for every launch of a pass, always in the same order.
+template <typename Dense, typename Strided>
+void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense, const Strided& strided) {
+  std::vector<Kind> kinds;
+  int64_t elements = 0;
+  for (size_t s = 0; s < plan.segments.size(); ++s) {
+    kinds.push_back(kind_of(plan, s, pass));
+    if (kinds.back() != Kind::elementwise) elements += plan.segments[s].numel;
+  }
+  Segments p;  // filled for one launch after the other
+  p.rows = pass.count;
+  p.chunk = chunk_for(device, elements);
+  for (Kind kind : kPairs) {
+    p.count = 0;
+    auto launch_these = [&] {
+      if (p.count > 0) dense(kind, p, divide(p, device, plan.parts > 1));
+      p.count = 0;
+    };
+    for (size_t s = 0; s < kinds.size(); ++s) {
+      if (kinds[s] != kind) continue;
+      if (full(p)) launch_these();
+      append(p, plan, s, pass);
+    }
+    launch_these();
+  }
+  for (size_t s = 0; s < kinds.size(); ++s) {
+    if (kinds[s] != Kind::elementwise) continue;
+    const int64_t each = 4 * kThreads;  // elements of a block, while the grid is not full
+    strided(make_strided(plan, s, pass), std::min(device.most_blocks, (plan.segments[s].numel + each - 1) / each));
+  }
+}
+
+}  // namespace gradproj::cuda
