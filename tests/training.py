@@ -8,16 +8,17 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 import gradproj
+from gradproj.protection import Protection
 
 
-def _built(optimizer, settings, named) -> tuple[Optimizer, gradproj.Directions]:
+def _built(optimizer, settings, named) -> tuple[Optimizer, Protection]:
     if isinstance(optimizer, torch.nn.Module):
         optimizer = torch.optim.SGD(optimizer.parameters(), lr=0.1)
-    return optimizer, gradproj.Directions(*settings, **named)
+    return optimizer, named.get("protection") or gradproj.Directions(*settings, **named)
 
 
 def projected(optimizer, *settings, **named) -> gradproj.ProjectedOptimizer:
-    """``optimizer``, or SGD with the parameters of a model, under ``Directions(*settings, **named)``."""
+    """``optimizer``, or SGD with the parameters of a model, under ``Directions(*settings, **named)`` or ``protection=``."""
     return gradproj.ProjectedOptimizer(*_built(optimizer, settings, named))
 
 
