@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax test compat bench lint doctor build clean
+.PHONY: help demo tax test quick compat bench lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -44,8 +44,13 @@ demo: $(VENV)/.built  ## adapt a small language model, unprotected and protected
 tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
 	@PYTHONPATH=benchmarks $(RUN) -m alignment_tax $(ARGS)
 
+# A file stays on one worker: what its tests share is built once.
+WORKERS ?= auto
 test: $(VENV)/.built  ## every test that this machine can run
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations=10
+
+quick: $(VENV)/.built  ## under a minute, while working: backends cpu and torch, no compiler, interpreter or process
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 compat: $(VENV)/.torch  ## build and test on every torch that is supported; half an hour, 15 GB of disk
 	@$(RUN) tests/compat.py $(ARGS)

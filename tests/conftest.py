@@ -74,7 +74,27 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("on", params, indirect=True)
 
 
+# Of these files every test compiles, interprets, or starts processes.
+SLOW_FILES = {
+    f"test_{name}.py"
+    for name in (
+        "alignment_tax", "alignment_tax_page", "backends", "benchmarks", "build", "cpu_compile", "cuda_compile",
+        "cuda_emulation", "distributed", "frameworks", "gpu_build", "gpu_gate", "gpu_measure", "nullspace_distributed",
+        "plan", "triton", "triton_ptx",
+    )
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # the workers have the cores between them
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("on") == On("triton", "cpu")
+        if item.path.name in SLOW_FILES or interpreted or "inductor" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -14,7 +14,7 @@ from gradproj.protection import Protection
 def _built(optimizer, settings, named) -> tuple[Optimizer, Protection]:
     if isinstance(optimizer, torch.nn.Module):
         optimizer = torch.optim.SGD(optimizer.parameters(), lr=0.1)
-    return optimizer, named.get("protection") or gradproj.Directions(*settings, **named)
+    return optimizer, named["protection"] if named.keys() == {"protection"} else gradproj.Directions(*settings, **named)
 
 
 def projected(optimizer, *settings, **named) -> gradproj.ProjectedOptimizer:

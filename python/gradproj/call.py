@@ -89,24 +89,22 @@ def run(call: Call, name: str, *arguments):
     if backend.name == "torch":  # it walks column by column: nothing may be refused once the first is written
         _check(call, backend)
         call = _real(call)
-    try:
-        result = _apply(backend, name, call, arguments)
-    except RuntimeError:
-        _check(call, backend)
-        real = _real(call)  # complex tensors are rare, and asking each would cost a tenth of a call
-        if real is call:
-            raise
-        result = _apply(backend, name, real, arguments)
+    rows = call.rows
+    while True:
+        lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
+        try:
+            with torch.no_grad():
+                result = backend.op(name)(*lead, *arguments, call.part, call.num_parts)
+            break
+        except RuntimeError:
+            _check(call, backend)
+            real = _real(call).rows  # complex tensors are rare, and asking each would cost a tenth of a call
+            if rows is not call.rows or real is call.rows:
+                raise
+            rows = real
     if call.written and name != "gram" and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(call.rows[0])  # type: ignore[arg-type]  # no None: unpack left them out
     return result
-
-
-def _apply(backend: Backend, name: str, call: Call, arguments: tuple):
-    rows = call.rows
-    lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
-    with torch.no_grad():
-        return backend.op(name)(*lead, *arguments, call.part, call.num_parts)
 
 
 def gram(call: Call, weights: Sequence[float], gram_dd: Tensor | None, device: torch.device) -> Tensor:
