@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradproj import validate
 from gradproj.backends import Backend, select
+from gradproj.dtensors import Layouts, dtensor_types
 
 Row = Sequence[Tensor | None]
 
@@ -147,6 +148,9 @@ def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]
 
 def _check(call: Call, backend: Backend | None = None) -> None:
     """Raise what is wrong with the rows, by name; return if nothing is."""
+    kinds = dtensor_types(chain(*call.rows))
+    if kinds:  # among the directions of plain gradients, which are not inspected before
+        Layouts(call.op, call.rows, call.names, call.index, kinds)
     for i, g in zip(call.index, call.rows[0], strict=True):
         if call.written and isinstance(g, Tensor) and g.is_conj():
             raise NotImplementedError(

@@ -161,6 +161,7 @@ class Directions(Protection):
     def project(self) -> Projection | None:
         if self.space == "update":
             super().project()
+        self._ranks_agree.check(self.parameters())
         if not self._rows:
             return None
         parameters = self.parameters()

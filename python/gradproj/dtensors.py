@@ -149,6 +149,8 @@ def _weight(op: str, name: str, layout: _Layout, group, placement: str | None) -
 
 def _plain_weight(op: str, name: str, why: str, inside: int, group, placement: str | None) -> float:
     """Weight of a tensor whose placement is known on ``inside`` ranks of the group only, as declared by ``placement``."""
+    if inside == dist.get_world_size(group):
+        return 1.0
     if placement is None:
         raise ValueError(
             f"{op}: {name} {why}, and only the caller knows what the other ranks hold: pass "
@@ -211,7 +213,7 @@ def _without_partial(t: "DTensor") -> "tuple[Placement, ...]":
 
 
 def local_tensor(t: "DTensor") -> Tensor:
-    """This rank's memory. Not ``tolocal_tensor()``, which makes a view through autograd."""
+    """This rank's memory. Not ``to_local()``, which makes a view through autograd."""
     memory = t._local_tensor
     if type(memory) is Tensor:
         return memory

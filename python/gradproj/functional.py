@@ -271,7 +271,7 @@ def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int]
 
 
 def _localize(call: Call, sharding: Sharding | None) -> Local:
-    if sharding is not None and sharding.owned is not None and len(sharding.owned) != call.count:
+    if isinstance(sharding, Sharding) and sharding.owned is not None and len(sharding.owned) != call.count:
         raise ValueError(
             f"{call.op}: Sharding.owned has {len(sharding.owned)} entries for {call.count} parameters; pass one bool for each"
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradproj import functional
 from gradproj.functional import Row
-from gradproj.sharding import Sharding
+from gradproj.sharding import Sharding, with_group
 
 
 class _Known(NamedTuple):
@@ -48,6 +48,7 @@ class KeptGram:
         if len(rows) == 1:
             return None
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
+        sharding = with_group("project_", sharding, grads)  # a direction may miss what implies it
         key = (sharding, part, *(None if g is None else id(p) for p, g in zip(parameters, grads, strict=True)))
         first = self._added - len(rows)
         gram = self._still_known(first, key)

@@ -126,11 +126,10 @@ class Protection(abc.ABC):
                 yield
         finally:
             self._capturing = False
-        if not taken.gradients and (
-            self.sharding is None or self.sharding.group is None
-        ):  # in a group, a rank may own nothing
+        alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
+        if not taken.gradients and alone:  # in a group, a rank may own nothing
             raise RuntimeError(f"protect(): {taken.why_empty()}")
-        self._ranks_agree.tell(taken.gradients, self.sharding)
+        self._ranks_agree.tell(self.parameters(), taken.gradients, self.sharding)
         self._add(taken.gradients)
 
     # --- the optimizers that it belongs to ------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ class Protection(abc.ABC):
                 "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
                 "once; remove that hook and call step() after backward()"
             )
-        self._ranks_agree.check()
+        self._ranks_agree.check(self.parameters())
 
     def _guarded(self, closure: Closure, then: Callable[[], Any] | None = None) -> Closure:
         """``closure``, in which protect() is refused, and ``then`` after each call of it."""

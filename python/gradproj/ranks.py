@@ -1,9 +1,17 @@
 """Whether data-parallel ranks protect the same: compared once, without a collective.
 
 A backward pass inside ``protect()`` that goes around DDP leaves every rank its own gradient: the ranks then project
-differently, and their parameters drift apart without a word. Each rank leaves a few numbers in the process group's store when
-it first protects, and looks for the others' when it first steps; by then DDP's backward pass has brought all ranks that far.
+differently, and their parameters drift apart without a word. Each rank leaves a few numbers of its direction in the process
+group's store when it first protects, and looks there when it first steps: DDP's backward pass in between has brought all ranks
+that far.
+
+Directions may differ for good reasons: pipeline stages, ZeRO's partitions, local SGD, independent runs in one group. All of
+these step gradients that differ too. So ranks that protect different directions show each other their gradients, and only those
+that step the same gradient are wrong.
 """
+
+import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,64 +20,109 @@ from torch import Tensor
 from gradproj.dtensors import PLAIN_TYPES
 from gradproj.sharding import Sharding
 
-_made = 0  # how many comparisons this process has begun: the same on all ranks that run the same program
+# A reduced gradient is the same to the last bit, unless devices of two kinds have worked on it since; one rank's own gradient
+# is off by far more.
+_TOLERANCE = 1e-4
+_PATIENCE_S = 10.0  # for the gradients of a rank that has protected something else
+_NUMBERS = 16
 
 
 class RanksAgree:
-    """One comparison: of the first direction, where ranks hold the same parameters."""
+    """One comparison: of the first direction, among ranks that hold the same parameters."""
 
     def __init__(self) -> None:
         self._told = False
-        self._mine: list[str] = []
-        self._key = ""
-        self._ranks: list[int] = []
+        self._key = ""  # of the comparison in the store, until it is made
+        self._other = ""  # a rank that protects another direction
 
-    def tell(self, taken: dict[Tensor, Tensor], sharding: Sharding | None) -> None:
-        """Leave this rank's numbers, the first time that there are some."""
-        if self._told or not taken or not (dist.is_available() and dist.is_initialized()):
+    def tell(self, parameters: Sequence[Tensor], direction: dict[Tensor, Tensor], sharding: Sharding | None) -> None:
+        """Leave numbers of this rank's ``direction``, the first time that there is one."""
+        if self._told or not direction:
             return
         self._told = True
         group, placement, _ = sharding or Sharding()
-        plain = all(type(p) in PLAIN_TYPES for p in taken)
-        if dist.get_world_size(group) == 1 or not plain or placement == "shard" or _store() is None:
+        parameters = [p for p in parameters if p.requires_grad]
+        if placement == "shard" or not _has_replicas(parameters, group):
             return
-        global _made
-        _made += 1
-        self._key = f"gradproj/protect/{_made}"
-        self._ranks = [r for r in dist.get_process_group_ranks(group or dist.group.WORLD) if r != dist.get_rank()]
-        self._mine = [_fingerprint(list(taken)), _fingerprint(list(taken.values()))]
-        _store().set(f"{self._key}/{dist.get_rank()}", " ".join(self._mine))
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        key = f"gradproj/protect/{hash((*ranks, *_numbers(parameters)))}"
+        # Runs of one program may begin with the same parameters.
+        self._key = f"{key}/{_store().add(f'{key}/begun/{dist.get_rank()}', 1)}"
+        mine = _text(_numbers([direction.get(p) for p in parameters]))
+        first, theirs = _store().compare_set(self._key, "", f"{dist.get_rank()} {mine}").decode().split(" ", 1)
+        if not _alike(mine, theirs):
+            self._other = first
+            _store().set(f"{self._key}/other", str(dist.get_rank()))
 
-    def check(self) -> None:
-        """Compare with the ranks that have told theirs.
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """To call with the first gradients that are about to be stepped.
 
         Raises:
-            RuntimeError: a rank has the same parameters and another direction.
+            RuntimeError: a rank has the same parameters and the same gradients, and another direction.
         """
-        if not self._mine:
+        if not self._key or _capturing():
             return
-        mine, self._mine = self._mine, []
-        for rank in self._ranks:
-            key = f"{self._key}/{rank}"
-            if not _store().check([key]):
-                continue
-            parameters, direction = _store().get(key).decode().split()
-            if parameters == mine[0] and direction != mine[1]:
-                raise RuntimeError(
-                    f"ranks {dist.get_rank()} and {rank} have the same parameters but protect different directions: the "
-                    f"backward pass inside protect() did not go through DDP, so it was not reduced (in a Trainer's callback use "
-                    f"trainer.model_wrapped, not the model that it is given); if the ranks hold other elements of one gradient, pass "
-                    f'Sharding(group, placement="shard")'
-                )
+        key, self._key = self._key, ""
+        # Reading gradients waits for their reduction, to which every rank comes after it has told.
+        mine = _text(_numbers([p.grad for p in parameters]))
+        if not self._other and _store().check([f"{key}/other"]):
+            self._other = _store().get(f"{key}/other").decode()
+        if not self._other:
+            return
+        _store().set(f"{key}/step/{dist.get_rank()}", mine)
+        theirs = _wait_for(f"{key}/step/{self._other}")
+        if theirs is not None and _alike(mine, theirs):
+            raise RuntimeError(
+                f"ranks {dist.get_rank()} and {self._other} step the same gradients but protect different directions, and would "
+                f"drift apart: the backward pass inside protect() did not go through DDP, so it was not reduced. Call the wrapped "
+                f"model there (in a Trainer's callback trainer.model_wrapped, not the model that it is given)"
+            )
+
+
+def _has_replicas(parameters: Sequence[Tensor], group) -> bool:
+    """Whether other ranks of the group may hold the same parameters, and can be asked."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) < 2:
+        return False
+    if dist.get_backend(group) == "fake" or _store() is None or _capturing():
+        return False
+    return all(type(p) in PLAIN_TYPES for p in parameters)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that nothing can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _store():
     return dist.distributed_c10d._get_default_store()
 
 
-def _fingerprint(tensors: list[Tensor]) -> str:
-    """Of the first element of every tensor, bit by bit: DDP's reduced gradients are equal to the last bit."""
-    some = [t.detach().reshape(-1)[:1].double() for t in tensors if t.numel() and not t.is_complex()]
-    first = torch.cat([t.to(some[0].device) for t in some]) if some else torch.zeros(1, dtype=torch.float64)
-    weights = torch.arange(1, len(first) + 1, dtype=torch.float64, device=first.device)
-    return float((first * weights).sum()).hex()
+def _wait_for(key: str) -> str | None:
+    end = time.monotonic() + _PATIENCE_S
+    while not _store().check([key]):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.01)
+    return _store().get(key).decode()
+
+
+def _numbers(tensors: Sequence[Tensor | None]) -> list[float]:
+    """The tensors' lengths, folded. Reads N bytes once; None is 0. Not sums, which are 0 for some gradients."""
+    there = [(i, t) for i, t in enumerate(tensors) if t is not None]
+    folded = [0.0] * _NUMBERS
+    if there:
+        device = there[0][1].device
+        lengths = torch.stack([torch.linalg.vector_norm(t.detach()).float().to(device) for _, t in there]).tolist()
+        for (i, _), length in zip(there, lengths, strict=True):
+            folded[i % _NUMBERS] += length
+    return folded
+
+
+def _text(numbers: list[float]) -> str:
+    return " ".join(map(repr, numbers))
+
+
+def _alike(mine: str, theirs: str) -> bool:
+    """What is not finite is alike: such a direction is dropped."""
+    a, b = ([float(x) for x in text.split()] for text in (mine, theirs))
+    return not any(abs(x - y) > _TOLERANCE * sum(b) for x, y in zip(a, b, strict=True))

@@ -22,9 +22,9 @@ class Sharding(NamedTuple):
 
     Attributes:
         group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns nothing
-            included. None: the world, if there are DTensors, else this rank alone.
+            included. None: the world, if there are DTensors or a placement, else this rank alone.
         placement: what the other ranks of the group hold of a plain tensor: ``"replicate"``, the same (DDP), or ``"shard"``,
-            other elements (FSDP1, ZeRO, pipeline stages). None: there are no plain tensors, or no group.
+            other elements (FSDP1, ZeRO, pipeline stages). None: there are no plain tensors, or no other ranks.
         owned: one bool per parameter (per entry of the lists), False for what another rank counts already, such as a tied
             parameter on two pipeline stages: left out of the inner products, but written. None: all are owned.
     """
@@ -33,9 +33,12 @@ class Sharding(NamedTuple):
     placement: Literal["replicate", "shard"] | None = None
     owned: Sequence[bool] | None = None
 
+    def __deepcopy__(self, memo: dict) -> "Sharding":
+        return self  # a process group cannot be copied
+
 
 class Local(NamedTuple):
-    """This rank's share of the rows of a call.
+    """What this rank has of the rows of a call.
 
     Attributes:
         rows: plain tensors in this rank's memory.
@@ -78,19 +81,29 @@ def localize(
     kinds = dtensor_types(chain(*rows))
     if sharding is None and not kinds:
         return Local([list(row) for row in rows], [1.0] * len(index))
-    group, placement, owned = sharding or Sharding()
-    _check_sharding(op, group, placement)
+    sharding = sharding or Sharding()
+    _check_sharding(op, sharding)
     layouts = Layouts(op, rows, names, index, kinds)
-    weights = [1.0] * len(index)
+    weights, group, owned = [1.0] * len(index), None, sharding.owned
     if products:
-        if group is None and kinds:
-            group = infer_group(op, layouts.meshes)
-        weights = layouts.weights(group, placement)
+        group = _group(op, sharding, layouts.meshes)
+        weights = layouts.weights(group, sharding.placement)
     if owned is not None:
         weights = [w if owned[i] else 0.0 for w, i in zip(weights, index, strict=True)]
     local = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in rows]  # type: ignore[arg-type]
     partial = layouts.reduce_partial(local, written)
-    return Local(local, weights, group, [t for t in rows[0] if type(t) in kinds] if written else [], partial)
+    dtensors = [t for t in rows[0] if t is not None and type(t) in kinds] if written else []
+    return Local(local, weights, group, dtensors, partial)
+
+
+def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
+    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be missing."""
+    kinds = dtensor_types(tensors)
+    if sharding is None and not kinds:
+        return None
+    sharding = sharding or Sharding()
+    meshes = {id(t.device_mesh): t.device_mesh for t in tensors if type(t) in kinds}  # type: ignore[union-attr]
+    return sharding._replace(group=_group(op, sharding, [*meshes.values()]))
 
 
 def reduce(gram: Tensor, group) -> Tensor:
@@ -136,9 +149,9 @@ def all_reduce(numbers: Tensor, group) -> Tensor:
         dist.all_reduce(total, group=group)
         return total.to(numbers.device)
     bits = numbers.reshape(-1).view(torch.int32).to(device)
-    gathered = bits.new_empty(dist.get_world_size(group) * len(bits))
-    dist.all_gather_into_tensor(gathered, bits, group=group)
-    return gathered.to(numbers.device).view(torch.float64).view(-1, *numbers.shape).sum(0)
+    gathered = [torch.empty_like(bits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, bits, group=group)
+    return torch.stack(gathered).to(numbers.device).view(torch.float64).view(-1, *numbers.shape).sum(0)
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -146,7 +159,19 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local_tensor(t) if is_dtensor(t) else t for t in tensors]  # type: ignore[arg-type]
 
 
-def _check_sharding(op: str, group, placement) -> None:
+def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
+    if sharding.group is not None:
+        return sharding.group
+    if meshes:
+        return infer_group(op, meshes)
+    distributed = dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if distributed and sharding.placement is not None else None
+
+
+def _check_sharding(op: str, sharding: Sharding) -> None:
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"{op}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
+    group, placement, _ = sharding
     if placement not in (None, "replicate", "shard"):
         raise ValueError(f'{op}: placement must be "replicate" or "shard", got {placement!r}')
     if group is None:
