@@ -58,7 +58,7 @@ def test_a_view_of_another_dtype_is_another_table():
     (launch,) = table_of([g], [d]).launches
     (other,) = table_of([g.view(torch.float16)], [d.view(torch.bfloat16)]).launches
     assert launch.dtypes == (tl.float32, tl.float32) and other.dtypes == (tl.float16, tl.bfloat16)
-    assert launch.form.chunk == 4 * launch.form.threads and other.form.chunk == 8 * other.form.threads
+    assert launch.instance.chunk == 4 * launch.instance.threads and other.instance.chunk == 8 * other.instance.threads
 
 
 def test_cache_is_bounded_in_bytes(monkeypatch):
@@ -121,8 +121,8 @@ def test_every_program_has_a_slot_of_its_own_and_one_part():
             seen[slot] = part
             for chunk in range(first, last):
                 at = max(s for s in range(len(starts)) if starts[s] <= chunk)
-                offset = (chunk - starts[at]) * launch.form.chunk
-                elements[part] += min(launch.form.chunk, int(launch.segments[at, 1]) - offset)
+                offset = (chunk - starts[at]) * launch.instance.chunk
+                elements[part] += min(launch.instance.chunk, int(launch.segments[at, 1]) - offset)
     assert elements == {p: sum(n for n, q in zip(sizes, parts, strict=True) if q == p) for p in range(6)}
     assert sorted(seen) == list(range(found.slots))
     for part, (begin, end) in enumerate(pairwise(found.bounds.tolist())):
@@ -170,16 +170,16 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("directions", [1, 8])
-@pytest.mark.parametrize("form", ["plain", "gram_dd", "parts", "strided"])
-def test_up_to_8_directions_take_three_launches(launched, directions, form):
+@pytest.mark.parametrize("rows", ["plain", "gram_dd", "parts", "strided"])
+def test_up_to_8_directions_take_three_launches(launched, directions, rows):
     """Gram, its finish with the weights, combine: whatever the rows are."""
     lists = [[randn(30, seed=k), randn(4, 5, seed=k + 10), randn(7, seed=k + 20)] for k in range(directions + 1)]
     gram_dd, parts = None, ()
-    if form == "gram_dd":
+    if rows == "gram_dd":
         gram_dd = torch.eye(directions, dtype=torch.float64, device=DEVICE)
-    if form == "parts":
+    if rows == "parts":
         parts = ([1, 0, 2], 3)
-    if form == "strided":
+    if rows == "strided":
         lists = [[randn(8, 5).t(), randn(9, 5).t()], *([randn(5, 8), randn(5, 9)] for _ in range(directions))]
     project.project_(lists[0], [t for d in lists[1:] for t in d], "conflict", 0.0, 0.0, gram_dd, *parts)
     assert launched == ["gram_kernel", "gram_finish_kernel", "combine_kernel"]

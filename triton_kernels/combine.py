@@ -39,20 +39,20 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def combine_chunk(
-    segment, start, weights, full: tl.constexpr, rows: tl.constexpr, dtypes: tl.constexpr, form: tl.constexpr
+    segment, start, weights, full: tl.constexpr, rows: tl.constexpr, dtypes: tl.constexpr, instance: tl.constexpr
 ):  # fmt: skip
     """All rows of a chunk are loaded before it is stored: a direction may be the gradient's own memory."""
-    chunk: tl.constexpr = form.chunk
-    total = tl.zeros([chunk], dtype=form.compute)
+    chunk: tl.constexpr = instance.chunk
+    total = tl.zeros([chunk], dtype=instance.compute)
     for first in tl.static_range(0, len(rows), GROUP):
         if first == 0 or any_nonzero(weights, rows, first, first + GROUP):
             for k in tl.static_range(first, first + GROUP):
                 if k < len(rows):
                     w = tl.load(weights + rows[k])
                     used = tl.broadcast_to(w, [chunk]) != 0.0  # triton's interpreter cannot broadcast the comparison
-                    total += w.to(form.compute) * load_row(segment, k, dtypes[k], start, full, form, used)
+                    total += w.to(instance.compute) * load_row(segment, k, dtypes[k], start, full, instance, used)
     index = start + tl.arange(0, chunk)
-    pointers = row_pointers(segment, 0, dtypes[0], index, full, form)
+    pointers = row_pointers(segment, 0, dtypes[0], index, full, instance)
     if full:
         tl.store(pointers, narrow(total, dtypes[0]))
     else:
@@ -61,7 +61,7 @@ def combine_chunk(
 
 @triton.jit(do_not_specialize=["width", "num_rows"])
 def combine_kernel(
-    segments, width, programs, weights, num_rows, rows: tl.constexpr, dtypes: tl.constexpr, form: tl.constexpr
+    segments, width, programs, weights, num_rows, rows: tl.constexpr, dtypes: tl.constexpr, instance: tl.constexpr
 ):  # fmt: skip
     """Reads the rows whose weight is not 0 once and writes row 0, 16 bytes at a time in full chunks; weights (1, 0, .., 0)
     read and write nothing. A program walks its chunks backwards: what a Gram read last is still in L2."""
@@ -74,11 +74,11 @@ def combine_kernel(
     for k in range(last - first):
         chunk = last - 1 - k
         segment = find_segment(segment, width, chunk)
-        start = (chunk - tl.load(segment)) * form.chunk
-        if form.ndim == 0 and is_full(segment, start, form):
-            combine_chunk(segment, start, weights, True, rows, dtypes, form)
+        start = (chunk - tl.load(segment)) * instance.chunk
+        if instance.ndim == 0 and is_full(segment, start, instance):
+            combine_chunk(segment, start, weights, True, rows, dtypes, instance)
         else:
-            combine_chunk(segment, start, weights, False, rows, dtypes, form)
+            combine_chunk(segment, start, weights, False, rows, dtypes, instance)
 
 
 def combine(table: Table, weights: Tensor) -> None:
@@ -86,7 +86,7 @@ def combine(table: Table, weights: Tensor) -> None:
     with torch.cuda.device_of(weights):
         for launch in table.launches:
             combine_kernel[(launch.grid,)](
-                *launch.arguments, weights, table.num_rows, launch.rows, launch.dtypes, launch.form, num_warps=WARPS
+                *launch.arguments, weights, table.num_rows, launch.rows, launch.dtypes, launch.instance, num_warps=WARPS
             )
 
 

@@ -24,10 +24,10 @@ FINISH = tl.constexpr(2048)  # doubles that the finish takes at a time
 
 @triton.jit
 def load_rows(
-    segment, first, second, heads: tl.constexpr, dtypes: tl.constexpr, start, full: tl.constexpr, form: tl.constexpr
+    segment, first, second, heads: tl.constexpr, dtypes: tl.constexpr, start, full: tl.constexpr, instance: tl.constexpr
 ):  # fmt: skip
     """A chunk of every row of a pass, [threads, 16 bytes of the narrowest row]; 0 for a row that is absent."""
-    shape: tl.constexpr = (form.threads, form.chunk // form.threads)
+    shape: tl.constexpr = (instance.threads, instance.chunk // instance.threads)
     values = tl.tuple([])
     position = first
     for k in tl.static_range(len(dtypes)):
@@ -36,7 +36,7 @@ def load_rows(
         if dtypes[k] is None:
             values = values + (0,)
         else:
-            value = load_row(segment, position, dtypes[k], start, full, form)
+            value = load_row(segment, position, dtypes[k], start, full, instance)
             values = values + (tl.reshape(value, shape),)
             position += 1
     return values
@@ -46,24 +46,24 @@ def load_rows(
 @triton.jit(do_not_specialize=["width", "first", "second"])
 def gram_kernel(
     segments, width, programs, partial, first, second, heads: tl.constexpr, dtypes: tl.constexpr, only_first: tl.constexpr,
-    form: tl.constexpr,
+    instance: tl.constexpr,
 ):  # fmt: skip
     """Reads each row of a pass once, 16 bytes at a time in full chunks; writes a double per program and pair of rows. The rows
     are ``heads`` from position ``first`` on and the others from ``second`` on. Same grid, same bits."""
     program = programs + tl.program_id(0) * 4
     segment = segments + tl.load(program + 1) * width
-    threads: tl.constexpr = form.threads
+    threads: tl.constexpr = instance.threads
     sums = tl.tuple([])
     for a in tl.static_range(1 if only_first else len(dtypes)):
         for _ in tl.static_range(a, len(dtypes)):
             sums = sums + (tl.zeros([threads], dtype=tl.float64),)
     for chunk in range(tl.load(program), tl.load(program + 4)):
         segment = find_segment(segment, width, chunk)
-        start = (chunk - tl.load(segment)) * form.chunk
-        if form.ndim == 0 and is_full(segment, start, form):
-            values = load_rows(segment, first, second, heads, dtypes, start, True, form)
+        start = (chunk - tl.load(segment)) * instance.chunk
+        if instance.ndim == 0 and is_full(segment, start, instance):
+            values = load_rows(segment, first, second, heads, dtypes, start, True, instance)
         else:
-            values = load_rows(segment, first, second, heads, dtypes, start, False, form)
+            values = load_rows(segment, first, second, heads, dtypes, start, False, instance)
         added = tl.tuple([])
         for a in tl.static_range(1 if only_first else len(dtypes)):
             for b in tl.static_range(a, len(dtypes)):
@@ -149,7 +149,7 @@ def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> 
                     dtypes = (None,) * count  # nothing to multiply
                 gram_kernel[(launch.grid,)](
                     *launch.arguments, partial, launch.position(heads.start), launch.position(others.start), len(heads),
-                    dtypes, only_first, launch.form, num_warps=WARPS,
+                    dtypes, only_first, launch.instance, num_warps=WARPS,
                 )  # fmt: skip
             gram_finish_kernel[(max(1, table.num_parts),)](
                 partial, table.bounds, gram, gram_dd if others.start <= 1 else None, weights, num_rows, heads.start,

@@ -32,7 +32,7 @@ MAX_PROGRAMS = 2048  # of an op: their sums, 45 doubles each at most, stay under
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-class Form(NamedTuple):
+class Instance(NamedTuple):
     """What the kernels that walk rows are compiled for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Launch(NamedTuple):
 
     rows: tuple[int, ...]
     dtypes: tuple[tl.dtype, ...]
-    form: Form
+    instance: Instance
     segments: Tensor
     programs: Tensor
 
@@ -210,9 +210,9 @@ def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
     for (present, torch_dtypes, ndim), columns in found.items():
         widths = np.array([d.itemsize for d in torch_dtypes])
         compute = tl.float64 if torch.float64 in torch_dtypes else tl.float32
-        form = Form(ndim, compute, threads, threads * 16 // int(widths.min()))
-        facts.append((present, tuple(_TYPES[d] for d in torch_dtypes), form))
-        part, own = _segments(np.array(columns, dtype=np.int64), form, widths)
+        instance = Instance(ndim, compute, threads, threads * 16 // int(widths.min()))
+        facts.append((present, tuple(_TYPES[d] for d in torch_dtypes), instance))
+        part, own = _segments(np.array(columns, dtype=np.int64), instance, widths)
         segments.append(own)
         programs.append(_programs(part, own, most, max(1, num_parts)))
     bounds = _number_slots(programs, max(1, num_parts))
@@ -259,13 +259,13 @@ def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list
     return found
 
 
-def _segments(columns: np.ndarray, form: Form, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _segments(columns: np.ndarray, instance: Instance, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Part of every segment, and the segments as a launch has them."""
-    if form.ndim == 0:
+    if instance.ndim == 0:
         columns = _cut(_merge(columns, widths), widths)
     part, segments = columns[:, 0].copy(), np.append(columns, np.zeros_like(columns[:1]), axis=0)
-    segments[0, 0], segments[1:, 0] = 0, np.cumsum(-(-columns[:, 1] // form.chunk))
-    segments[:-1, 2] = (columns[:, 3 + form.ndim :: 1 + form.ndim] % 16 == 0).all(axis=1)
+    segments[0, 0], segments[1:, 0] = 0, np.cumsum(-(-columns[:, 1] // instance.chunk))
+    segments[:-1, 2] = (columns[:, 3 + instance.ndim :: 1 + instance.ndim] % 16 == 0).all(axis=1)
     return part, segments
 
 

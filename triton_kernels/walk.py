@@ -15,15 +15,15 @@ def find_segment(segment, width, chunk):
 
 
 @triton.jit
-def is_full(segment, start, form: tl.constexpr):
+def is_full(segment, start, instance: tl.constexpr):
     """Whether the chunk from element ``start`` moves 16 bytes at a time: complete, and aligned in every row."""
-    return (start + form.chunk <= tl.load(segment + 1)) & (tl.load(segment + 2) != 0)
+    return (start + instance.chunk <= tl.load(segment + 1)) & (tl.load(segment + 2) != 0)
 
 
 @triton.jit
-def row_pointers(segment, position, dtype: tl.constexpr, index, full: tl.constexpr, form: tl.constexpr):
+def row_pointers(segment, position, dtype: tl.constexpr, index, full: tl.constexpr, instance: tl.constexpr):
     """Where the row at ``position`` has the elements ``index`` of a segment."""
-    ndim: tl.constexpr = form.ndim
+    ndim: tl.constexpr = instance.ndim
     row = segment + 3 + ndim + position * (1 + ndim)
     pointer = tl.load(row).to(tl.pointer_type(dtype))
     if full:  # the host has checked it: a false hint is undefined behaviour
@@ -41,14 +41,14 @@ def row_pointers(segment, position, dtype: tl.constexpr, index, full: tl.constex
 
 @triton.jit
 def load_row(
-    segment, position, dtype: tl.constexpr, start, full: tl.constexpr, form: tl.constexpr, used=None
+    segment, position, dtype: tl.constexpr, start, full: tl.constexpr, instance: tl.constexpr, used=None
 ):  # fmt: skip
-    """A chunk of a row as ``form.compute``. Full: 16 bytes at a time; else element by element, from any address.
+    """A chunk of a row as ``instance.compute``. Full: 16 bytes at a time; else element by element, from any address.
 
     A row that is not ``used`` is not read, and zeros: no branch, so that the loads of several rows are in flight together.
     """
-    index = start + tl.arange(0, form.chunk)
-    pointers = row_pointers(segment, position, dtype, index, full, form)
+    index = start + tl.arange(0, instance.chunk)
+    pointers = row_pointers(segment, position, dtype, index, full, instance)
     mask = used
     if not full:
         inside = index < tl.load(segment + 1)
@@ -57,4 +57,4 @@ def load_row(
         values = tl.load(pointers)
     else:
         values = tl.load(pointers, mask=mask, other=0.0)
-    return values.to(form.compute)
+    return values.to(instance.compute)

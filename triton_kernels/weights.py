@@ -1,4 +1,7 @@
-"""Gram -> weights: one program a part, the tableau in registers. csrc/weights.h says what is computed, and why."""
+"""Gram -> weights: one program a part, the tableau in registers. csrc/weights.h says what is computed, and why.
+
+One direction goes the same way as many; the closed form that csrc has for it differs by rounding only.
+"""
 
 import torch
 import triton
