@@ -15,6 +15,7 @@ import demo
 import gpu_gate
 import harness
 import peers
+import tiny_lm
 
 
 def tiny(**kwargs):
@@ -97,10 +98,14 @@ def test_gate_measures_and_judges(tmp_path, inductor):
 
 
 def test_demo_runs_through(tmp_path, capsys):
-    """A few steps of everything that `make demo` does; what it finds then is not asserted."""
+    """A few steps of everything that `make demo` does, --retrain included; what it finds then is not asserted."""
     pytest.importorskip("matplotlib")
-    demo.main(["--seeds", "2", "--base-steps", "3", "--steps", "4", "--out", str(tmp_path / "out")])
+    path = tmp_path / "models" / "base.safetensors"
+    demo.main(["--retrain", "2", "--base", str(path), "--seeds", "2", "--steps", "4", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
+    _, facts = tiny_lm.load_base(path, steps=2)
+    assert f"--retrain 2 --base {path}" in facts["command"]
+    assert f"2 steps, held-out nats per byte: Python {facts['held_out']['Python']:.3f}" in printed
     for cure in demo.CURES:
         assert f"| {cure.name} |" in printed
     assert (tmp_path / "out" / "alignment_tax.png").stat().st_size > 10_000
