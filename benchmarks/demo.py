@@ -9,7 +9,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -208,9 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
     begin = time.perf_counter()
     capability, target = code(), prose()
     if options.retrain is not None:
-        command = f"python benchmarks/demo.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
         settings = dataclasses.replace(BASE, base_steps=options.retrain)
-        base_model.retrain(options.base, command, settings, options.device, progress)
+        base_model.retrain(options.base, settings, options.device, progress)
         progress("")
     try:
         base, facts = load_base(options.base, options.device)

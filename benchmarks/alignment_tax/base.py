@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,14 +40,14 @@ def train(settings: Settings, device: str, report: Report) -> TinyLM:
     return model
 
 
-def retrain(path: Path, command: str, settings: Settings, device: str, report: Report) -> None:
-    """Train the base model and write it to ``path``, with ``command`` and the held-out losses in its header."""
+def retrain(path: Path, settings: Settings, device: str, report: Report) -> None:
+    """Train the base model and write it to ``path``, with how it was made and its held-out losses in the header."""
     model = train(settings, device, report)
     facts = {
         **_identity(settings),
         "seed": SEED,
         "held_out": held_out(model),
-        "command": command,
+        "command": f"python benchmarks/demo.py --retrain {settings.base_steps}",
         "device": device,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -75,7 +74,7 @@ def digest() -> str:
     return hashlib.sha256(SHIPPED.read_bytes()).hexdigest() if SHIPPED.exists() else "missing"
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
+def _identity(settings: Settings) -> dict[str, int]:
     return {
         "width": settings.width,
         "layers": settings.layers,
