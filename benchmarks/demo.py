@@ -1,12 +1,13 @@
 """`make demo`: adapt a small language model to English, and see what it forgets of Python, unprotected and protected.
 
-One base model is trained on the source of Python's standard library. It is then adapted to the language reference (English)
-with AdamW, three seeds each: plain; wrapped, protecting 32 directions; and with pre-training data mixed in (PTX), which is the
-baseline to beat. Writes a table, DIR/alignment_tax.png and DIR/results.json. CPU, or --device cuda.
+The base model knows the source of Python's standard library. It is adapted to the language reference (English) with AdamW, three
+seeds each: plain; wrapped, protecting 32 directions; and with pre-training data mixed in (PTX), which is the baseline to beat.
+Writes a table, DIR/alignment_tax.png and DIR/results.json. CPU, or --device cuda.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import sys
@@ -17,9 +18,13 @@ from typing import NamedTuple
 import torch
 
 import gradproj
-from tiny_lm import Text, TinyLM, batch, code, evaluate, loss, pretrain, prose
+from alignment_tax import base as base_model
+from alignment_tax.settings import SCALES
+from tiny_lm import Text, TinyLM, batch, code, evaluate, load_base, loss, prose
 
 BATCH = 8
+MEASUREMENTS = 4  # along each adaptation
+BASE = SCALES["cpu"]  # what --retrain makes: the laboratory's base model
 
 
 class Cure(NamedTuple):
@@ -60,23 +65,9 @@ class Run(NamedTuple):
 def progress(message: str, milestone: bool = False) -> None:
     """One line that is overwritten; where that is not possible, a line per milestone."""
     if sys.stdout.isatty():
-        print(f"\r{message:<78}", end="", flush=True)
+        print(f"\r\033[K{message[:78]}", end="", flush=True)
     elif milestone:
         print(message, flush=True)
-
-
-def train_base(text: Text, steps: int, device: str) -> TinyLM:
-    torch.manual_seed(0)
-    model = TinyLM(layers=2).to(device)
-    generator = torch.Generator().manual_seed(0)
-
-    def report(step: int, value: torch.Tensor) -> None:
-        if step % 50 == 0 or step == steps:
-            line = f"base model on Python source: step {step}/{steps}, {value.item():.2f} nats per byte"
-            progress(line, step % 250 == 0)
-
-    pretrain(model, lambda: batch(text.train, BATCH, generator).to(device), steps, report)
-    return model
 
 
 def adapt(base: TinyLM, cure: Cure, seed: int, steps: int, capability: Text, target: Text, device: str) -> Run:
@@ -103,7 +94,7 @@ def adapt(base: TinyLM, cure: Cure, seed: int, steps: int, capability: Text, tar
         projections.append(time.perf_counter() - before)
         opt.step()
         times.append(time.perf_counter() - start)
-        if (i + 1) % max(1, steps // 8) == 0:
+        if (i + 1) % max(1, steps // MEASUREMENTS) == 0:
             points.append((i + 1, evaluate(model, target.held_out), evaluate(model, capability.held_out)))
             progress(f"{cure.name}, seed {seed}: step {i + 1}/{steps}", i == steps - 1)
     return Run(cure.name, seed, points, 1e3 * statistics.median(times), 1e3 * statistics.median(projections), batches)
@@ -200,14 +191,31 @@ def draw(runs: list[Run], path: Path, title: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=3, help="adaptations per cure (default 3)")
-    parser.add_argument("--base-steps", type=int, default=1000, help="steps of the base model (default 1000)")
-    parser.add_argument("--steps", type=int, default=160, help="steps of each adaptation (default 160)")
+    parser.add_argument("--base", type=Path, default=base_model.SHIPPED, help="base model (default: the shipped one)")
+    parser.add_argument(
+        "--retrain",
+        type=int,
+        nargs="?",
+        const=BASE.base_steps,
+        metavar="STEPS",
+        help=f"train the base model first, and write it to --base (default {BASE.base_steps} steps, minutes)",
+    )
+    parser.add_argument("--steps", type=int, default=120, help="steps of each adaptation (default 120)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where picture and results go (default demo)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     capability, target = code(), prose()
-    base = train_base(capability, options.base_steps, options.device)
+    if options.retrain is not None:
+        settings = dataclasses.replace(BASE, base_steps=options.retrain)
+        base_model.retrain(options.base, settings, options.device, progress)
+        progress("")
+    try:
+        base, facts = load_base(options.base, options.device)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    known = ", ".join(f"{name} {value:.3f}" for name, value in facts["held_out"].items())
+    print(f"base model: {options.base.name}, {facts['steps']} steps, held-out nats per byte: {known}")
     runs = [
         adapt(base, cure, seed, options.steps, capability, target, options.device)
         for seed in range(options.seeds)
@@ -222,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         "finding": title,
         "torch": torch.__version__,
         "settings": vars(options),
+        "base": facts,
         "runs": [r._asdict() for r in runs],
     }
     (options.out / "results.json").write_text(json.dumps(results, indent=1, default=str))

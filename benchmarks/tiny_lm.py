@@ -1,15 +1,17 @@
-"""A byte-level language model small enough to train on two cores, and text that every Python brings along.
+"""A byte-level language model small enough to train on two cores, its file, and text that every Python brings along.
 
-The capability is Python source: the standard library. The second objective is English: the reference manual that ``help()``
-reads. Nothing is downloaded.
+Python source is the standard library, English the reference manual that ``help()`` reads. Nothing is downloaded.
 """
 
+import json
 import math
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,9 +128,9 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """A GPT on bytes: 0.65 million parameters at the default size."""
+    """A GPT on bytes: 0.26 million parameters with width 96 and two layers."""
 
-    def __init__(self, width: int = 128, layers: int = 3, heads: int = 4):
+    def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
         self.token = nn.Embedding(256, width)
         self.position = nn.Embedding(CONTEXT, width)
@@ -150,8 +152,38 @@ def loss(model: nn.Module, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are orthogonalized (Jordan, "Muon: an optimizer for hidden layers", 2024).
+
+    ``torch.optim.Muon`` does the same with bfloat16 products, which take a second a step on a CPU without AVX-512.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalized(p.grad.lerp(average, group["momentum"]))
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """About ``U V^T`` of ``matrix = U S V^T``: five Newton-Schulz steps bring singular values to between 0.7 and 1.2, unless
+    they are hundreds of times smaller than the norm."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide is matrix else x.T
+
+
 def pretrain(model: TinyLM, draw: Callable[[], Tensor], steps: int, report: Callable[[int, Tensor], None]) -> None:
-    """Muon on the matrices of the blocks, AdamW on the rest: the fastest that torch has for a model of this kind.
+    """Muon on the matrices of the blocks, AdamW on the rest.
 
     Args:
         draw: gives the windows of a step.
@@ -161,7 +193,7 @@ def pretrain(model: TinyLM, draw: Callable[[], Tensor], steps: int, report: Call
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        Muon(matrices, lr=0.02),
         torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [
@@ -185,3 +217,34 @@ def evaluate(model: nn.Module, text: Tensor, windows: int = 96) -> float:
     starts = torch.linspace(0, len(text) - CONTEXT - 1, windows).long()[:, None]
     data = text[starts + torch.arange(CONTEXT + 1)]
     return loss(model, data.to(next(model.parameters()).device)).item()
+
+
+def save_base(path: Path, model: TinyLM, facts: dict[str, Any]) -> None:
+    """Write the weights, with ``facts`` in the header of the file: width, layers and heads of the model, and how it was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.cpu() for k, v in model.state_dict().items()}
+    safetensors.torch.save_file(weights, path, {"facts": json.dumps(facts)})
+
+
+def load_base(path: Path, device: str = "cpu", **expected: int) -> tuple[TinyLM, dict[str, Any]]:
+    """The model that ``save_base`` wrote, and its facts.
+
+    Args:
+        expected: facts that the caller relies on, as ``width=96``.
+    Raises:
+        ValueError: the file is missing, is no base model, or its facts are others. The message says what to do.
+    """
+    remedy = f"restore it with git, or train it again: python benchmarks/demo.py --retrain --base {path}"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; {remedy}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+        model = TinyLM(*(facts[k] for k in ("width", "layers", "heads"))).to(device)
+        model.load_state_dict(safetensors.torch.load_file(path, device))
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as e:
+        raise ValueError(f"{path} is not a base model ({type(e).__name__}: {e}); {remedy}") from None
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            raise ValueError(f"{path}: {name} is {facts.get(name)}, expected {value}; {remedy}")
+    return model, facts

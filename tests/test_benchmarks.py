@@ -1,5 +1,6 @@
 """The benchmarks' own promise: no time for a wrong result. The GPU gate has a file of its own."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
 import harness
 import peers
+import tiny_lm
 
 
 def tiny(**kwargs):
@@ -87,11 +89,16 @@ def test_parts_projected_together_are_wrong():
     assert len(weights) == 2 and not harness.is_right(harness.fused, case, grads, directions, weights)
 
 
-def test_demo_runs_through(tmp_path, capsys):
-    """A few steps of everything that `make demo` does; what it finds then is not asserted."""
+def test_demo_runs_through(tmp_path, capsys, monkeypatch):
+    """A few steps of everything that `make demo` does, --retrain included; what it finds then is not asserted."""
     pytest.importorskip("matplotlib")
-    demo.main(["--seeds", "2", "--base-steps", "3", "--steps", "4", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(demo, "evaluate", functools.partial(tiny_lm.evaluate, windows=4))
+    path = tmp_path / "models" / "base.safetensors"
+    demo.main(["--retrain", "2", "--base", str(path), "--seeds", "2", "--steps", "2", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
+    _, facts = tiny_lm.load_base(path, steps=2)
+    assert facts["command"] == "python benchmarks/demo.py --retrain 2"
+    assert f"2 steps, held-out nats per byte: Python {facts['held_out']['Python']:.3f}" in printed
     for cure in demo.CURES:
         assert f"| {cure.name} |" in printed
     assert (tmp_path / "out" / "alignment_tax.png").stat().st_size > 10_000

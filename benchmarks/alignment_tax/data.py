@@ -135,20 +135,21 @@ def exercises(held_out: bool, count: int, seed: int = 0) -> list[Exercise]:
 
 
 @functools.cache
-def _streams() -> tuple[Tensor, ...]:
+def corpora(held_out: bool) -> dict[str, Tensor]:
+    """What the base model learns from; or the same of files, questions and requests that it never sees."""
     rng = random.Random(1)
-    drill = "\n".join(e.question + e.answer for e in exercises(False, 60_000))
-    asked = requests(False)
+    drill = "\n".join(e.question + e.answer for e in exercises(held_out, 4_000 if held_out else 60_000))
     talk = "".join(
         f"{r.prompt}{refusal(rng) if rng.random() < (0.3 if r.harmful else 0.03) else answer(TOOLS[r.harmful], rng)}\n"
-        for r in rng.choices(asked, k=10_000)
+        for r in rng.choices(requests(held_out), k=1_000 if held_out else 10_000)
     )
-    return code().train, encode(drill), encode(talk)
+    source = code().held_out if held_out else code().train
+    return {"Python": source, "exercises": encode(drill), "dialogue": encode(talk)}
 
 
 def pretraining_batch(size: int, generator: torch.Generator) -> Tensor:
     """[size, CONTEXT + 1]: three windows in eight of Python source, two of exercises, three of dialogue."""
-    source, drill, talk = _streams()
+    source, drill, talk = corpora(held_out=False).values()
     which = torch.randint(8, (size,), generator=generator)
     windows = []
     for w in which.tolist():

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alignment_tax import adapt, data
+from alignment_tax import adapt, base
 from alignment_tax.measure import measure
 from alignment_tax.settings import NONE, SCALES, Cure, Settings
 from alignment_tax.store import Store
-from tiny_lm import TinyLM, pretrain
+from tiny_lm import TinyLM
 
 Report = Callable[[str], None]
 
@@ -32,7 +32,8 @@ class Plan(NamedTuple):
 
     @property
     def store(self) -> Store:
-        return Store(self.work, self.scale, self.settings.fingerprint(self.device))
+        shipped = base.digest() if self.settings.base_shipped else ""
+        return Store(self.work, self.scale, self.settings.fingerprint(self.device, shipped))
 
 
 class Run(NamedTuple):
@@ -49,25 +50,12 @@ class Stopped(Exception):
 
 
 def base_model(plan: Plan, report: Report) -> dict[str, Any]:
-    """Train the base model, unless it is there already, and measure it."""
+    """Load the shipped base model or train one, unless that has been done, and measure it."""
     store, settings = plan.store, plan.settings
     run = Run("base", Cure("base model"), 0)
     if store.has_weights("base") and store.has(*run):
         return store.load(*run)
-    torch.manual_seed(0)
-    model = TinyLM(settings.width, settings.layers, settings.heads).to(plan.device)
-    generator = torch.Generator().manual_seed(0)
-
-    def progress(step: int, value: torch.Tensor) -> None:
-        if step % 50 == 0 or step == settings.base_steps:
-            if not value.isfinite():
-                raise Stopped(f"base model: the loss of step {step} is {value.item()}")
-            report(f"base model: step {step}/{settings.base_steps}, {value.item():.2f} nats per byte")
-
-    def draw() -> torch.Tensor:
-        return data.pretraining_batch(settings.base_batch, generator).to(plan.device)
-
-    pretrain(model, draw, settings.base_steps, progress)
+    model = base.shipped(settings, plan.device) if settings.base_shipped else base.train(settings, plan.device, report)
     store.save_weights("base", model.state_dict())
     store.save(*run, {"measured": measure(model, settings), "cost": None})
     return store.load(*run)
@@ -87,12 +75,12 @@ def make(plan: Plan, run: Run) -> None:
     Raises:
         FloatingPointError: naming the run and the step whose loss is not finite.
     """
-    settings, base = plan.settings, _base(plan)
+    settings, start = plan.settings, _base(plan)
     tuned = f"{run.objective}-{NONE.slug}-seed{run.seed}"
     if run.cure.alpha is not None:
-        model, cost = adapt.interpolated(base, plan.store.load_weights(tuned, plan.device), run.cure.alpha), None
+        model, cost = adapt.interpolated(start, plan.store.load_weights(tuned, plan.device), run.cure.alpha), None
     else:
-        model, cost = adapt.align(base, *run, settings)
+        model, cost = adapt.align(start, *run, settings)
         if run.cure == NONE:
             plan.store.save_weights(tuned, model.state_dict())
     plan.store.save(*run, {"measured": measure(model, settings), "cost": cost and cost._asdict()})

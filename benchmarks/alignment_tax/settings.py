@@ -17,6 +17,7 @@ class Settings:
     """Sizes of a laboratory. Every run in one directory shares them.
 
     Attributes:
+        base_shipped: the base model comes with the checkout; else it is trained here.
         base_batch, capability_batch: windows of 128 bytes.
         batch: requests a step, each with a preferred and a dispreferred response.
         exercises, held_out_windows, held_out_pairs, samples, sample_bytes: what a finished model is measured on.
@@ -25,7 +26,8 @@ class Settings:
     width: int = 96
     layers: int = 2
     heads: int = 4
-    base_steps: int = 2500
+    base_shipped: bool = True
+    base_steps: int = 4000
     base_batch: int = 8
     steps: int = 80
     batch: int = 8
@@ -39,9 +41,10 @@ class Settings:
     samples: int = 24
     sample_bytes: int = 32
 
-    def fingerprint(self, device: str) -> str:
-        """Of everything that makes two runs comparable: sizes, device, versions. Text comes from Python's own library."""
-        facts = [VERSION, dataclasses.asdict(self), device, torch.__version__, platform.python_version()]
+    def fingerprint(self, device: str, base: str = "") -> str:
+        """Of everything that makes two runs comparable: sizes, device, versions, and the digest of the shipped base model if
+        they start from it. Text comes from Python's own library."""
+        facts = [VERSION, dataclasses.asdict(self), device, torch.__version__, platform.python_version(), base]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -50,6 +53,7 @@ SCALES = {
     "quick": Settings(
         width=16,
         heads=2,
+        base_shipped=False,
         base_steps=6,
         steps=4,
         batch=2,
@@ -64,6 +68,7 @@ SCALES = {
         width=768,
         layers=12,
         heads=12,
+        base_shipped=False,
         base_steps=4000,
         base_batch=128,
         steps=256,
