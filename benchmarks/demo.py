@@ -31,7 +31,7 @@ class Cure(NamedTuple):
     """A way to keep the capability.
 
     Attributes:
-        method: of ProjectedOptimizer; None is the plain optimizer.
+        method: of gradproj.Directions; None is the plain optimizer.
         directions: how many protected directions are kept.
         every: steps between capability batches.
     """
@@ -76,7 +76,7 @@ def adapt(base: TinyLM, cure: Cure, seed: int, steps: int, capability: Text, tar
     targets = torch.Generator().manual_seed(1000 + seed)
     anchors = torch.Generator().manual_seed(2000 + seed)
     opt = gradproj.ProjectedOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-3), method=cure.method or "conflict", directions=cure.directions
+        torch.optim.AdamW(model.parameters(), lr=1e-3), gradproj.Directions(cure.directions, cure.method or "conflict")
     )
     points = [(0, evaluate(model, target.held_out), evaluate(model, capability.held_out))]
     times, projections, batches = [], [], 0
