@@ -22,7 +22,6 @@ def test_the_largest_curvature_over_all_layers_first():
     assert allocation.ranks(layers, 0.10) == [1, 1]
     assert allocation.ranks(layers, 0.20) == [2, 2]
     assert allocation.ranks(layers, 0.99) == [3, 2]  # never one without curvature
-    assert allocation.ranks(layers, 0.99, max_rank=1) == [1, 1]
 
 
 @given(st.data())

@@ -36,7 +36,9 @@ def test_sequence_logprob(seed, b, t, v, masked):
     expected = [0.0] * b
     for i, j in counted(mask, b, t):
         expected[i] += (logits[i, j, tokens[i, j]] - logits[i, j].logsumexp(0)).item()
-    torch.testing.assert_close(formulas.sequence_logprob(logits, tokens, mask), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        formulas.sequence_logprob(logits, tokens, mask), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 @given
@@ -181,7 +183,11 @@ REFUSED = {
     "mask that counts nothing": (ValueError, "no position", lambda: formulas.kl_penalty(LOGITS, LOGITS, TOKENS.bool())),
     "nothing to calibrate": (ValueError, "no position", lambda: formulas.calibration(LOGITS, TOKENS, TOKENS.bool())),
     "base of another size": (ValueError, "base_logits", lambda: formulas.kl_penalty(LOGITS, LOGITS[:1])),
-    "pairs of another size": (ValueError, "base_chosen", lambda: formulas.dpo_loss(*torch.ones(2, 3), *torch.ones(2, 2))),
+    "pairs of another size": (
+        ValueError,
+        "base_chosen",
+        lambda: formulas.dpo_loss(*torch.ones(2, 3), *torch.ones(2, 2)),
+    ),
     "no pair": (ValueError, "B >= 1", lambda: formulas.dpo_loss(*torch.ones(4, 0))),
     "beta 0": (ValueError, "beta", lambda: formulas.dpo_loss(*torch.ones(4, 2), beta=0.0)),
     "gamma negative": (ValueError, "gamma", lambda: formulas.ptx_loss(torch.tensor(1.0), torch.tensor(1.0), -0.1)),

@@ -144,7 +144,7 @@ def test_compiled_autocast_and_eval_models():
 def test_convolution_is_a_matrix_on_patches(settings):
     torch.manual_seed(0)
     model, x = nn.Conv2d(3, 4, 3, **settings), torch.randn(2, 3, 9, 8)
-    found, gathered = gather(model, lambda: model(x).square().sum().backward())
+    _, gathered = gather(model, lambda: model(x).square().sum().backward())
     rows = layers.input_rows(model, x)
     y = rows @ layers.matrix(model, model.weight).T + (0 if model.bias is None else model.bias)
     torch.testing.assert_close(layers.output_rows(model, model(x)), y, rtol=1e-4, atol=1e-5)

@@ -233,11 +233,15 @@ def test_checkpoint_and_file(few, tmp_path, wrapping):
         twin.load_state_dict(saved["model"])
         again = NullSpace(twin) if way == "state" else NullSpace.load(tmp_path / "bases.safetensors", twin)
         resumed, _ = WRAPPINGS["wrapped"](torch.optim.AdamW(twin.parameters(), lr=0.01), protection=again)
-        resumed.load_state_dict(saved["opt"] if way == "state" else {k: saved["opt"][k] for k in ("state", "param_groups")})
+        resumed.load_state_dict(
+            saved["opt"] if way == "state" else {k: saved["opt"][k] for k in ("state", "param_groups")}
+        )
         train(twin, resumed, 5, seed=2)
         assert_same(parameters(model), parameters(twin))
     smaller = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 23))
-    with pytest.raises(ValueError, match=r"layer '2' is 23 x 25 \(its bias counted\), but its basis is of a layer 24 x 25"):
+    with pytest.raises(
+        ValueError, match=r"layer '2' is 23 x 25 \(its bias counted\), but its basis is of a layer 24 x 25"
+    ):
         NullSpace.load(tmp_path / "bases.safetensors", smaller)
     with pytest.raises(ValueError, match="no layer '2'"):
         NullSpace.load(tmp_path / "bases.safetensors", smaller[:1])
@@ -357,7 +361,10 @@ def test_bad_settings(settings, message):
 def test_bad_captures(few):
     model = network()
     protection = NullSpace(model, share=0.9)
-    with pytest.raises(RuntimeError, match=r"received a gradient: call loss.backward\(\) inside the block"), protection.capture():
+    with (
+        pytest.raises(RuntimeError, match=r"received a gradient: call loss.backward\(\) inside the block"),
+        protection.capture(),
+    ):
         pass
     with pytest.raises(RuntimeError, match="layer 4 got no gradient in the capture"), protection.capture():
         model[:4](few).sum().backward()

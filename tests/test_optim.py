@@ -611,7 +611,11 @@ def test_wrong_types_are_refused(what, wrap):
             {},
             "takes a torch.optim.Optimizer, got generator; for example",
         ),
-        "method": ([sgd, "conflict"], {}, "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for example"),
+        "method": (
+            [sgd, "conflict"],
+            {},
+            "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for example",
+        ),
         "sharding": (
             [sgd, gradproj.Directions()],
             {"sharding": "shard"},

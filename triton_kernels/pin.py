@@ -1,6 +1,5 @@
 """W <- W - (W U - B) U^T for many weights in one launch: what W makes of the inputs that U spans becomes B."""
 
-
 import numpy as np
 import torch
 import triton
@@ -62,12 +61,16 @@ def moved_products(
         moved = tl.dot(w.to(tl.float32), basis, moved, input_precision="tf32x3")
     mask = (rows < outputs)[:, None] & (ranks < rank)[None, :]
     if tl.load(line + 3) != 0:
-        bias = tl.load(tl.load(line + 3).to(tl.pointer_type(dtype)) + rows * tl.load(line + 13), mask=rows < outputs, other=0.0)
+        bias = tl.load(
+            tl.load(line + 3).to(tl.pointer_type(dtype)) + rows * tl.load(line + 13), mask=rows < outputs, other=0.0
+        )
         of_bias = tl.load(u + inputs * step + ranks * stride, mask=ranks < rank, other=0.0)
         moved += bias.to(tl.float32)[:, None] * of_bias[None, :]
     if tl.load(line + 2) != 0:
         target = tl.load(line + 2).to(tl.pointer_type(tl.float32))
-        moved -= tl.load(target + rows[:, None] * tl.load(line + 11) + ranks[None, :] * tl.load(line + 12), mask=mask, other=0.0)
+        moved -= tl.load(
+            target + rows[:, None] * tl.load(line + 11) + ranks[None, :] * tl.load(line + 12), mask=mask, other=0.0
+        )
     return tl.where(mask, moved, 0.0)
 
 
@@ -170,4 +173,3 @@ def _line(w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, numb
     of_bias = 0 if bias is None else bias.stride(0)
     programs = -(-w.shape[0] // ROWS)
     return [*addresses, *w.shape, u.shape[1], *w.stride(), *u.stride(), *of_target, of_bias, number, programs, first]
-

@@ -129,7 +129,9 @@ def write_page(source: Path, path: Path) -> None:
         raise ValueError(f"{source} does not exist: make it with `make tax`")
     everything = json.loads(source.read_text())
     if everything.get("version") != VERSION:
-        raise ValueError(f"{source} is of version {everything.get('version')}, not {VERSION}: make it again with `make tax`")
+        raise ValueError(
+            f"{source} is of version {everything.get('version')}, not {VERSION}: make it again with `make tax`"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     page.write(everything["base"], points(everything["runs"]), everything["made"], everything["found"], path)
 

@@ -27,14 +27,14 @@ class Curvature(NamedTuple):
     inputs: int
 
 
-def ranks(layers: Sequence[Curvature], share: float, max_rank: int | None = None) -> list[int]:
+def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
     """How many eigenvectors each layer keeps: those of the largest curvature over all layers.
 
     An eigenvector of a layer fixes as many weights as the layer has outputs; they are taken in descending order of curvature until
     the next would fix more than ``share`` of all weights.
     """
-    curvature = torch.cat([layer.scale * layer.values[:max_rank].double().cpu() for layer in layers])
-    owner = torch.cat([torch.full((len(layer.values[:max_rank]),), l) for l, layer in enumerate(layers)]).long()
+    curvature = torch.cat([layer.scale * layer.values.double().cpu() for layer in layers])
+    owner = torch.cat([torch.full((len(layer.values),), l) for l, layer in enumerate(layers)]).long()
     cost = torch.tensor([layer.outputs for layer in layers])[owner]
     order = curvature.argsort(descending=True, stable=True)
     order = order[curvature[order] > 0]

@@ -61,7 +61,9 @@ def load(path) -> tuple[dict[str, Basis], float]:
     with _safetensors("safetensors").safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT or "layers" not in metadata:
-            raise ValueError(f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by NullSpace.save()")
+            raise ValueError(
+                f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by NullSpace.save()"
+            )
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     packed = {
         name: {

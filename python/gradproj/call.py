@@ -26,10 +26,10 @@ class Call(NamedTuple):
         op: the public function's name, for messages.
         names: how the user knows each row.
         rows: R lists of the same length.
-        index: the user's index of each column.
+        indices: the user's index of each column.
         written: whether row 0 is.
         types: of the entries of row 0.
-        count: how many entries the user's lists have.
+        entries: how many the user's lists have.
         part: the number of the part that each column belongs to; empty if they are all one.
         num_parts: 0 if they are all one: results then have no leading dimension.
     """
@@ -37,10 +37,10 @@ class Call(NamedTuple):
     op: str
     names: Sequence[str]
     rows: list[list[Tensor | None]]
-    index: Sequence[int]
+    indices: Sequence[int]
     written: bool
     types: set[type]
-    count: int
+    entries: int
     part: Sequence[int] = ()
     num_parts: int = 0
 
@@ -57,7 +57,7 @@ class Call(NamedTuple):
         """The same call on some of the columns."""
         return self._replace(
             rows=[[row[i] for i in wanted] for row in self.rows],
-            index=[self.index[i] for i in wanted],
+            indices=[self.indices[i] for i in wanted],
             part=[self.part[i] for i in wanted] if self.part else (),
         )
 
@@ -76,8 +76,8 @@ def unpack(
                 f"{op}: {name} has {len(lists[-1])} entries but {names[0]} has {len(lists[0])}; pass gradients of the same "
                 f"parameters in the same order, with None where there is no gradient"
             )
-    types, count = set(map(type, lists[0])), len(lists[0])
-    call = Call(op, names, lists, range(count), written, types, count, part, num_parts)
+    types, entries = set(map(type, lists[0])), len(lists[0])
+    call = Call(op, names, lists, range(entries), written, types, entries, part, num_parts)
     if written and type(None) in types:
         return call.columns([i for i, t in enumerate(lists[0]) if t is not None])
     return call
@@ -120,7 +120,7 @@ def gram(call: Call, weights: Sequence[float], gram_dd: Tensor | None, device: t
 
 def combine(call: Call, weights: Tensor) -> None:
     """Row 0 <- weights times the rows, on every device."""
-    for _, columns in _alike(call, [1.0] * len(call.index)):
+    for _, columns in _alike(call, [1.0] * len(call.indices)):
         run(columns, "combine_", _beside(columns, weights))
 
 
@@ -149,21 +149,21 @@ def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]
     if len(where) > 1:
         _check(call)
     for (weight, _), columns in where.items():
-        yield weight, call if len(columns) == len(call.index) else call.columns(columns)
+        yield weight, call if len(columns) == len(call.indices) else call.columns(columns)
 
 
 def _check(call: Call, backend: Backend | None = None) -> None:
     """Raise what is wrong with the rows, by name; return if nothing is."""
     kinds = dtensor_types(chain(*call.rows))
     if kinds:  # among the directions of plain gradients, which are not inspected before
-        Layouts(call.op, call.rows, call.names, call.index, kinds)
-    for i, g in zip(call.index, call.rows[0], strict=True):
+        Layouts(call.op, call.rows, call.names, call.indices, kinds)
+    for i, g in zip(call.indices, call.rows[0], strict=True):
         if call.written and isinstance(g, Tensor) and g.is_conj():
             raise NotImplementedError(
                 f"{call.op}: {call.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a tensor of its "
                 f"own: {call.names[0]}[{i}].resolve_conj()"
             )
-    validate.check(call.op, _real(call).rows, call.names, call.index, call.written, backend.name if backend else "")
+    validate.check(call.op, _real(call).rows, call.names, call.indices, call.written, backend.name if backend else "")
 
 
 def _beside(call: Call, t: Tensor | None) -> Tensor | None:

@@ -76,16 +76,14 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
     combine_parts(grads, directions, weights, (), 0)
 
 
-def combine_parts(
-    grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int
-) -> None:
+def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int) -> None:
     """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each column's."""
     call = _written("combine_", grads, directions, part, num_parts)
     expected = (*call.lead, len(call.rows))
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
-    local = localize(call.op, call.rows, call.names, call.index, True, None, products=False)
+    local = localize(call.op, call.rows, call.names, call.indices, True, None, products=False)
     calls.combine(call._replace(rows=local.rows), weights.detach())
     finish(local, weights)
 
@@ -144,6 +142,7 @@ def project_rows(
     # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
     one_op = sharding is None and isinstance(rule, methods.Rule) and call.types <= PLAIN_TYPES
     if one_op and call.rows[0] and not calls.spans_devices(call):
+        assert isinstance(rule, methods.Rule)
         products, weights = calls.run(call, "project_", *rule, gram_dd)
         return Projection(products, weights, select(products.device.type).name)
 
@@ -220,11 +219,11 @@ def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int]
 
 
 def _localize(call: Call, sharding: Sharding | None) -> Local:
-    if isinstance(sharding, Sharding) and sharding.owned is not None and len(sharding.owned) != call.count:
+    if isinstance(sharding, Sharding) and sharding.owned is not None and len(sharding.owned) != call.entries:
         raise ValueError(
-            f"{call.op}: Sharding.owned has {len(sharding.owned)} entries for {call.count} parameters; pass one bool for each"
+            f"{call.op}: Sharding.owned has {len(sharding.owned)} entries for {call.entries} parameters; pass one bool for each"
         )
-    return localize(call.op, call.rows, call.names, call.index, call.written, sharding)
+    return localize(call.op, call.rows, call.names, call.indices, call.written, sharding)
 
 
 def _device(call: Call, group) -> torch.device:

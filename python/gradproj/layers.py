@@ -74,7 +74,8 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
     _refuse_flat_weights(model)
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Layer] = {}
-    adapters = {id(a) for m in model.modules() if is_adapted(m) for a in (*m.lora_A.values(), *m.lora_B.values())}
+    adapted: list[Any] = [m for m in model.modules() if is_adapted(m)]
+    adapters = {id(a) for m in adapted for a in (*m.lora_A.values(), *m.lora_B.values())}
     for full_name, module in model.named_modules():
         name = _WRAPPERS.sub("", full_name).lstrip(".")
         if wanted is not None and not wanted(name, module):
@@ -100,7 +101,9 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
 
 def _refuse_flat_weights(model: nn.Module) -> None:
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise NotImplementedError("NullSpace: FSDP1 flattens weights, so that a layer has no matrix; shard with fully_shard (FSDP2)")
+        raise NotImplementedError(
+            "NullSpace: FSDP1 flattens weights, so that a layer has no matrix; shard with fully_shard (FSDP2)"
+        )
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise NotImplementedError(
             'NullSpace: DeepSpeed partitions weights and steps copies of them; shard with fully_shard (FSDP2), or use space="gradient" '

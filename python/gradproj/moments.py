@@ -50,7 +50,9 @@ class Moment:
         if self.ones:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.sum.addmm_(rows.T, rows if self._test is None else rows @ self._test)
-        self.trace += rows.double().square().sum() if rows.device.type == "cpu" else rows.square().sum(dtype=torch.float64)
+        self.trace += (
+            rows.double().square().sum() if rows.device.type == "cpu" else rows.square().sum(dtype=torch.float64)
+        )
         self.tokens += len(rows)
 
     def add_eigen(self, values: Tensor, vectors: Tensor, tokens: int) -> None:
@@ -85,7 +87,9 @@ def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     core = test.T @ shifted
     factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
     if bool(failed):
-        raise RuntimeError("NullSpace: the sketch of a wide layer's inputs is not positive; its inputs may not be finite")
+        raise RuntimeError(
+            "NullSpace: the sketch of a wide layer's inputs is not positive; its inputs may not be finite"
+        )
     half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
     vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
     return (singular.square() - shift).clamp(min=0).flip(0), vectors.flip(1)
@@ -185,7 +189,9 @@ class Gather:
     def report(self, call: _Call, layer: int, rows: Tensor, gradients: Tensor) -> None:
         """Input rows and output gradients of one layer in a call, both [tokens, ..]."""
         mask = (gradients != 0).any(1)
-        square = gradients.double().square().sum() if gradients.device.type == "cpu" else gradients.float().square().sum()
+        square = (
+            gradients.double().square().sum() if gradients.device.type == "cpu" else gradients.float().square().sum()
+        )
         self.squares[layer] = self.squares[layer].to(gradients.device) + square.double() / gradients.shape[1]
         self.tokens[layer] += int(mask.sum())
         call.mask = mask if call.mask is None else call.mask | mask
@@ -258,7 +264,10 @@ class _Listener:
     def _reporter(self, call: _Call, arrived: dict[str, Tensor]) -> Callable[[Tensor], None]:
         def report(x: Tensor) -> None:
             if "gradient" in arrived:
-                rows, gradients = input_rows(self._module, _here(x)), output_rows(self._module, _here(arrived.pop("gradient")))
+                rows, gradients = (
+                    input_rows(self._module, _here(x)),
+                    output_rows(self._module, _here(arrived.pop("gradient"))),
+                )
                 self._gather.report(call, self._layer, rows, gradients)
 
         return report

@@ -128,7 +128,9 @@ class NullSpace(Protection):
             raise RuntimeError(f"NullSpace: {taken.why_empty()}")
         self._close(gather)
         adapters = [layer for layer in self.layers if layer.to_zero]
-        if adapters and self.space == "weights":  # become blind at once; the weights of other layers are their own targets
+        if (
+            adapters and self.space == "weights"
+        ):  # become blind at once; the weights of other layers are their own targets
             with torch.no_grad():
                 self._apply(adapters, lambda p: p.detach(), zero=False)
 
@@ -158,7 +160,9 @@ class NullSpace(Protection):
                     f"with modules="
                 )
             if not (gather.moments[number].sum.isfinite().all() and gather.squares[layer_number].isfinite()):
-                raise RuntimeError(f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture")
+                raise RuntimeError(
+                    f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture"
+                )
         pairs = [moment.eigen() for moment in gather.moments]
         curvatures = []
         for l, layer in enumerate(self.layers):
@@ -168,12 +172,14 @@ class NullSpace(Protection):
             curvatures.append(Curvature(scale, values, trace, *layer.shape))
         limit = [self.max_rank or (SKETCH if layer.shape[1] > WIDE else None) for layer in self.layers]
         capped = [c._replace(values=c.values[:m]) for c, m in zip(curvatures, limit, strict=True)]
-        found = allocation.ranks(capped, self.share, self.max_rank)
+        found = allocation.ranks(capped, self.share)
         widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
         for number, rank in zip(gather.moment_of, found, strict=True):
-            widest[number] = max(rank, widest.get(number, 0))  # type: ignore[index]
+            widest[number] = max(rank, widest.get(number, 0))  # type: ignore[index, arg-type]
         # Eigenvectors lie one after the other, so that a layer's leading ones are the same memory layout, shared or not.
-        vectors = {n: pairs[n][1][:, :rank].T.to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()}
+        vectors = {
+            n: pairs[n][1][:, :rank].T.to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()
+        }
         bases = {}
         for layer, number, rank, curvature in zip(self.layers, gather.moment_of, found, curvatures, strict=True):
             basis = vectors[number][:rank].T  # type: ignore[index]
@@ -314,7 +320,9 @@ class NullSpace(Protection):
         """
         if not self.bases:
             raise RuntimeError("param_groups(): nothing has been captured yet: run capture() first")
-        rests = [allocation.rest(self.bases[layer.name].curvature, self.bases[layer.name].rank) for layer in self.layers]
+        rests = [
+            allocation.rest(self.bases[layer.name].curvature, self.bases[layer.name].rank) for layer in self.layers
+        ]
         rates = allocation.rates(rests, [layer.numel for layer in self.layers], damping)
         factor = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
         groups: dict[tuple, dict[str, Any]] = {}
@@ -325,7 +333,6 @@ class NullSpace(Protection):
             key = factor.get(id(p), 1.0), *decay.values()
             groups.setdefault(key, {"params": [], "lr": lr * key[0], **decay})["params"].append(p)
         return list(groups.values())
-
 
     # --- what it holds ----------------------------------------------------------------------------------------------------
 
@@ -381,7 +388,11 @@ class NullSpace(Protection):
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:
             return state_dict
-        entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": basis_file.pack(self.layers, self.bases)}
+        entry = {
+            "share": self.share,
+            "steps_since_pin": self._since_pin,
+            "bases": basis_file.pack(self.layers, self.bases),
+        }
         return {**state_dict, "null_space": entry}
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:

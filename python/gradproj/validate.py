@@ -173,12 +173,17 @@ def _check_overlap(op, rows, names, indices) -> None:
 
 
 def check_pin(
-    weights: Sequence[Tensor], bases: Sequence[Tensor], targets: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
 ) -> None:
     """Raise the first error of the arguments of ``pin_``, or return."""
     for name, entries in (("bases", bases), ("targets", targets), ("biases", biases)):
         if len(entries) != len(weights):
-            raise ValueError(f"pin_: {name} has {len(entries)} entries but weights has {len(weights)}; pass one for each")
+            raise ValueError(
+                f"pin_: {name} has {len(entries)} entries but weights has {len(weights)}; pass one for each"
+            )
     for k, (w, u, b, c) in enumerate(zip(weights, bases, targets, biases, strict=True)):
         for name, t in (("weights", w), ("bases", u), ("targets", b), ("biases", c)):
             if t is None and name in ("targets", "biases"):
@@ -203,4 +208,6 @@ def check_pin(
             raise ValueError(f"pin_: biases[{k}] has shape {tuple(c.shape)}; weights[{k}] wants ({w.shape[0]},)")
         for name, t in (("weights", w), ("biases", c)):
             if t is not None and overlaps_itself(t):
-                raise ValueError(f"pin_: {name}[{k}] overlaps itself, so it cannot be written; pass a contiguous tensor")
+                raise ValueError(
+                    f"pin_: {name}[{k}] overlaps itself, so it cannot be written; pass a contiguous tensor"
+                )

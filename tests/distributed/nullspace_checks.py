@@ -47,7 +47,10 @@ def training(rank: int, world: int, way: str, expected: list) -> None:
 def refused(rank: int, world: int) -> None:
     run = models.tp(rank, world)
     protection = NullSpace(run.model)  # "down" is sharded over its inputs
-    with pytest.raises(NotImplementedError, match="the weight of down is .*sharded over its inputs"), protection.capture():
+    with (
+        pytest.raises(NotImplementedError, match="the weight of down is .*sharded over its inputs"),
+        protection.capture(),
+    ):
         run.backward(0, 1)
     assert len(protection) == 0
     with pytest.raises(NotImplementedError, match="FSDP1.*fully_shard"):
