@@ -46,6 +46,88 @@ def test_schedulefree(wrapping):
     assert_same(parameters(model), parameters(twin))
 
 
+# --- transformers and PEFT ---------------------------------------------------------------------------------------------
+
+
+def llama(**settings):
+    transformers = package("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **settings
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_null_space_of_a_language_model():
+    """q, k, v share a basis, and so do gate and up; the head is tied to the embedding; padding does not count."""
+    model = llama(tie_word_embeddings=True)
+    tokens, mask = torch.randint(50, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    protection = gradproj.NullSpace(model, share=0.95)
+    with protection.capture():
+        model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+    assert len(protection) == 14 and "lm_head" not in protection.bases
+    first = [protection.bases[f"model.layers.0.self_attn.{name}_proj"].vectors for name in "qkv"]
+    assert len({u.untyped_storage().data_ptr() for u in first}) == 1
+    assert all(basis.tokens <= 11 for basis in protection.bases.values())
+    before = model(input_ids=tokens[:1]).logits[:, :-1].detach()
+    opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), protection)
+    for _ in range(10):
+        opt.zero_grad()
+        batch = torch.randint(50, (4, 7))
+        model(input_ids=batch, labels=batch).loss.backward()
+        opt.step()
+    assert (model(input_ids=tokens[:1]).logits[:, :-1] - before).abs().max() < 1e-4
+    assert (model(input_ids=tokens[1:, 4:]).logits - llama(tie_word_embeddings=True)(input_ids=tokens[1:, 4:]).logits).abs().max() > 0.01
+
+
+def test_conv1d_of_transformers():
+    """Its weight lies transposed."""
+    conv1d = package("transformers").pytorch_utils.Conv1D
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(conv1d(6, 4), torch.nn.Tanh(), conv1d(3, 6))
+    x = torch.randn(2, 4)
+    protection = gradproj.NullSpace(model, share=0.95)
+    with protection.capture():
+        model(x).square().sum().backward()
+    before = model(x).detach()
+    opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), protection)
+    for _ in range(10):
+        opt.zero_grad()
+        (model(torch.randn(8, 4)) - 1).square().mean().backward()
+        opt.step()
+    assert (model(x) - before).abs().max() < 1e-5
+    assert (model(torch.randn(8, 4)) - 1).square().mean() < 1
+
+
+def test_lora_becomes_blind_to_protected_inputs():
+    """Exact: on protected inputs the adapted model is the base model, whatever the adapters learn."""
+    peft = package("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+    tokens = torch.randint(50, (1, 5))
+    before = model(input_ids=tokens).logits.detach()
+    protection = gradproj.NullSpace(model, share=0.95)
+    with protection.capture():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(trained, lr=0.05), protection)
+    kept = model(input_ids=tokens).logits[:, :-1].detach()
+    torch.testing.assert_close(kept, before[:, :-1], rtol=0, atol=1e-5)
+    batch = torch.randint(50, (8, 7))
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        value = model(input_ids=batch, labels=batch).loss
+        value.backward()
+        opt.step()
+        losses.append(value.item())
+    assert (model(input_ids=tokens).logits[:, :-1] - kept).abs().max() < 1e-3
+    assert losses[-1] < losses[0] - 0.1
+    with pytest.raises(NotImplementedError, match="has been trained already.*merge it first"):
+        gradproj.NullSpace(model)
+
+
 # --- Lightning ------------------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,19 @@ def test_every_eighth_step_and_pin_now(few):
     assert opt.state_dict()["null_space"]["steps_since_pin"] == 0
 
 
+def test_wide_layers_are_sketched(few, monkeypatch):
+    """Twice the rank that they may keep, and as exact where the inputs have no more dimensions than that."""
+    monkeypatch.setattr("gradproj.nullspace.WIDE", 16)
+    model = network()
+    protection = captured(model, few, share=0.9, max_rank=6)
+    assert [protection._sketch(layer) for layer in protection.layers] == [None, 12, 12]
+    assert [basis.rank for basis in protection.bases.values()] == [4, 4, 4]
+    before = model(few).detach()
+    opt = ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), protection)
+    train(model, opt, 20)
+    assert (model(few).detach() - before).abs().max() < 1e-3
+
+
 # --- the rest ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ class Layer:
         name: of the module, without what wrappers add to it.
         owner: the module that has the trained ``weight`` (and ``bias``).
         taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share the
-            weight, or the frozen layer that an adapter adapts.
+            weight, or the layer that an adapter adapts.
         behind: of an adapter, the module that sees nothing but its products: those with protected inputs are to be zero, not
             what they are, and then it may train freely.
     """
@@ -139,7 +139,7 @@ def _adapters(name: str, module: Any) -> list[Layer]:
                 f"NullSpace: the adapter {adapter!r} of {name} has been trained already (its lora_B is not zero), so that its "
                 f"lora_A cannot be made blind to protected inputs without changing the model: merge it first"
             )
-        layers.append(Layer(f"{name}.lora_A.{adapter}", down, [module.base_layer], module.lora_B[adapter]))
+        layers.append(Layer(f"{name}.lora_A.{adapter}", down, [module], module.lora_B[adapter]))
     return layers
 
 
@@ -150,8 +150,13 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if is_conv1d(module) else weight
 
 
+def _adapted(module: Any) -> nn.Module:
+    return module.base_layer if is_adapted(module) else module
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """[tokens, inputs]: what the weight matrix is multiplied with, one row for each output position."""
+    module = _adapted(module)
     if isinstance(module, nn.Conv2d):
         if isinstance(module.padding, str):
             raise NotImplementedError(f"NullSpace: nn.Conv2d with padding={module.padding!r}; give it as numbers")
@@ -162,6 +167,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     """[tokens, outputs] in the order of :func:`input_rows`."""
+    module = _adapted(module)
     if isinstance(module, nn.Conv2d):
         return y.flatten(2).transpose(1, 2).flatten(0, 1)
     return y.reshape(-1, y.shape[-1])
