@@ -1,20 +1,43 @@
 """W <- W - (W U - B) U^T for many weights in one launch: what W makes of the inputs that U spans becomes B."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from gradproj import torch_backend
-from gradproj.triton_kernels.combine import narrow
+from gradproj.triton_kernels.combine import INTERPRETED, narrow
 from gradproj.triton_kernels.table import implement
 
-ROWS = 32  # of a weight that a program takes: its second read of them comes from cache
-COLUMNS = 64  # inputs that it takes at a time
-RANKS = 64  # columns of U that it takes at a time
+WARPS = 8
+COLUMNS = tl.constexpr(64)  # inputs that a program takes at a time
 FIELDS = tl.constexpr(17)  # of a layer's line in the table
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Form(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        dtype: of the weights.
+        layout: ``"rows"``: neighbours in a row of W are neighbours in memory, and every row starts on a 16-byte boundary;
+            ``"columns"``: the same of columns, as in a transposed weight; ``"strided"``: anything. In the first two every
+            column of U is dense.
+        aligned: every column of U starts on a 16-byte boundary too; with a bias it seldom does.
+        ranks: columns of U that are taken at a time.
+        rows: of W that a program takes. The more they are, the less often U is read, from L2; the fewer, the more surely the
+            second reading of W finds in L2 what the first has left there. A warp group multiplies 64 rows at least.
+    """
+
+    dtype: tl.dtype
+    layout: str
+    aligned: bool
+    ranks: int
+    rows: int
 
 
 @triton.jit
@@ -32,83 +55,140 @@ def find_layer(table, layers, program):
 
 
 @triton.jit
-def load_weight(line, rows, columns, outputs, inputs, dtype: tl.constexpr, even: tl.constexpr):
-    """[ROWS, COLUMNS] of W, and where it lies."""
-    w = tl.load(line).to(tl.pointer_type(dtype))
-    if even:  # every row starts on a 16-byte boundary, and elements of a row are neighbours
-        w = tl.multiple_of(w, 16)
-        places = w + rows[:, None] * tl.multiple_of(tl.load(line + 7), 16) + columns[None, :]
+def split(x, dtype: tl.constexpr):
+    """float32 as a sum of two that tensor cores take: 22 bits in TF32, for which ``dtype`` is float32, 16 in bfloat16."""
+    if dtype == tl.float32:
+        high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        low = x - high
     else:
-        places = w + rows[:, None] * tl.load(line + 7) + columns[None, :] * tl.load(line + 8)
-    mask = (rows < outputs)[:, None] & (columns < inputs)[None, :]
-    return tl.load(places, mask=mask, other=0.0), places, mask
+        high = narrow(x, dtype)
+        low = narrow(x - high.to(tl.float32), dtype)
+    return high, low
 
 
 @triton.jit
-def moved_products(
-    line, rows, ranks, outputs, inputs, rank, dtype: tl.constexpr, even: tl.constexpr,
-    row_block: tl.constexpr, column_block: tl.constexpr, rank_block: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, RANKS] of W U - B. Reads ROWS x inputs of W and inputs x RANKS of U; sums in float32."""
-    u = tl.load(line + 1).to(tl.pointer_type(tl.float32))
-    step, stride = tl.load(line + 9), tl.load(line + 10)
-    moved = tl.zeros([row_block, rank_block], dtype=tl.float32)
-    for start in range(0, inputs, column_block):
-        columns = start + tl.arange(0, column_block)
-        w, _, _ = load_weight(line, rows, columns, outputs, inputs, dtype, even)
-        mask = (columns < inputs)[:, None] & (ranks < rank)[None, :]
-        basis = tl.load(u + columns[:, None] * step + ranks[None, :] * stride, mask=mask, other=0.0)
-        moved = tl.dot(w.to(tl.float32), basis, moved, input_precision="tf32x3")
-    mask = (rows < outputs)[:, None] & (ranks < rank)[None, :]
-    if tl.load(line + 3) != 0:
-        bias = tl.load(
-            tl.load(line + 3).to(tl.pointer_type(dtype)) + rows * tl.load(line + 13), mask=rows < outputs, other=0.0
-        )
-        of_bias = tl.load(u + inputs * step + ranks * stride, mask=ranks < rank, other=0.0)
-        moved += bias.to(tl.float32)[:, None] * of_bias[None, :]
-    if tl.load(line + 2) != 0:
-        target = tl.load(line + 2).to(tl.pointer_type(tl.float32))
-        moved -= tl.load(
-            target + rows[:, None] * tl.load(line + 11) + ranks[None, :] * tl.load(line + 12), mask=mask, other=0.0
-        )
-    return tl.where(mask, moved, 0.0)
+def dot(a, b, sums):
+    """a b + sums on tensor cores, which take a float32 as TF32. Triton's interpreter multiplies no bfloat16."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="tf32")
+
+
+@triton.jit
+def dot_split(a_high, a_low, b_high, b_low):
+    """(a_high + a_low) (b_high + b_low) without the product of the low parts, the small ones first."""
+    sums = dot(a_low, b_high, tl.zeros([a_low.shape[0], b_high.shape[1]], dtype=tl.float32))
+    sums = dot(a_high, b_low, sums)
+    return dot(a_high, b_high, sums)
+
+
+@triton.jit
+def weight_tile(w, step, stride, start, outputs, inputs, form: tl.constexpr):
+    """Where [rows, COLUMNS] of W lie, from input ``start`` on, and which of them there are. ``w``: of the first row."""
+    rows = tl.arange(0, form.rows)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    if form.layout == "rows":
+        places = (w + start) + (rows * step + columns)
+    elif form.layout == "columns":
+        places = (w + tl.cast(start, tl.int64) * stride) + (rows + columns * stride)
+    else:
+        places = (w + tl.cast(start, tl.int64) * stride) + (rows * step + columns * stride)
+    return places, (rows < outputs) & (columns < inputs - start)
+
+
+@triton.jit
+def load_basis(u, step, stride, start, inputs, rank, form: tl.constexpr):
+    """[ranks, COLUMNS] of U^T, from input ``start`` on. ``u``: of the first of ``rank`` columns that are left."""
+    ranks = tl.arange(0, form.ranks)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    if form.layout == "strided":
+        places = (u + tl.cast(start, tl.int64) * step) + (ranks * stride + columns * step)
+    else:
+        places = (u + start) + (ranks * stride + columns)
+    return tl.load(places, mask=(ranks < rank) & (columns < inputs - start), other=0.0)
+
+
+@triton.jit
+def load_of_bias(u, step, stride, inputs, rank, form: tl.constexpr):
+    """[1, ranks] of U: what belongs to the bias's input."""
+    ranks = tl.arange(0, form.ranks)[None, :]
+    return tl.load(u + inputs.to(tl.int64) * step + ranks * stride, mask=ranks < rank, other=0.0)
+
+
+@triton.jit
+def load_target(line, first_row, first, outputs, rank, form: tl.constexpr):
+    """[rows, ranks] of B."""
+    step, stride = tl.load(line + 11), tl.load(line + 12)
+    target = tl.load(line + 2).to(tl.pointer_type(tl.float32)) + first_row.to(tl.int64) * step + first * stride
+    rows = tl.arange(0, form.rows)[:, None]
+    ranks = tl.arange(0, form.ranks)[None, :]
+    offsets = rows * step.to(tl.int32) + ranks * stride.to(tl.int32)
+    return tl.load(target + offsets, mask=(rows < outputs) & (ranks < rank), other=0.0)
 
 
 @triton.jit(do_not_specialize=["layers"])
-def pin_kernel(
-    table, partial, layers, dtype: tl.constexpr, even: tl.constexpr, row_block: tl.constexpr,
-    column_block: tl.constexpr, rank_block: tl.constexpr,
-):  # fmt: skip
-    """A program takes ROWS rows of one weight: reads them from memory once, again from cache, writes them once; per RANKS
-    columns of U, which are orthogonal to all others, so that one block after the other is exact. Writes |W U - B|^2."""
-    program = tl.program_id(0).to(tl.int64)
+def pin_kernel(table, partial, layers, form: tl.constexpr):
+    """A program takes some rows of one weight: reads them from memory once, again from cache, the last first, writes them once;
+    per block of columns of U, which are orthogonal to all others, so that one block after the other is exact. Reads the
+    block twice too. Writes |W U - B|^2. Offsets within a tile are 32-bit: pointers would take twice the registers."""
+    program = tl.program_id(0)
     line = table + find_layer(table, layers, program) * FIELDS
-    outputs, inputs, rank = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
-    if even:
-        inputs = tl.multiple_of(inputs, 16)
-    rows = (program - tl.load(line + 16)) * row_block + tl.arange(0, row_block)
+    first_row = (program - tl.load(line + 16).to(tl.int32)) * form.rows
+    outputs, inputs = tl.load(line + 4).to(tl.int32), tl.load(line + 5).to(tl.int32)
+    step, stride = tl.load(line + 7), tl.load(line + 8)
+    w = tl.load(line).to(tl.pointer_type(form.dtype)) + first_row.to(tl.int64) * step
+    step, stride = step.to(tl.int32), stride.to(tl.int32)
+    if form.layout == "rows":
+        w, step, inputs = tl.multiple_of(w, 16), tl.multiple_of(step, 16), tl.multiple_of(inputs, 16)
+    if form.layout == "columns":
+        w, stride, outputs = tl.multiple_of(w, 16), tl.multiple_of(stride, 16), tl.multiple_of(outputs, 16)
+    outputs -= first_row
     u = tl.load(line + 1).to(tl.pointer_type(tl.float32))
-    step, stride = tl.load(line + 9), tl.load(line + 10)
-    square = tl.zeros([row_block], dtype=tl.float64)
-    for first in range(0, rank, rank_block):
-        ranks = first + tl.arange(0, rank_block)
-        moved = moved_products(
-            line, rows, ranks, outputs, inputs, rank, dtype, even, row_block, column_block, rank_block
-        )  # fmt: skip
+    u_step, u_stride = tl.load(line + 9).to(tl.int32), tl.load(line + 10).to(tl.int32)
+    if form.aligned:
+        u, u_stride = tl.multiple_of(u, 16), tl.multiple_of(u_stride, 4)
+    rank = tl.load(line + 6).to(tl.int32)
+    rows = tl.arange(0, form.rows)[:, None]
+    bias = tl.load(line + 3).to(tl.pointer_type(form.dtype))
+    biases = bias + (first_row + rows).to(tl.int64) * tl.load(line + 13)
+    has_bias = tl.load(line + 3) != 0
+    square = tl.zeros([form.rows], dtype=tl.float64)
+    stages: tl.constexpr = 3 if form.ranks == 64 else 2  # of tiles under way: what shared memory holds
+    # What does not change from block to block is computed again: kept, it would take the registers of the loops within.
+    for first in tl.range(0, rank, form.ranks, num_stages=1, disable_licm=True):
+        block = u + tl.cast(first, tl.int64) * u_stride
+        moved = tl.zeros([form.rows, form.ranks], dtype=tl.float32)
+        if tl.load(line + 2) != 0:
+            moved -= load_target(line, first_row, first, outputs, rank - first, form)
+        if has_bias:
+            of_bias = load_of_bias(block, u_step, u_stride, inputs, rank - first, form)
+            moved += tl.load(biases, mask=rows < outputs, other=0.0).to(tl.float32) * of_bias
+        for start in tl.range(0, inputs, COLUMNS, num_stages=stages):
+            places, mask = weight_tile(w, step, stride, start, outputs, inputs, form)
+            tile = tl.load(places, mask=mask, other=0.0)
+            high, low = split(load_basis(block, u_step, u_stride, start, inputs, rank - first, form), form.dtype)
+            if form.dtype == tl.float32:  # tensor cores truncate their sums: only those of a tile are left to them
+                tile_high, tile_low = split(tile, form.dtype)
+                moved += dot_split(tile_high, tile_low, high.trans(), low.trans())
+            else:
+                moved = dot(tile, low.trans(), moved)
+                moved = dot(tile, high.trans(), moved)
         square += tl.sum(moved * moved, axis=1).to(tl.float64)
-        for start in range(0, inputs, column_block):
-            columns = start + tl.arange(0, column_block)
-            mask = (ranks < rank)[:, None] & (columns < inputs)[None, :]
-            basis = tl.load(u + columns[None, :] * step + ranks[:, None] * stride, mask=mask, other=0.0)
-            w, places, there = load_weight(line, rows, columns, outputs, inputs, dtype, even)
-            pinned = w.to(tl.float32) - tl.dot(moved, basis, input_precision="tf32x3")
-            tl.store(places, narrow(pinned, dtype), mask=there)
-        if tl.load(line + 3) != 0:
-            places = tl.load(line + 3).to(tl.pointer_type(dtype)) + rows * tl.load(line + 13)
-            of_bias = tl.load(u + inputs * step + ranks * stride, mask=ranks < rank, other=0.0)
-            bias = tl.load(places, mask=rows < outputs, other=0.0).to(tl.float32)
-            pinned = bias - tl.sum(moved * of_bias[None, :], axis=1)
-            tl.store(places, narrow(pinned, dtype), mask=rows < outputs)
+        if has_bias:
+            of_bias = load_of_bias(block, u_step, u_stride, inputs, rank - first, form)
+            pinned = tl.load(biases, mask=rows < outputs, other=0.0).to(tl.float32)
+            pinned -= tl.sum(moved * of_bias, axis=1, keep_dims=True)
+            tl.store(biases, narrow(pinned, form.dtype), mask=rows < outputs)
+        half: tl.constexpr = tl.float32 if form.dtype == tl.float32 else tl.bfloat16  # whose range is float32's
+        moved_high, moved_low = split(moved, half)
+        for behind in tl.range(0, inputs, COLUMNS, num_stages=stages):  # a loop that says it prefetches W too
+            start = (inputs - 1) // COLUMNS * COLUMNS - behind
+            places, mask = weight_tile(w, step, stride, start, outputs, inputs, form)
+            tile = tl.load(places, mask=mask, other=0.0)
+            high, low = split(load_basis(block, u_step, u_stride, start, inputs, rank - first, form), half)
+            pinned = tile.to(tl.float32) - dot_split(moved_high, moved_low, high, low)
+            tl.store(places, narrow(pinned, form.dtype), mask=mask)
+        tl.debug_barrier()  # the next block reads what other threads have written
     tl.store(partial + program, tl.sum(square, axis=0))
 
 
@@ -128,48 +208,75 @@ def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
-    """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one dtype and alignment; float64 goes to a BLAS."""
-    wide = [k for k, w in enumerate(weights) if w.dtype == torch.float64]
+    """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; float64 and offsets beyond 32 bits go to a
+    BLAS."""
+    device = weights[0].device if weights else torch.device("cpu")
     bias_of = dict(zip(biased, biases, strict=True))
-    squares = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device if weights else "cpu")
-    if wide:
-        some = [k for k in wide if k in bias_of]
-        squares[wide] = torch_backend.pin_(
-            *([row[k] for k in wide] for row in (weights, bases, targets)),
-            [bias_of[k] for k in some],
-            [wide.index(k) for k in some],
-        )
-    forms: dict[tuple, list[int]] = {}
-    for k, w in enumerate(weights):
-        if w.dtype != torch.float64 and w.numel() and bases[k].shape[1]:
-            forms.setdefault((w.dtype, _even(w)), []).append(k)
-    for (dtype, even), mine in forms.items():
-        held = [_as_float32(t) for k in mine for t in (bases[k], targets[k])]  # alive until the launch
-        lines, programs = [], 0
-        for at, k in enumerate(mine):
-            lines.append(_line(weights[k], *held[2 * at : 2 * at + 2], bias_of.get(k), k, programs))
-            programs += lines[-1][15]
-        table = torch.from_numpy(np.array(lines, dtype=np.int64)).to(squares.device, non_blocking=True)
-        partial = torch.empty(programs, dtype=torch.float64, device=squares.device)
-        with torch.cuda.device_of(squares):
-            pin_kernel[(programs,)](
-                table, partial, len(mine), _TYPES[dtype], even, ROWS, COLUMNS, RANKS, num_warps=4, num_stages=3
-            )  # fmt: skip
+    held = [_as_float32(bases[k], targets[k]) for k in range(len(weights))]  # alive until the launch
+    squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    others, forms = [], dict[Form, list[int]]()
+    with torch.cuda.device_of(squares):
+        for k, w in enumerate(weights):
+            if not _fits(w, *held[k]):
+                others.append(k)
+            elif w.numel() and bases[k].shape[1]:
+                forms.setdefault(_form(w, held[k][0]), []).append(k)
+        for form, mine in forms.items():
+            lines, programs = [], 0
+            for k in mine:
+                lines.append(_line(weights[k], *held[k], bias_of.get(k), form, k, programs))
+                programs += lines[-1][15]
+            table = torch.from_numpy(np.array(lines, dtype=np.int64)).to(device, non_blocking=True)
+            partial = torch.empty(programs, dtype=torch.float64, device=device)
+            pin_kernel[(programs,)](table, partial, len(mine), form, num_warps=WARPS)
             pin_finish_kernel[(len(mine),)](table, partial, squares, 256)
+    if others:
+        some = [k for k in others if k in bias_of]
+        squares[others] = torch_backend.pin_(
+            *([row[k] for k in others] for row in (weights, bases, targets)),
+            [bias_of[k] for k in some],
+            [others.index(k) for k in some],
+        )
     return squares
 
 
-def _as_float32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
+def _as_float32(u: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return u.float(), None if target is None else target.float()
+
+
+def _fits(w: Tensor, *others: Tensor | None) -> bool:
+    """Whether offsets within a tile, of 128 x 128 at most, have 32 bits."""
+    return w.dtype in _TYPES and all(s < 1 << 23 for t in (w, *others) if t is not None for s in t.stride())
+
+
+def _form(w: Tensor, u: Tensor) -> Form:
+    ranks = 64 if u.shape[1] <= 64 else 128
+    dense = u.stride(0) == 1 or u.shape[0] == 1
+    if dense and _even(w):
+        layout = "rows"
+    elif dense and _even(w.T):
+        layout = "columns"
+    else:
+        layout = "strided"
+    aligned = layout != "strided" and u.stride(1) % 4 == 0 and u.data_ptr() % 16 == 0
+    rows = 128 if w.dtype != torch.float32 else 64 if _has_warp_groups() else 32
+    return Form(_TYPES[w.dtype], layout, aligned, ranks, rows)
 
 
 def _even(w: Tensor) -> bool:
     return w.stride(1) == 1 and w.stride(0) % 16 == 0 and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0
 
 
-def _line(w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, number: int, first: int) -> list[int]:
+def _has_warp_groups() -> bool:
+    """Whether tensor cores read shared memory by themselves (sm_90, sm_100); elsewhere 64 rows of float32 spill."""
+    return INTERPRETED.value or driver.active.get_current_target().arch // 10 in (9, 10)
+
+
+def _line(
+    w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, form: Form, number: int, first: int
+) -> list[int]:
     addresses = [0 if t is None else t.data_ptr() for t in (w, u, target, bias)]
     of_target = (0, 0) if target is None else target.stride()
     of_bias = 0 if bias is None else bias.stride(0)
-    programs = -(-w.shape[0] // ROWS)
+    programs = -(-w.shape[0] // form.rows)
     return [*addresses, *w.shape, u.shape[1], *w.stride(), *u.stride(), *of_target, of_bias, number, programs, first]

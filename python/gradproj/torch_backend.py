@@ -14,7 +14,7 @@ from gradproj import methods
 from gradproj.ops import implement
 
 _CHUNK_BYTES = 1 << 18
-_PIN_BYTES = 1 << 20  # of a weight's rows that are taken at a time
+_PIN_BYTES = 3 << 18  # of float32 copies and products that a block of a weight's rows may take
 
 Column = list[Any]  # of every row a tensor or None, or a chunk of those
 
@@ -98,6 +98,13 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
     return torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64)
 
 
+def _pin_rows(weight: Tensor, rank: int, dtype: torch.dtype) -> int:
+    """How many rows to take at a time: W U and its squares take memory, and so does a 16-bit block in float32."""
+    outputs, inputs = weight.shape
+    held = 2 * rank + (0 if weight.dtype == dtype else inputs)
+    return max(1, min(outputs, _PIN_BYTES // (dtype.itemsize * held)))
+
+
 def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     rank = basis.shape[1]
@@ -107,7 +114,7 @@ def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | No
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     basis = basis.to(dtype)
     of_inputs, of_bias = basis[:inputs], basis[inputs:]
-    rows = max(16, min(outputs, _PIN_BYTES // max(1, inputs * 4)))
+    rows = _pin_rows(weight, rank, dtype)
     moved = torch.empty(rows, rank, dtype=dtype, device=weight.device)
     for start in range(0, outputs, rows):
         block = weight[start : start + rows]
