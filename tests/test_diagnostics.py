@@ -92,7 +92,7 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(directions._OnHost, "read", lambda self: [])  # reads on the CPU, where it is free
+    monkeypatch.setattr(directions.OnHost, "read", lambda self: [])  # reads on the CPU, where it is free
     model, x = model_and_batches()
     opt, protected = wrapping(model, 2)
     protect(model, protected, x[0])

@@ -79,7 +79,9 @@ def test_null_space_of_a_language_model():
         model(input_ids=batch, labels=batch).loss.backward()
         opt.step()
     assert (model(input_ids=tokens[:1]).logits[:, :-1] - before).abs().max() < 1e-4
-    assert (model(input_ids=tokens[1:, 4:]).logits - llama(tie_word_embeddings=True)(input_ids=tokens[1:, 4:]).logits).abs().max() > 0.01
+    assert (
+        model(input_ids=tokens[1:, 4:]).logits - llama(tie_word_embeddings=True)(input_ids=tokens[1:, 4:]).logits
+    ).abs().max() > 0.01
 
 
 def test_conv1d_of_transformers():

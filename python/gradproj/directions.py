@@ -14,6 +14,7 @@ from gradproj import checkpoint, functional, methods, sharding
 from gradproj.capture import Direction
 from gradproj.functional import Row
 from gradproj.kept_gram import KeptGram
+from gradproj.projected import OnHost, Projected
 from gradproj.projection import Projection
 from gradproj.protection import Closure, Protection
 
@@ -89,8 +90,8 @@ class Directions(Protection):
         self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
         self._loaded: list[Direction] = []  # what came from checkpoints since the last protect() block
         self._gram_dd = KeptGram()
-        self._lengths: _OnHost | None = None  # of the last projection's directions
-        self._projected: _Projected | None = None  # by project(), or for the first of several optimizers
+        self._lengths: OnHost | None = None  # of the last projection's directions
+        self._projected: Projected | None = None  # by project(), or for the first of several optimizers
         self._step_began: tuple[weakref.ref[Tensor], int] | None = None  # a gradient, its version after the projection
         self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
         self._stepping = False  # _before is to be compared with the parameters
@@ -181,7 +182,7 @@ class Directions(Protection):
             yield grads, rows, self._rule, self.sharding, gram_dd, *part
             assert self.last is not None
             lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
-            self._lengths = _OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
+            self._lengths = OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
 
@@ -202,7 +203,7 @@ class Directions(Protection):
     def _remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
         self._forget_projected()
         if watch:
-            self._projected = _Projected(parameters, grads)
+            self._projected = Projected(parameters, grads)
         else:
             some = next((g for g in grads if g is not None), None)
             self._step_began = None if some is None else (weakref.ref(some), some._version)
@@ -351,62 +352,6 @@ class Directions(Protection):
     def __getstate__(self) -> dict[str, Any]:
         mine = {"_before": {}, "_gram_dd": KeptGram(), "_lists": None, "_stepping": False}
         return {**super().__getstate__(), **mine, "_projected": None, "_step_began": None, "_lengths": None}
-
-
-class _Projected:
-    """Gradients that have been projected, and whether something was added to them, or protected, since."""
-
-    def __init__(self, parameters: list[Tensor], grads: list[Tensor | None]):
-        pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        self._grads = {p: weakref.ref(g) for p, g in pairs}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p, _ in pairs if p.requires_grad]
-        self.outdated = False
-
-    def _notice(self, p: Tensor) -> None:
-        if p.grad is self._grads[p]():
-            self.outdated = True
-
-    def unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
-        """Whether these gradients are projected.
-
-        Args:
-            repeatable: what is projected in part may be projected again.
-        Raises:
-            RuntimeError: it is, but may not.
-        """
-        there = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        done = sum(1 for p, g in there if p in self._grads and self._grads[p]() is g)
-        if not done:  # all of them are new
-            return False
-        if done < len(there) or self.outdated:
-            if not repeatable:
-                raise RuntimeError(
-                    "step(): since project() a backward pass has added to the gradients, or protect() to what is protected; this "
-                    "method is not to be applied twice: call project() after the last backward()"
-                )
-            return False
-        return True
-
-
-class _OnHost:
-    """A small tensor on its way to the host."""
-
-    def __init__(self, t: Tensor):
-        self._tensor, self._copied = t, None
-        if t.is_cuda and not torch.cuda.is_current_stream_capturing():
-            self._tensor = t.to("cpu", non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> list:
-        """Waits for what made it, not for what was queued afterwards."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._tensor.tolist()
 
 
 def _reads_for_free(t: Tensor) -> bool:

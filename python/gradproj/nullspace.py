@@ -10,9 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradproj import allocation, basis_file, functional, layers, sharding
-from gradproj.allocation import Curvature
-from gradproj.basis import Basis
-from gradproj.basis import report as basis_report
+from gradproj.basis import Basis, add_earlier, local_weight, make_bases, report
 from gradproj.capture import Direction, captured
 from gradproj.layers import Layer
 from gradproj.moments import WIDE, Gather
@@ -126,7 +124,8 @@ class NullSpace(Protection):
             self._capturing = False
         if not any(gather.tokens) and not taken.gradients:
             raise RuntimeError(f"NullSpace: {taken.why_empty()}")
-        self._close(gather)
+        add_earlier(gather, self.layers, self.bases, self._group())
+        self.bases = make_bases(gather, self.layers, self.share, self._most)
         adapters = [layer for layer in self.layers if layer.to_zero]
         if (
             adapters and self.space == "weights"
@@ -147,59 +146,8 @@ class NullSpace(Protection):
     def _sketch(self, layer: Layer) -> int | None:
         return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
 
-    @torch.no_grad()
-    def _close(self, gather: Gather) -> None:
-        """Moments and curvatures of all ranks become bases."""
-        _sum_over_ranks(gather, self._group())
-        self._add_what_was(gather)
-        for layer_number, layer in enumerate(self.layers):
-            number, tokens = gather.moment_of[layer_number], gather.tokens[layer_number]
-            if number is None or tokens == 0:
-                raise RuntimeError(
-                    f"NullSpace: layer {layer.name} got no gradient in the capture: give it batches that use it, or leave it out "
-                    f"with modules="
-                )
-            if not (gather.moments[number].sum.isfinite().all() and gather.squares[layer_number].isfinite()):
-                raise RuntimeError(
-                    f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture"
-                )
-        pairs = [moment.eigen() for moment in gather.moments]
-        curvatures = []
-        for l, layer in enumerate(self.layers):
-            moment, (values, _) = gather.moments[gather.moment_of[l]], pairs[gather.moment_of[l]]  # type: ignore[index]
-            scale = float(gather.squares[l]) / gather.tokens[l]
-            trace = float(moment.trace) / max(1, moment.tokens)
-            curvatures.append(Curvature(scale, values, trace, *layer.shape))
-        limit = [self.max_rank or (SKETCH if layer.shape[1] > WIDE else None) for layer in self.layers]
-        capped = [c._replace(values=c.values[:m]) for c, m in zip(curvatures, limit, strict=True)]
-        found = allocation.ranks(capped, self.share)
-        widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
-        for number, rank in zip(gather.moment_of, found, strict=True):
-            widest[number] = max(rank, widest.get(number, 0))  # type: ignore[index, arg-type]
-        # Eigenvectors lie one after the other, so that a layer's leading ones are the same memory layout, shared or not.
-        vectors = {
-            n: pairs[n][1][:, :rank].T.to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()
-        }
-        bases = {}
-        for layer, number, rank, curvature in zip(self.layers, gather.moment_of, found, curvatures, strict=True):
-            basis = vectors[number][:rank].T  # type: ignore[index]
-            target = None if layer.to_zero else _product(layer, basis)
-            bases[layer.name] = Basis(basis, target, curvature, gather.moments[number].tokens)  # type: ignore[index]
-        self.bases = bases
-
-    def _add_what_was(self, gather: Gather) -> None:
-        """Of an earlier capture its eigenpairs, which is what was protected, and its curvature."""
-        added = set()
-        for l, layer in enumerate(self.layers):
-            number, basis = gather.moment_of[l], self.bases.get(layer.name)
-            if number is None or basis is None:
-                continue
-            if number not in added:
-                added.add(number)
-                values = basis.curvature.values[: basis.rank]
-                gather.moments[number].add_eigen(values, basis.vectors, basis.tokens)
-            gather.squares[l] = gather.squares[l] + basis.curvature.scale * basis.tokens
-            gather.tokens[l] += basis.tokens
+    def _most(self, layer: Layer) -> int | None:
+        return self.max_rank or (SKETCH if layer.shape[1] > WIDE else None)
 
     # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -280,7 +228,7 @@ class NullSpace(Protection):
                 )
             bias = None if layer.bias is None else of(layer.bias)
             names.append(layer.name)
-            weights.append(layers.matrix(layer.owner, _local(layer, weight)))
+            weights.append(layers.matrix(layer.owner, local_weight(layer, weight)))
             # A bias without a gradient beside a weight that has one would be a frozen one; then it is no input.
             bases.append(basis.vectors if layer.bias is None or bias is not None else basis.vectors[:-1])
             targets.append(None if zero else basis.target)
@@ -338,7 +286,7 @@ class NullSpace(Protection):
 
     def report(self) -> str:
         """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis."""
-        return basis_report(self.layers, self.bases)
+        return report(self.layers, self.bases)
 
     def __repr__(self) -> str:
         settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"
@@ -400,42 +348,3 @@ class NullSpace(Protection):
         if entry is not None:
             self._take(basis_file.unpack(entry["bases"]))
             self._since_pin = int(entry["steps_since_pin"])
-
-
-def _local(layer: Layer, weight: Tensor) -> Tensor:
-    """This rank's memory of a weight.
-
-    Raises:
-        NotImplementedError: it is sharded over its inputs, so that W U would be a sum over ranks.
-    """
-    for placement in getattr(weight, "placements", ()):
-        outputs = 1 if layers.is_conv1d(layer.owner) else 0
-        if placement.is_partial() or (placement.is_shard() and placement.dim != outputs):
-            raise NotImplementedError(
-                f"NullSpace: the weight of {layer.name} is {placement} of a DTensor, that is, sharded over its inputs; shard it over its "
-                f"outputs, or leave it out with modules="
-            )
-    return sharding.local_tensors([weight])[0]
-
-
-def _product(layer: Layer, basis: Tensor) -> Tensor:
-    """W U of this rank's rows, the bias's column included."""
-    weight = layers.matrix(layer.owner, _local(layer, layer.weight.detach())).to(basis.dtype)
-    if layer.bias is None:
-        return weight @ basis
-    bias = sharding.local_tensors([layer.bias.detach()])[0].to(basis.dtype)
-    return torch.addmm(torch.outer(bias, basis[-1]), weight, basis[:-1])
-
-
-def _sum_over_ranks(gather: Gather, group) -> None:
-    """Every rank has seen its own batches: one all_reduce per moment, one for the rest."""
-    if group is None:
-        return
-    numbers = [torch.tensor([float(m.tokens), float(m.trace)]) for m in gather.moments]
-    numbers += [torch.tensor([float(n), float(q)]) for n, q in zip(gather.tokens, gather.squares, strict=True)]
-    totals = sharding.all_reduce(torch.stack(numbers).double(), group).tolist()
-    for moment, (tokens, trace) in zip(gather.moments, totals, strict=False):
-        moment.sum = sharding.all_reduce(moment.sum.double(), group).to(moment.sum.dtype)
-        moment.tokens, moment.trace = int(tokens), moment.trace.new_tensor(trace)
-    for l, (tokens, square) in enumerate(totals[len(gather.moments) :]):
-        gather.tokens[l], gather.squares[l] = int(tokens), torch.tensor(square, dtype=torch.float64)

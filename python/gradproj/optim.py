@@ -1,19 +1,11 @@
 """The drop-in wrapper, and the same on the user's own optimizer object: one implementation, torch's hooks."""
 
-import functools
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports the compiler only when needed
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from gradproj import checkpoint
-from gradproj.capture import DEEPSPEED
+from gradproj.hooks import Hooks, inner_optimizer
 from gradproj.projection import Pin, Projection
 from gradproj.protection import CaptureBlock, Protection
 from gradproj.sharding import Sharding
@@ -27,7 +19,7 @@ class Protected:
     """
 
     protection: Protection
-    _hooks: "_Hooks"
+    _hooks: Hooks
 
     def protect(self) -> CaptureBlock:
         """Context manager: what the gradients made inside say is protected. See :meth:`Protection.capture`."""
@@ -86,10 +78,10 @@ class ProjectedOptimizer(Protected, Optimizer):
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
         # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
         # optimizer's as soon as load_state_dict replaces those.
-        inner = _inner("ProjectedOptimizer", optimizer)
+        inner = inner_optimizer("ProjectedOptimizer", optimizer)
         self.optimizer = optimizer
         self.protection = protection
-        self._hooks = _Hooks("ProjectedOptimizer", [inner], protection, sharding)
+        self._hooks = Hooks("ProjectedOptimizer", [inner], protection, sharding)
 
     def step(self, closure: Callable[[], Any] | None = None):
         """Project, then the wrapped optimizer's step. A closure's gradients are projected each time it is called."""
@@ -123,7 +115,7 @@ class Attached(Protected):
 
     def __init__(self, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):
         self.protection = protection
-        self._hooks = _Hooks("attach", optimizers, protection, sharding)
+        self._hooks = Hooks("attach", optimizers, protection, sharding)
         self._hooks.warn_of_copies()
 
     def __reduce_ex__(self, protocol):
@@ -152,173 +144,10 @@ def attach(
         ValueError: the list is empty, or names an optimizer twice.
     """
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-    optimizers = [_inner("attach", o) for o in given]
+    optimizers = [inner_optimizer("attach", o) for o in given]
     if not optimizers or len(set(map(id, optimizers))) < len(optimizers):
         raise ValueError(f"attach: pass each optimizer once, got {[type(o).__name__ for o in given]}")
     return Attached(optimizers, protection, sharding)
-
-
-class _Hooks:
-    """The hooks of one protection on its optimizers. They refer to them weakly: an optimizer owns its hooks, so that it and
-    what is protected are freed when nobody else refers to it."""
-
-    def __init__(self, caller: str, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):
-        if not isinstance(protection, Protection):
-            raise TypeError(
-                f"{caller}: protection must be a gradproj.NullSpace or gradproj.Directions, got {type(protection).__name__}; for example "
-                f'gradproj.Directions(8, "conflict")'
-            )
-        if sharding is not None and not isinstance(sharding, Sharding):
-            raise TypeError(f"{caller}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
-        for optimizer in optimizers:
-            if hasattr(optimizer, "_gradproj"):
-                raise RuntimeError(
-                    f"{caller}: this {type(optimizer).__name__} is protected already; detach() first, or use what protects it"
-                )
-        protection.bind(optimizers, sharding)
-        self.protection = protection
-        self._optimizers = [weakref.ref(o) for o in optimizers]
-        self._stepped: set[int] = set()  # optimizers of a list that have stepped since the last projection
-        self._handles: list[RemovableHandle] = []
-        try:
-            for optimizer in optimizers:
-                self._adopt(optimizer)
-        except BaseException:
-            protection.release()
-            raise
-        for optimizer in optimizers:
-            self._install(optimizer)
-
-    def _install(self, optimizer: Optimizer) -> None:
-        optimizer._gradproj = self  # type: ignore[attr-defined]
-        self._handles += [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._load),
-        ]
-
-    def _adopt(self, optimizer: Optimizer) -> None:
-        """Take over what the optimizer keeps as its own, because it loaded a checkpoint without these hooks."""
-        self.protection.load_state(checkpoint.live(optimizer), _parameters(optimizer))
-        checkpoint.remove_from(optimizer)
-
-    def _adopt_late(self, optimizer: Optimizer) -> None:
-        """The same, where its class may load in a way of its own, as those of bitsandbytes do."""
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-            self._adopt(optimizer)
-
-    def warn_of_copies(self) -> None:
-        """Copying and pickling go through ``__getstate__``; torch leaves out both the hooks and this, so that only the copy is
-        unprotected."""
-
-        def getstate(ref):
-            if len(self.protection):
-                warnings.warn(
-                    "an optimizer that attach() protects is being copied, but its hooks do not go with it: the copy steps "
-                    "without protection until attach() is called on it",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            return type(ref()).__getstate__(ref())
-
-        for ref in self._optimizers:
-            vars(ref())["__getstate__"] = functools.partial(getstate, ref)
-
-    def _before_step(self, optimizer: Optimizer, args, kwargs):
-        if torch.compiler.is_compiling():
-            # What is decided here changes from step to step, and each change would compile the step anew.
-            return _untraced(self._before_step, optimizer, args, kwargs)
-        if id(optimizer) in self._stepped:  # a new round, though not all of a list have stepped in the last one
-            self.end_round()
-        self._adopt_late(optimizer)
-        # args[0] is the optimizer itself
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        wrapped = self.protection.before_step(closure, begins=not self._stepped)
-        if wrapped is None:
-            return None
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
-
-    def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:
-        if torch.compiler.is_compiling():
-            return _untraced(self._after_step, optimizer, args, kwargs)
-        self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._optimizers):
-            self.end_round()
-
-    def end_round(self) -> None:
-        """The optimizers of a list that have stepped are all that step this time."""
-        if self._stepped:
-            self._stepped.clear()
-            self.protection.after_step()
-
-    def settle(self) -> None:
-        """To call before something else than a step: what is still to be done for the steps and loads so far."""
-        self.end_round()
-        for ref in self._optimizers:
-            if (optimizer := ref()) is not None:
-                self._adopt_late(optimizer)
-
-    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self.settle()
-        return self.protection.state(checkpoint.without_directions(state_dict), _parameters(optimizer))
-
-    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._stepped.clear()  # what a round that is not complete has done is of no interest any more
-        self.protection.load_state(state_dict, _parameters(optimizer))
-        # The optimizer would cast directions to its parameters' dtype and keep them as its own.
-        return checkpoint.without_directions(state_dict)
-
-    def remove(self) -> None:
-        if not self._handles:
-            return
-        self.end_round()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        for ref in self._optimizers:
-            optimizer = ref()
-            if optimizer is not None:
-                del optimizer._gradproj  # type: ignore[attr-defined]
-                vars(optimizer).pop("__getstate__", None)
-        self._optimizers = []
-        self.protection.release()
-
-
-@_disable_dynamo
-def _untraced(function, *args):
-    return function(*args)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _inner(caller: str, optimizer: Any) -> Optimizer:
-    """The optimizer that has the step hooks.
-
-    Raises:
-        TypeError, NotImplementedError: there is none.
-    """
-    kinds = [f"{c.__module__}.{c.__name__}" for c in type(optimizer).__mro__]
-    engine = next((k for k in kinds if k.startswith(("deepspeed.runtime.", "accelerate.utils.deepspeed."))), None)
-    if engine is not None:
-        raise NotImplementedError(f"{caller}: {engine}: {DEEPSPEED}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}; for example "
-            f"torch.optim.AdamW(model.parameters())"
-        )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        wrapped = getattr(optimizer, "optimizer", None)
-        if wrapped is None:
-            raise TypeError(
-                f"{caller}: {type(optimizer).__name__} has no step hooks, because it is a wrapper; pass the optimizer that it wraps"
-            )
-        return _inner(caller, wrapped)
-    return optimizer
 
 
 def _forwarded(name: str, doc: str) -> property:
