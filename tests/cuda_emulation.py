@@ -3,11 +3,11 @@
 import random
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 
 from cases import DTYPES, LAYOUTS, assert_gram_close, make_buffer
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     operation: int
     rows: list
-    weights: list[float] = []
+    weights: Sequence[float] = ()
     blocks: int = 3
     method: str | tuple[str, float] = "orthogonal"
     parts: list[int] | None = None
@@ -85,7 +85,7 @@ def serialise(cases: list[Case]) -> bytes:
     for case in cases:
         put(case.operation, len(case.rows), case.num_parts, case.blocks, METHODS[case.method], len(case.storages))
         for storage in case.storages.values():
-            data = bytes(storage)
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
             put(len(data))
             words.append(data + b"\0" * (-len(data) % 8))
         keys = list(case.storages)
@@ -153,7 +153,9 @@ def random_rows(rng: random.Random, num_rows: int, shapes) -> list:
             layouts = ["contiguous", "misaligned", *LAYOUTS, *(["expanded"] if r else [])]
             dtype = pair[min(r, 1)] if pair else rng.choice(DTYPES)
             gone = r and rng.random() < 0.15
-            row.append(None if gone else make_buffer(shape, dtype, "contiguous" if plain else rng.choice(layouts), generator))
+            row.append(
+                None if gone else make_buffer(shape, dtype, "contiguous" if plain else rng.choice(layouts), generator)
+            )
         rows.append(row)
     return rows
 
@@ -173,7 +175,9 @@ def random_cases(seed: int, count: int) -> list[Case]:
         else:
             shapes = rng.choices(SHAPES, k=rng.randint(1, 4))
         num_rows = rng.choice([1, 2, 2, 2, 3, 4, 6, 10])
-        case = Case(operation, random_rows(rng, num_rows, shapes), [], rng.choice([1, 3, 8]), rng.choice(list(METHODS)), parts)
+        case = Case(
+            operation, random_rows(rng, num_rows, shapes), (), rng.choice([1, 3, 8]), rng.choice(list(METHODS)), parts
+        )
         if operation == COMBINE:
             case = case._replace(weights=[rng.choice([0.0, 1.0, -0.5, 2.25]) for _ in range(case.num_parts * num_rows)])
         elif rng.random() < 0.3:
