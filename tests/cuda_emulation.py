@@ -85,7 +85,7 @@ def serialise(cases: list[Case]) -> bytes:
     for case in cases:
         put(case.operation, len(case.rows), case.num_parts, case.blocks, METHODS[case.method], len(case.storages))
         for storage in case.storages.values():
-            data = bytes(storage)
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
             put(len(data))
             words.append(data + b"\0" * (-len(data) % 8))
         keys = list(case.storages)
@@ -176,7 +176,7 @@ def random_cases(seed: int, count: int) -> list[Case]:
             shapes = rng.choices(SHAPES, k=rng.randint(1, 4))
         num_rows = rng.choice([1, 2, 2, 2, 3, 4, 6, 10])
         case = Case(
-            operation, random_rows(rng, num_rows, shapes), [], rng.choice([1, 3, 8]), rng.choice(list(METHODS)), parts
+            operation, random_rows(rng, num_rows, shapes), (), rng.choice([1, 3, 8]), rng.choice(list(METHODS)), parts
         )
         if operation == COMBINE:
             case = case._replace(weights=[rng.choice([0.0, 1.0, -0.5, 2.25]) for _ in range(case.num_parts * num_rows)])

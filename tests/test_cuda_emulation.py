@@ -48,24 +48,20 @@ def builds(tmp_path_factory):
 
 @pytest.fixture(params=list(SANITIZERS))
 def driver(request, builds):
-    return request.param, builds[request.param].result()
+    return builds[request.param].result()
 
 
 def verified(driver, cases, folder):
-    results = run(driver[1], cases, folder)
+    results = run(driver, cases, folder)
     for case, result in zip(cases, results, strict=True):
         verify(case, result)
     return results
 
 
 def test_random_cases(driver, tmp_path):
-    """Fewer under the sanitizers, which are after memory and races, not after numbers."""
-    name, binary = driver
-    cases = random_cases(len(name), {"plain": 150, "address": 40, "thread": 40}[name])
+    cases = random_cases(len(driver.name), 200)
     results = verified(driver, cases, tmp_path)
-    if name != "plain":
-        return
-    again = run(binary, cases[:20], tmp_path)
+    again = run(driver, cases[:20], tmp_path)
     for first, second in zip(results, again, strict=False):
         assert torch.equal(first.gram.view(torch.int64), second.gram.view(torch.int64))
         assert first.weights.tobytes() == second.weights.tobytes()
@@ -73,13 +69,11 @@ def test_random_cases(driver, tmp_path):
 
 def test_every_alignment_of_both_rows(driver, tmp_path):
     """Heads, tails, and rows that are misaligned differently: every pair of offsets within 16 bytes."""
-    thorough = driver[0] == "plain"
     generator = torch.Generator().manual_seed(0)
     cases = []
     for g_type, d_type in PAIRS:
-        per_16_bytes = [16 // t.itemsize if thorough else 2 for t in (g_type, d_type)]
-        for a, b in itertools.product(*map(range, per_16_bytes)):
-            for n in (1, 63, 64, 700) if thorough else (700,):
+        for a, b in itertools.product(range(16 // g_type.itemsize), range(16 // d_type.itemsize)):
+            for n in (1, 63, 64, 700):
                 g, d = (make_buffer((n + o,), t, "contiguous", generator)[o:] for o, t in ((a, g_type), (b, d_type)))
                 cases += [Case(PROJECT, [[g], [d]]), Case(COMBINE, [[g], [d]], [0.5, 2.0])]
     verified(driver, cases, tmp_path)
@@ -100,7 +94,7 @@ def test_float64_is_rounded_to_16_bits_once(driver, tmp_path):
         d = torch.tensor([tie + 2**-40, tie - 2**-40, -tie - 2**-40, 2.0**-140, float("inf"), float("nan")]).double()
         d[:3] += torch.tensor([tie + 2**-40, tie - 2**-40, -tie - 2**-40], dtype=torch.float64) - d[:3]
         case = Case(COMBINE, [[torch.zeros(6, dtype=dtype)], [d]], [0.0, 1.0])
-        (result,) = run(driver[1], [case], tmp_path)
+        (result,) = run(driver, [case], tmp_path)
         eps = torch.finfo(dtype).eps
         wanted = torch.tensor([1 + eps, 1, -1 - eps, 2.0**-140, float("inf"), float("nan")], dtype=dtype)
         torch.testing.assert_close(result.grads[0], wanted, rtol=0, atol=0, equal_nan=True)
@@ -168,7 +162,7 @@ def test_weights_of_many_parts(driver, tmp_path, method):
     """A block per part, all its threads at one tableau: K = 1, K larger than a warp, dependent directions, a part of NaN."""
     rng = np.random.default_rng(0)
     cases, expected = [], []
-    for k in (1, 2, 7, 40) if driver[0] == "plain" else (1, 5):
+    for k in (1, 2, 7, 40):
         rows = rng.standard_normal((3, k + 1, 50)) - 0.2
         rows[:, 0] *= -1
         rows[0, k] = rows[0, 1]
@@ -177,7 +171,7 @@ def test_weights_of_many_parts(driver, tmp_path, method):
         expected.append(gram)
         out = torch.full((3, k + 1), float("nan"), dtype=torch.float64)
         cases.append(Case(WEIGHTS, [[out], [torch.from_numpy(gram.copy())]], method=method))
-    for gram, result in zip(expected, run(driver[1], cases, tmp_path), strict=True):
+    for gram, result in zip(expected, run(driver, cases, tmp_path), strict=True):
         weights = result.grads[0].numpy()
         assert weights[2].tolist() == [1.0] + [0.0] * (gram.shape[1] - 1)
         wanted = methods.solve(torch.from_numpy(gram), *methods.parse(method)).numpy()
@@ -191,13 +185,11 @@ def test_weights_of_many_parts(driver, tmp_path, method):
 @pytest.mark.parametrize("method", ["orthogonal", "conflict", "pcgrad"])
 def test_weights_of_64_directions(driver, tmp_path, method):
     """As many as the shared memory holds."""
-    if driver[0] == "thread":
-        pytest.skip("ThreadSanitizer has seen every barrier at fewer directions, in a tenth of the time")
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((65, 200)) * 10.0 ** rng.uniform(-6, 6, (65, 1))
     gram = torch.from_numpy(rows @ rows.T)
     out = torch.full((1, 65), float("nan"), dtype=torch.float64)
-    result = run(driver[1], [Case(WEIGHTS, [[out], [gram[None].clone()]], method=method)], tmp_path)[0]
+    result = run(driver, [Case(WEIGHTS, [[out], [gram[None].clone()]], method=method)], tmp_path)[0]
     np.testing.assert_allclose(result.grads[0][0], methods.solve(gram, *methods.parse(method)), rtol=1e-9, atol=1e-15)
 
 
@@ -216,7 +208,7 @@ def test_refused_before_the_first_launch(driver, tmp_path):
         Case(COMBINE, [[g]] + [[d]] * 65, [1.0] * 66),
         Case(WEIGHTS, [[torch.ones(1, 66).double()], [torch.ones(1, 66, 66).double()]]),
     ]
-    for case, result in zip(bad, run(driver[1], bad, tmp_path), strict=True):
+    for case, result in zip(bad, run(driver, bad, tmp_path), strict=True):
         assert result.launches == -1
         for a, b in zip(result.grads, case.rows[0], strict=True):
             assert torch.equal(a, b)
@@ -228,7 +220,7 @@ def test_non_finite_input_leaves_every_bit(driver, tmp_path):
         rows = dense_rows(2, [900, 5], g_type, d_type)
         rows[row][0][3] = bad
         cases.append(Case(PROJECT, rows))
-    for case, result in zip(cases, run(driver[1], cases, tmp_path), strict=True):
+    for case, result in zip(cases, run(driver, cases, tmp_path), strict=True):
         assert result.weights.tolist() == [[1.0, 0.0]]
         for a, b in zip(result.grads, case.rows[0], strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -243,27 +235,25 @@ def test_row_of_weight_zero_is_not_read(driver, tmp_path):
         case = Case(COMBINE, rows, [w * (r != unread) for r, w in enumerate([1.0, 0.5, 0.25, -1.0])])
         clean = [[torch.zeros_like(t) if r == unread else t for t in row] for r, row in enumerate(rows)]
         expected = reference.oracle_combine(clean[0], clean[1:], case.weights)
-        assert_combined_close(run(driver[1], [case], tmp_path)[0].grads, expected, clean, case.weights)
+        assert_combined_close(run(driver, [case], tmp_path)[0].grads, expected, clean, case.weights)
 
 
 def test_any_number_of_rows_is_taken_in_groups(driver, tmp_path):
     """Groups of 1 to 4 rows, in whole steps, heads and tails; rows that are not read lie between those that are."""
-    thorough = driver[0] == "plain"
     cases = []
-    for g_type, d_type in PAIRS if thorough else PAIRS[:1]:
-        for used in range(1, 10) if thorough else (3, 5):
-            rows = dense_rows(2 * used, [1203, 700], g_type, d_type)
-            weights = [(0.5 + k // 2 if k % 2 == 0 else 0.0) for k in range(2 * used)]
-            cases.append(Case(COMBINE, rows, weights))
-            if used > 1:
-                cases.append(Case(COMBINE, rows, [0.0, *weights[1:]]))
+    for (g_type, d_type), used in itertools.product(PAIRS, range(1, 10)):
+        rows = dense_rows(2 * used, [1203, 700], g_type, d_type)
+        weights = [(0.5 + k // 2 if k % 2 == 0 else 0.0) for k in range(2 * used)]
+        cases.append(Case(COMBINE, rows, weights))
+        if used > 1:
+            cases.append(Case(COMBINE, rows, [0.0, *weights[1:]]))
     verified(driver, cases, tmp_path)
 
 
 def test_any_number_of_rows_in_one_gram(driver, tmp_path):
     """Up to nine rows are one pass, whichever of them a column lacks."""
     cases = []
-    for (g_type, d_type), num_rows in itertools.product(PAIRS, range(1, 10) if driver[0] == "plain" else (5, 9)):
+    for (g_type, d_type), num_rows in itertools.product(PAIRS, range(1, 10)):
         rows = dense_rows(num_rows, [700, 300, 1203], g_type, d_type)
         for r, row in enumerate(rows[2:]):
             row[r % 2] = None
@@ -274,7 +264,7 @@ def test_any_number_of_rows_in_one_gram(driver, tmp_path):
 
 def test_direction_that_is_the_gradient_itself(driver, tmp_path):
     g = torch.arange(1000.0)
-    result = run(driver[1], [Case(COMBINE, [[g], [g], [g]], [0.5, 0.25, 1.0])], tmp_path)[0]
+    result = run(driver, [Case(COMBINE, [[g], [g], [g]], [0.5, 0.25, 1.0])], tmp_path)[0]
     assert torch.equal(result.grads[0], 1.75 * torch.arange(1000.0))
 
 

@@ -9,8 +9,8 @@
 
 namespace gradproj::cuda {
 
-// The rows that a launch takes: `leading`, then `next` and those behind it, `count` in all. Where everything is a product with
-// the leading row, or is added to it, segments in which it is absent are left out.
+// The rows that a launch takes: `leading`, then `next` and those behind it, `count` in all. needs_leading: everything is a
+// product with the leading row, or is added to it, so segments in which it is absent are left out.
 struct Pass {
   int32_t leading, next, count;
   bool needs_leading;
@@ -20,7 +20,7 @@ struct Pass {
 
 // What a segment's rows store: row 0 of the pass, and all others. Whatever has no pair goes element by element.
 enum class Kind : uint8_t { absent, f32, f64, f16, bf16, f32_f16, f32_bf16, elementwise };
-constexpr Kind kPairs[] = {Kind::f32, Kind::f64, Kind::f16, Kind::bf16, Kind::f32_f16, Kind::f32_bf16};
+constexpr Kind kDense[] = {Kind::f32, Kind::f64, Kind::f16, Kind::bf16, Kind::f32_f16, Kind::f32_bf16};
 
 template <typename Row0, typename Others>
 struct Types {
@@ -107,8 +107,8 @@ inline void append(Segments& p, const Plan& plan, size_t s, const Pass& pass) {
   ++p.count;
 }
 
-// Divides the chunks among blocks, whose number it returns: as many as have a chunk for every warp, or, where each chunk may be
-// of another part, as there are chunks; no more than the device's.
+// Divides the chunks among blocks, whose number it returns: as many as have a chunk for every warp, or, where each chunk may
+// be of another part, as there are chunks; no more than the device's.
 inline int64_t divide(Segments& p, const Device& device, bool several_parts) {
   const int64_t chunks = p.chunks(), wanted = several_parts ? chunks : (chunks + kWarps - 1) / kWarps;
   const int64_t most = std::min(device.most_blocks, wanted);
@@ -136,10 +136,11 @@ inline StridedSegment make_strided(const Plan& plan, size_t s, const Pass& pass)
   return p;
 }
 
-// Calls dense(kind, Segments, blocks) and strided(StridedSegment, blocks) for every launch of a pass, always in the same order.
+// Calls dense(kind, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, always in the same order.
 template <typename Dense, typename Strided>
 void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense, const Strided& strided) {
   std::vector<Kind> kinds;
+  kinds.reserve(plan.segments.size());
   int64_t elements = 0;
   for (size_t s = 0; s < plan.segments.size(); ++s) {
     kinds.push_back(kind_of(plan, s, pass));
@@ -148,7 +149,7 @@ void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, c
   Segments p;  // filled for one launch after the other
   p.rows = pass.count;
   p.chunk = chunk_for(device, elements);
-  for (Kind kind : kPairs) {
+  for (Kind kind : kDense) {
     p.count = 0;
     auto launch_these = [&] {
       if (p.count > 0) dense(kind, p, divide(p, device, plan.parts > 1));

@@ -10,10 +10,12 @@ void launch_all(const Device& device, const Plan& plan, const WeightSource& sour
       device, plan, Pass{0, 1, plan.rows, true},
       [&](Kind kind, const Segments& p, int64_t blocks) {
         with_types(kind, [&]<typename G, typename D>(Types<G, D>) {
-          launch("combine", combine_dense<G, D>, blocks, device.stream, p, source);
+          launch("launch of combine", combine_dense<G, D>, blocks, device.stream, p, source);
         });
       },
-      [&](const StridedSegment& p, int64_t blocks) { launch("combine", combine_strided, blocks, device.stream, p, source); });
+      [&](const StridedSegment& p, int64_t blocks) {
+        launch("launch of combine", combine_strided, blocks, device.stream, p, source);
+      });
 }
 
 }  // namespace
@@ -37,7 +39,8 @@ void launch_combine_slots(const Device& device, const Plan& plan, Rule rule, con
 namespace gradproj::cuda {
 namespace {
 
-void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, StableListHandle parts, int64_t num_parts) {
+void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, StableListHandle parts,
+                int64_t num_parts) {
   const Rows rows(grads, directions, {parts, num_parts});
   const Plan plan = plan_to_write(rows);
   const Context context(rows.where());

@@ -12,8 +12,8 @@ namespace gradproj::cuda {
 
 using torch::stable::Tensor;
 
-// Blocks of a grid on this device, which must be one that the kernels run on. Asked once.
-inline int64_t most_blocks(int index) {
+// The largest grid for a device, which must be one that the kernels run on. Asked once.
+inline int64_t grid_limit(int index) {
   static std::mutex mutex;
   static std::vector<int64_t> found;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -41,7 +41,7 @@ class Context {
     if (where.type != aoti_torch_device_type_cuda()) throw PlanError("gradproj: the first buffer is not on a CUDA device");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.index, &stream));
-    device = {static_cast<cudaStream_t>(stream), most_blocks(where.index)};
+    device = {static_cast<cudaStream_t>(stream), grid_limit(where.index)};
   }
   Tensor doubles(std::vector<int64_t> shape) const {
     return torch::stable::empty(shape, torch::headeronly::ScalarType::Double, std::nullopt,

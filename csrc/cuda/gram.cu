@@ -10,7 +10,7 @@ Pass all_rows(const Plan& plan) { return {0, 1, plan.rows, false}; }
 
 template <typename G, typename D>
 void launch_dense(const Device& device, const Segments& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("gram", kernel, blocks, device.stream, p, slots); };
+  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device.stream, p, slots); };
   if (pass.count <= 2) return run(gram_dense<G, D, 2, false>);  // the pairs of a row with one other come first
   if (pass.needs_leading) return run(gram_dense<G, D, kPassRows, true>);
   if constexpr (sizeof(G) < 8)
@@ -19,7 +19,7 @@ void launch_dense(const Device& device, const Segments& p, const Pass& pass, con
 }
 
 void launch_strided(const Device& device, const StridedSegment& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("gram", kernel, blocks, device.stream, p, slots); };
+  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device.stream, p, slots); };
   if (pass.count <= 2) return run(gram_strided<2, false>);
   if (pass.needs_leading) return run(gram_strided<kPassRows, true>);
   run(gram_strided<kPassRows, false>);
@@ -46,7 +46,7 @@ int32_t launch_slots(const Device& device, const Plan& plan, const Pass& pass, d
 void launch_parts(const Device& device, const Plan& plan, const Pass& pass, double* scratch, Target target) {
   const Slots slots{scratch, pairs_of(pass), 0};
   auto finish = [&](int32_t count, int32_t part, int64_t parts) {
-    launch("gram", gram_finish, parts, device.stream, slots, count, pass, target, part);
+    launch("launch of gram", gram_finish, parts, device.stream, slots, count, pass, target, part);
   };
   finish(0, 0, plan.parts);  // zeros, and gram_dd
   target.gram_dd = nullptr;
@@ -56,7 +56,7 @@ void launch_parts(const Device& device, const Plan& plan, const Pass& pass, doub
       [&](Kind kind, const Segments& p, int64_t blocks) {
         with_types(kind, [&]<typename G, typename D>(Types<G, D>) { launch_dense<G, D>(device, p, pass, slots, blocks); });
         const int64_t parts = int64_t{p.part[p.count - 1]} - p.part[0] + 1;
-        launch("gram", gram_finish_parts, parts, device.stream, p, slots, pass, target);
+        launch("launch of gram", gram_finish_parts, parts, device.stream, p, slots, pass, target);
       },
       [&](const StridedSegment& p, int64_t blocks) {
         launch_strided(device, p, pass, slots, blocks);
@@ -68,7 +68,7 @@ void launch_pass(const Device& device, const Plan& plan, const Pass& pass, doubl
   if (plan.parts != 1) return launch_parts(device, plan, pass, scratch, target);
   const int32_t count = launch_slots(device, plan, pass, scratch);
   const Slots slots{scratch, pairs_of(pass), count};
-  launch("gram", gram_finish, 1, device.stream, slots, count, pass, target, 0);
+  launch("launch of gram", gram_finish, 1, device.stream, slots, count, pass, target, 0);
 }
 
 }  // namespace
@@ -104,7 +104,8 @@ void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, 
 namespace gradproj::cuda {
 namespace {
 
-Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, StableListHandle parts, int64_t num_parts) {
+Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, StableListHandle parts,
+               int64_t num_parts) {
   const Rows rows(list, num_rows, {parts, num_parts});
   const Plan plan = make_plan(rows.buffers(), rows.layout());
   const Context context(rows.where());

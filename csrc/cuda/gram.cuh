@@ -129,9 +129,9 @@ constexpr int gram_blocks(int rows, bool row_only) {
   return rows <= 5 || row_only ? 2 : 1;
 }
 
-// Products of the rows of dense segments, of which there are at most kRows (two: exactly, but for a Gram of one row). Reads each
-// element of each row once, 16 bytes of row 0 and as many elements of the others per lane; one element per lane in heads,
-// tails, and chunks whose rows are not all aligned as row 0 is. Writes a slot per block and part that it meets.
+// Products of the rows of dense segments, at most kRows of them. Reads each element of each row once: 16 bytes of row 0 and as
+// many elements of the others per lane; one element per lane in heads, tails, and chunks whose rows are not all aligned as
+// row 0 is. Writes a slot, kPairs doubles, per block and part that it meets.
 // Order of summation: a lane its own elements, ascending; the lanes of a warp; the warps of a block; the slots.
 template <typename G, typename D, int kRows, bool kRowOnly>
 __global__ __launch_bounds__(kThreads, gram_blocks<G>(kRows, kRowOnly))

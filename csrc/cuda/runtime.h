@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <type_traits>
 
 #ifdef GRADPROJ_EMULATION
 #include GRADPROJ_EMULATION
@@ -34,17 +34,21 @@ inline void check(cudaError_t status, const char* what) {
                              "; the device's context may be unusable, restart the process");
 }
 
+// what: for the error message. The arguments are copied once, by the driver: they may be 32 KB.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments&&... arguments) {
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
+            const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...), "the kernel would read other bytes");
 #ifdef GRADPROJ_EMULATION
   emulation::launch(blocks, [&] { kernel(arguments...); });
-  (void)name, (void)stream;
+  (void)what, (void)stream;
 #else
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), what);
 #endif
 }
 

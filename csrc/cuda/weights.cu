@@ -8,7 +8,7 @@ void launch_weights(cudaStream_t stream, Rule rule, const double* gram, int64_t 
   if (R > kMaxRows)
     throw PlanError("gradproj: " + std::to_string(R - 1) + " directions; the CUDA kernels take up to " +
                     std::to_string(kMaxRows - 1));
-  if (parts > 0) launch("weights", weights_kernel, parts, stream, rule, gram, R, weights);
+  if (parts > 0) launch("launch of weights", weights_kernel, parts, stream, rule, gram, R, weights);
 }
 
 }  // namespace gradproj::cuda

@@ -1,7 +1,7 @@
 // A stand-in for the CUDA runtime that runs a kernel's own source on the CPU. The threads of a block are fibers of one worker
 // thread, which take turns at barriers; the blocks of a launch are dealt out to two workers, and nothing orders one worker's
 // blocks before the other's. Sanitizers then see what a GPU would not tell: reads out of bounds, misaligned vectors, undefined
-// behaviour, a missing barrier, two blocks at one address. For tests only; GCC or clang.
+// behaviour, a missing barrier, two blocks at one address. For tests only, with GCC.
 #pragma once
 
 #include <ucontext.h>
@@ -32,7 +32,7 @@
 #define __launch_bounds__(...)
 #define __builtin_assume(condition)
 
-// Of what only one fiber at a time comes to, a race cannot be.
+// For what the fibers of a worker share to take turns by: no race, but ThreadSanitizer is not told so.
 #define GRADPROJ_UNSANITIZED [[gnu::noinline, gnu::no_sanitize("address", "thread", "undefined")]]
 
 namespace emulation {

@@ -79,8 +79,9 @@ struct Case {
 
   void run() {
     if (operation == kWeights) {  // of the Grams in buffer 1 into buffer 0
-      auto address = [&](int b) { return reinterpret_cast<double*>(const_cast<char*>(buffers[static_cast<size_t>(b)].data)); };
-      return cuda::launch_weights(nullptr, rule, address(1), buffers[1].sizes[0], static_cast<int>(buffers[1].sizes[1]), address(0));
+      const Buffer &out = buffers[0], &grams = buffers[1];
+      return cuda::launch_weights(nullptr, rule, reinterpret_cast<const double*>(grams.data), grams.sizes[0],
+                                  static_cast<int>(grams.sizes[1]), reinterpret_cast<double*>(const_cast<char*>(out.data)));
     }
     const Plan plan = make_plan(buffers, layout);
     if (operation == kCombine || operation == kProject) check_writable(buffers, layout.rows);
@@ -115,7 +116,9 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   Reader in(argv[1]);
   std::ofstream out(argv[2], std::ios::binary);
-  auto put = [&](const void* data, size_t bytes) { out.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes)); };
+  auto put = [&](const void* data, size_t bytes) {
+    out.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+  };
   for (int64_t cases = in.word(); cases > 0; --cases) {
     Case c(in);
     emulation::launches = 0;
