@@ -13,6 +13,7 @@ import torch
 import gradproj
 import parameter_lists as lists
 import peers
+import pinned
 from gpu_stages import SITE, tell
 from harness import (
     Case,
@@ -26,6 +27,7 @@ from harness import (
     on_backend,
     project_op,
 )
+from pinned import PinCase
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16, torch.float64)
@@ -47,6 +49,13 @@ PREDICTED: dict[str, tuple[str, float, float]] = {
     "parts fp32": ("share_of_limit", 0.75, 0.85),
     "1B fp32": ("share_of_limit", 0.95, 0.98),
     "1B bf16": ("share_of_limit", 0.94, 0.97),
+}
+# Of the Triton kernel, on which L2 is the bound: W is read twice, and U twice for every program's rows. NOTES.md has the sum.
+PREDICTED_PIN: dict[str, tuple[str, float, float]] = {
+    "pin 1B bf16, r = 64": ("share_of_limit", 0.55, 0.75),
+    "pin 1B fp32, r = 64": ("share_of_limit", 0.50, 0.70),
+    "pin 1B bf16, r = 128": ("share_of_limit", 0.38, 0.55),
+    "pin 1B fp32, r = 128": ("share_of_limit", 0.33, 0.48),
 }
 
 
@@ -76,21 +85,32 @@ def cases(quick: bool) -> list[Case]:
     return [case._replace(rounds=1) for case in found] if quick else found
 
 
+def pin_cases(quick: bool) -> list[PinCase]:
+    shapes = [(80, 48), (33, 64)] if quick else lists.decoder_1b_linear()
+    types = {"bf16": BF16, "fp32": torch.float32}
+    return [
+        PinCase(f"pin 1B {name}, r = {rank}", shapes, rank, dtype, 1 if quick else 5)
+        for rank, (name, dtype) in itertools.product((64, 128), types.items())
+    ]
+
+
 def judged(row: Row, error: str = "") -> dict[str, Any]:
     """The row with what was predicted of it and whether that came true."""
-    quantity, *bounds = PREDICTED.get(row.case, ("share_of_limit",))
+    of_backend = {"cuda": PREDICTED, "triton": PREDICTED_PIN}.get(row.backend, {})
+    quantity, *bounds = of_backend.get(row.case) or PREDICTED.get(row.case, ("share_of_limit",))
     measured = row._asdict()[quantity]
-    predicted = bounds if bounds and row.backend == "cuda" else None
+    predicted = bounds if row.case in of_backend else None
     inside = predicted and measured is not None and predicted[0] <= measured <= predicted[1]
     judgement = {"quantity": quantity, "predicted": predicted, "measured": measured, "inside": inside}
     return {**row._asdict(), **judgement, "error": error}
 
 
-Job = tuple[Case, Callable[[], Row]]
+Job = tuple[Case | PinCase, Callable[[], Row]]
 
 
 def jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Every row but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels."""
+    """Every row but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels, but with
+    ``pin_``, of which there is no CUDA kernel."""
 
     def eager(case: Case) -> Job:
         composed = backend != "triton" and case.directions <= 8 and not case.parts
@@ -100,9 +120,13 @@ def jobs(backend: str, device: str, quick: bool) -> list[Job]:
         case = case._replace(name=f"{case.name}, captured")
         return case, lambda: measure_captured(case, backend)
 
+    def pin(case: PinCase) -> Job:
+        return case, lambda: pinned.measure(case, device, backend)
+
     found = cases(quick)
+    pins = [pin(case) for case in pin_cases(quick) if backend != "cuda"]
     small = [case for case in found if " x 64" in case.name]
-    return [eager(case) for case in found] + [captured(case) for case in small if device == "cuda"]
+    return [*pins, *map(eager, found), *(captured(case) for case in small if device == "cuda")]
 
 
 def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:

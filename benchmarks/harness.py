@@ -250,6 +250,13 @@ def _status(field: str) -> int:
 GPU_COPY_BYTES = 1 << 30  # far beyond any L2: what counts is the bandwidth of the memory
 
 
+def copy_limit(minimal_bytes: int) -> tuple[Callable[[], None], float]:
+    """(a copy between two large buffers on the GPU, the share of its bytes that the minimal ones are)"""
+    a = torch.randn(GPU_COPY_BYTES // 4, device="cuda")
+    b = torch.randn(GPU_COPY_BYTES // 4, device="cuda")
+    return lambda: a.copy_(b), minimal_bytes / (2 * GPU_COPY_BYTES)
+
+
 def limit(case: Case, rows: Rows, device: str) -> tuple[Callable[[], None], float]:
     """What the minimal bytes cost: (run, its share of the minimal bytes).
 
@@ -257,9 +264,7 @@ def limit(case: Case, rows: Rows, device: str) -> tuple[Callable[[], None], floa
     and 1 (5 N bytes at K = 1) and dots over the rest. On a GPU a copy between two large buffers.
     """
     if device == "cuda":
-        a = torch.randn(GPU_COPY_BYTES // 4, device=device)
-        b = torch.randn(GPU_COPY_BYTES // 4, device=device)
-        return lambda: a.copy_(b), case.minimal_bytes / (2 * GPU_COPY_BYTES)
+        return copy_limit(case.minimal_bytes)
     # Gaps are streamed too, and an odd number of 2-byte elements cannot be viewed as float32: both are under a thousandth.
     flat = [f[: f.numel() // 2 * 2].view(torch.float32) if f.element_size() == 2 else f for f in rows.flat]
 

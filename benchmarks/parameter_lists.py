@@ -3,6 +3,11 @@
 Shapes = list[tuple[int, ...]]
 
 
+def gpt2_124m_linear() -> Shapes:
+    """[outputs, inputs] of its linear layers, 48 of 124M's 148 tensors, 85 million elements."""
+    return [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+
+
 def gpt2_124m() -> Shapes:
     """GPT-2 small, 148 tensors, 124.4 million elements."""
     block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
@@ -24,6 +29,11 @@ def decoder_1b() -> Shapes:
         (2048,),
     ]
     return [(128256, 2048), *(block * 16), (2048,)]
+
+
+def decoder_1b_linear() -> Shapes:
+    """[outputs, inputs] of its linear layers, 112 of 146 tensors, 0.97 billion elements."""
+    return [shape for shape in decoder_1b()[1:] if len(shape) == 2]
 
 
 def small_net() -> Shapes:

@@ -17,6 +17,7 @@ import gpu_gate
 import gpu_measure
 import gpu_stages
 import harness
+import pinned
 
 
 def told_rows(capsys):
@@ -26,6 +27,8 @@ def told_rows(capsys):
 def test_every_row_of_the_cuda_kernels_has_a_prediction():
     rows = [case.name for case, _ in gpu_measure.jobs("cuda", "cuda", quick=False)]
     assert len(rows) == len(set(rows)) and set(rows) == set(gpu_measure.PREDICTED)
+    of_triton = [case.name for case, _ in gpu_measure.jobs("triton", "cuda", quick=False)]
+    assert of_triton == [*gpu_measure.PREDICTED_PIN, *rows]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,12 @@ class PretendedGpu:
 
         monkeypatch.setattr(harness, "make_rows", lambda case, device: real_rows(case, "cpu"))
         monkeypatch.setattr(harness, "fused", fused)
+        real_layers = pinned.make_layers
+        monkeypatch.setattr(pinned, "make_layers", lambda case, device: real_layers(case, "cpu"))
         monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
-        monkeypatch.setattr(torch, "randn", lambda *size, device: real_randn(*size))
+        monkeypatch.setattr(
+            torch, "randn", lambda *size, device, generator=None: real_randn(*size, generator=generator)
+        )
         monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
         monkeypatch.setattr(gradproj, "backends", lambda: {"cuda": cpu, "triton": cpu})
         for name in ("synchronize", "reset_peak_memory_stats"):
@@ -126,6 +133,20 @@ def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
         captured = row["case"].endswith("captured")
         assert row["seconds"] > 0 and row["predicted"]
         assert (row["host_seconds"] is None) == (row["share_of_limit"] is None) == captured
+
+
+def test_pin_rows_of_a_pretended_gpu(pretended_gpu, capsys):
+    todo = [job for job in gpu_measure.jobs("triton", "cuda", quick=True) if isinstance(job[0], pinned.PinCase)]
+    assert gpu_measure.tell_rows(todo, "triton") == 0
+    for row, name in zip(told_rows(capsys), gpu_measure.PREDICTED_PIN, strict=True):
+        assert row["case"] == name and row["predicted"] and row["measured"] > 0 and row["host_seconds"] > 0
+        assert row["times_naive"] > 0 and row["times_best_torch"] > 0
+
+
+def test_a_wrong_pin_has_no_time(monkeypatch):
+    monkeypatch.setattr(pinned, "fused", lambda layers: layers[-1][0].add_(1.0))
+    row = pinned.measure(gpu_measure.pin_cases(quick=True)[1])
+    assert row.wrong == ["fused"] and row.seconds is None
 
 
 def test_a_graph_that_does_nothing_is_wrong(pretended_gpu):

@@ -10,7 +10,14 @@ from cases import clone, make_buffer
 from gradproj import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (5, 3), (40, 17), (65, 33), (130, 70), (0, 4), (3, 128)]
+SHAPES = [(1, 1), (5, 3), (40, 17), (65, 33), (130, 70), (0, 4), (3, 128), (80, 48)]
+
+
+@pytest.fixture
+def on(on):
+    if not gradproj.backends()[on.backend].has("pin_"):
+        pytest.skip(f"backend {on.backend} has no pin_ of its own: torch's runs")
+    return on
 
 
 def orthonormal(inputs, rank, rng, dtype=torch.float32):
@@ -62,8 +69,6 @@ def test_matches_float64_oracle(on, data):
 @pytest.mark.parametrize("rank", [1, 64, 200])
 def test_what_is_left_after_a_pin(on, dtype, rank):
     """|W U - B| is the rounding of W U in float32, of W in 16-bit types."""
-    if on.slow and rank > 64:
-        pytest.skip("interpreted: a sample of the cases")
     rng = torch.Generator().manual_seed(rank)
     high = torch.float64 if dtype == torch.float64 else torch.float32
     w = make_buffer((96, 256), dtype, "contiguous", rng, on.device)
@@ -94,6 +99,34 @@ def test_nothing_to_do(on):
     w = torch.randn(4, 3, device=on.device)
     before = w.clone()
     assert gradproj.pin_([w], [torch.zeros(3, 0, device=on.device)]).item() == 0.0 and torch.equal(w, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "expected"),
+    [
+        ((80, 48), "contiguous", "rows"),
+        ((80, 48), "transposed", "columns"),
+        ((80, 48), "misaligned", "strided"),
+        ((80, 40), "contiguous", "strided"),
+        ((80, 48), "sliced", "strided"),
+    ],
+)
+def test_wide_loads_in_triton_where_the_memory_allows(shape, layout, expected):
+    """Which of the kernel's forms the shapes above run, by the weight and by the basis."""
+    pin = pytest.importorskip("gradproj.triton_kernels.pin")
+    rng = torch.Generator().manual_seed(0)
+    w, u = make_buffer(shape, torch.float32, layout, rng), orthonormal(shape[1], 8, rng).T.contiguous().T
+    assert pin._form(w, u).layout == expected and pin._form(w, u).aligned == (expected != "strided")
+    assert pin._form(w, u.contiguous()).layout == "strided"
+    with_bias = orthonormal(shape[1] + 1, 8, rng).T.contiguous().T
+    assert pin._form(w, with_bias).layout == expected and not pin._form(w, with_bias).aligned
+
+
+def test_strides_beyond_32_bits_go_to_a_blas(on):
+    """Offsets within a tile are 32-bit in Triton. One row, whose stride no element uses."""
+    w = torch.randn(1, 4, device=on.device).as_strided((1, 4), (1 << 40, 1))
+    gradproj.pin_([w], [torch.eye(4, 2, device=on.device)])
+    assert (w[0, :2] == 0).all() and (w[0, 2:] != 0).all()
 
 
 ONES = torch.ones

@@ -1,6 +1,7 @@
 """What the Triton backend launches, compiled without a GPU for sm_90 and sm_80.
 
-Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is atomic.
+Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is atomic;
+``pin_`` multiplies on tensor cores.
 """
 
 import os
@@ -26,6 +27,12 @@ CASES = [
     "gram,12,fp32",
     "weights,2,fp64,conflict",
     "weights,65,fp64,conflict",
+    "pin_,64,fp32",
+    "pin_,64,bf16",
+    "pin_,64,fp32,sm80",
+    "pin_,64,bf16,sm80",
+    "pin_,128,fp32",
+    "pin_,64,bf16,transposed",
 ]
 # What of these moves 16 bytes at a time in a full chunk: its loads and stores.
 WIDE = {
@@ -98,8 +105,34 @@ def test_bfloat16_is_rounded_by_hardware(built, name):
     assert "cvt.rn.bf16x2.f32" in built[name].ptx
 
 
+PINS = [f"{case},pin_kernel" for case in CASES if case.startswith("pin_")]
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_pin_multiplies_on_tensor_cores(built, name):
+    instruction = "mma.sync" if "sm80" in name else "wgmma.mma_async"
+    numbers = "bf16.bf16" if "bf16" in name else "tf32.tf32"
+    assert re.search(rf"{instruction}\S*f32\.{numbers}", built[name].ptx)
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_pin_moves_weight_and_basis_16_bytes_at_a_time(built, name):
+    """Ahead of use, past the registers."""
+    loads = re.findall(r"cp\.async\.\S*global[^;]*?\], (0x\w+)", built[name].ptx)
+    assert loads and set(loads) == {"0x10"}
+    stores = re.findall(r"st\.global\S*", built[name].ptx)
+    narrow = [s for s in stores if ".v4.b32" not in s]
+    assert len(narrow) == 2 and len(stores) > 2  # the bias, which is a column, and |W U - B|^2
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_pin_keeps_everything_in_registers(built, name):
+    assert "STACK:0" in built[name].usage and "local" not in built[name].ptx
+
+
 def test_no_atomics(built):
     """Sums are in fixed order: an atomic on a value would make them depend on timing."""
     kernels = {name.split(",")[-1] for name in built}
-    assert kernels == {"gram_kernel", "gram_finish_kernel", "combine_kernel", "weights_kernel"}
+    walking = {"gram_kernel", "gram_finish_kernel", "combine_kernel", "weights_kernel"}
+    assert kernels == walking | {"pin_kernel", "pin_finish_kernel"}
     assert not [name for name, kernel in built.items() if re.search(r"\b(atom|red)\.", kernel.ptx)]

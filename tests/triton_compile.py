@@ -1,7 +1,7 @@
 """Compiles what an op launches, without a GPU: triton_compile.py FOLDER op,rows,dtype,flag,flag.. ...
 
-The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. Flags:
-``mixed`` (directions are bfloat16), ``strided``, ``gram_dd``, a method's name, ``sm80`` (instead of 90).
+For ``pin_`` rows are the rank. The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. Flags:
+``mixed`` (directions are bfloat16), ``strided``, ``transposed`` (a weight), ``gram_dd``, a method's name, ``sm80`` (instead of 90).
 """
 
 import subprocess
@@ -15,6 +15,7 @@ from triton.runtime import JITFunction, driver
 
 from gradproj.triton_kernels.combine import combine_
 from gradproj.triton_kernels.gram import gram
+from gradproj.triton_kernels.pin import pin_
 from gradproj.triton_kernels.project import project_
 from gradproj.triton_kernels.weights import METHODS, weights
 
@@ -46,7 +47,16 @@ def rows(count: int, dtype: torch.dtype, flags: list[str]) -> list[list[torch.Te
     return found
 
 
+def pin(rank: int, dtype: torch.dtype, flags: list[str]) -> None:
+    weight = torch.zeros(256, 512, dtype=dtype)
+    basis = torch.zeros(rank, 256 if "transposed" in flags else 512)
+    target = torch.zeros(512 if "transposed" in flags else 256, rank)
+    pin_([weight.T if "transposed" in flags else weight], [basis.T], [target], [], [])
+
+
 def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
+    if op == "pin_":
+        return pin(count, dtype, flags)
     g, *directions = rows(count, dtype, flags)
     flat = [t for d in directions for t in d]
     gram_dd = torch.zeros(count - 1, count - 1, dtype=torch.float64) if "gram_dd" in flags else None

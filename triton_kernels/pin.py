@@ -27,7 +27,7 @@ class Form(NamedTuple):
         layout: ``"rows"``: neighbours in a row of W are neighbours in memory, and every row starts on a 16-byte boundary;
             ``"columns"``: the same of columns, as in a transposed weight; ``"strided"``: anything. In the first two every
             column of U is dense.
-        aligned: every column of U starts on a 16-byte boundary too; with a bias it seldom does.
+        aligned: every column of U starts on a 16-byte boundary too, which it seldom does with a bias.
         ranks: columns of U that are taken at a time.
         rows: of W that a program takes. The more they are, the less often U is read, from L2; the fewer, the more surely the
             second reading of W finds in L2 what the first has left there. A warp group multiplies 64 rows at least.
@@ -135,18 +135,20 @@ def pin_kernel(table, partial, layers, form: tl.constexpr):
     line = table + find_layer(table, layers, program) * FIELDS
     first_row = (program - tl.load(line + 16).to(tl.int32)) * form.rows
     outputs, inputs = tl.load(line + 4).to(tl.int32), tl.load(line + 5).to(tl.int32)
-    step, stride = tl.load(line + 7), tl.load(line + 8)
-    w = tl.load(line).to(tl.pointer_type(form.dtype)) + first_row.to(tl.int64) * step
-    step, stride = step.to(tl.int32), stride.to(tl.int32)
-    if form.layout == "rows":
-        w, step, inputs = tl.multiple_of(w, 16), tl.multiple_of(step, 16), tl.multiple_of(inputs, 16)
-    if form.layout == "columns":
-        w, stride, outputs = tl.multiple_of(w, 16), tl.multiple_of(stride, 16), tl.multiple_of(outputs, 16)
-    outputs -= first_row
     u = tl.load(line + 1).to(tl.pointer_type(tl.float32))
     u_step, u_stride = tl.load(line + 9).to(tl.int32), tl.load(line + 10).to(tl.int32)
     if form.aligned:
-        u, u_stride = tl.multiple_of(u, 16), tl.multiple_of(u_stride, 4)
+        u, u_stride, inputs = tl.multiple_of(u, 16), tl.multiple_of(u_stride, 4), tl.multiple_of(inputs, 4)
+    w = tl.load(line).to(tl.pointer_type(form.dtype))
+    step, stride = tl.load(line + 7).to(tl.int32), tl.load(line + 8).to(tl.int32)
+    if form.layout == "columns":
+        w, stride = tl.multiple_of(w + first_row, 16), tl.multiple_of(stride, 16)
+        outputs = tl.multiple_of(outputs, 16)
+    else:
+        w += first_row.to(tl.int64) * step
+    if form.layout == "rows":
+        w, step, inputs = tl.multiple_of(w, 16), tl.multiple_of(step, 16), tl.multiple_of(inputs, 16)
+    outputs -= first_row
     rank = tl.load(line + 6).to(tl.int32)
     rows = tl.arange(0, form.rows)[:, None]
     bias = tl.load(line + 3).to(tl.pointer_type(form.dtype))
@@ -208,18 +210,19 @@ def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
-    """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; float64 and offsets beyond 32 bits go to a
-    BLAS."""
+    """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
     device = weights[0].device if weights else torch.device("cpu")
     bias_of = dict(zip(biased, biases, strict=True))
-    held = [_as_float32(bases[k], targets[k]) for k in range(len(weights))]  # alive until the launch
     squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
-    others, forms = [], dict[Form, list[int]]()
+    others: list[int] = []
+    held: dict[int, tuple[Tensor, Tensor | None]] = {}  # alive until the launch
+    forms: dict[Form, list[int]] = {}
     with torch.cuda.device_of(squares):
         for k, w in enumerate(weights):
-            if not _fits(w, *held[k]):
+            if not _fits(w, bases[k], targets[k]):
                 others.append(k)
             elif w.numel() and bases[k].shape[1]:
+                held[k] = _as_float32(bases[k], targets[k])
                 forms.setdefault(_form(w, held[k][0]), []).append(k)
         for form, mine in forms.items():
             lines, programs = [], 0
@@ -245,7 +248,7 @@ def _as_float32(u: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def _fits(w: Tensor, *others: Tensor | None) -> bool:
-    """Whether offsets within a tile, of 128 x 128 at most, have 32 bits."""
+    """Not float64, and offsets within a tile, of 128 x 128 at most, have 32 bits."""
     return w.dtype in _TYPES and all(s < 1 << 23 for t in (w, *others) if t is not None for s in t.stride())
 
 
@@ -258,18 +261,19 @@ def _form(w: Tensor, u: Tensor) -> Form:
         layout = "columns"
     else:
         layout = "strided"
-    aligned = layout != "strided" and u.stride(1) % 4 == 0 and u.data_ptr() % 16 == 0
-    rows = 128 if w.dtype != torch.float32 else 64 if _has_warp_groups() else 32
-    return Form(_TYPES[w.dtype], layout, aligned, ranks, rows)
+    aligned = layout != "strided" and u.stride(1) % 4 == 0 and u.data_ptr() % 16 == 0 and w.shape[1] % 4 == 0
+    return Form(_TYPES[w.dtype], layout, aligned, ranks, _rows(w.dtype, ranks))
 
 
 def _even(w: Tensor) -> bool:
     return w.stride(1) == 1 and w.stride(0) % 16 == 0 and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0
 
 
-def _has_warp_groups() -> bool:
-    """Whether tensor cores read shared memory by themselves (sm_90, sm_100); elsewhere 64 rows of float32 spill."""
-    return INTERPRETED.value or driver.active.get_current_target().arch // 10 in (9, 10)
+def _rows(dtype: torch.dtype, ranks: int) -> int:
+    """As many as registers allow; more where tensor cores read shared memory by themselves (sm_90, sm_100)."""
+    if INTERPRETED.value or driver.active.get_current_target().arch // 10 in (9, 10):
+        return 64 if dtype == torch.float32 else 128
+    return 32 if dtype == torch.float32 or ranks > 64 else 128
 
 
 def _line(

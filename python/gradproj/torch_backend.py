@@ -99,9 +99,9 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
 
 
 def _pin_rows(weight: Tensor, rank: int, dtype: torch.dtype) -> int:
-    """How many rows to take at a time: W U and its squares take memory, and so does a 16-bit block in float32."""
+    """How many rows to take at a time: W U takes memory, and so does a 16-bit block in float32."""
     outputs, inputs = weight.shape
-    held = 2 * rank + (0 if weight.dtype == dtype else inputs)
+    held = rank + (0 if weight.dtype == dtype else inputs)
     return max(1, min(outputs, _PIN_BYTES // (dtype.itemsize * held)))
 
 
@@ -125,7 +125,8 @@ def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | No
             here.addr_(bias[start : start + rows].to(dtype), of_bias[0])
         if target is not None:
             here.sub_(target[start : start + rows])
-        square += here.square().sum(dtype=torch.float64)
+        flat = here.view(-1)
+        square += torch.dot(flat, flat)
         wide.addmm_(here, of_inputs.T, alpha=-1.0)
         if wide is not block:
             block.copy_(wide)

@@ -1,0 +1,27 @@
+"""`make bench`: pinning GPT-2's linear layers, against two matrix products a layer and against the formula."""
+
+import pytest
+import torch
+
+import parameter_lists as lists
+import pinned
+from pinned import PinCase
+
+CASES = [
+    PinCase("GPT-2 124M float32", lists.gpt2_124m_linear()),
+    PinCase("GPT-2 124M float32, transposed", lists.gpt2_124m_linear(), transposed=True),
+    PinCase("GPT-2 124M bfloat16", lists.gpt2_124m_linear(), dtype=torch.bfloat16, rounds=3),
+]
+TITLE = "pin_, rank 64: against the loop of mm + addmm_ and the formula"
+HEAD = "| case | time | x mm + addmm_ | x formula | extra memory | the formula's |"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_pin(case, tables, benchmark):
+    row = pinned.measure(case)
+    assert row.seconds is not None, f"wrong result: {row.wrong}"
+    benchmark.extra_info.update(row._asdict())
+    lines = tables.setdefault(TITLE, [HEAD, "| --- |" + " ---: |" * 5])
+    lines.append(pinned.line(row))
+    layers = pinned.make_layers(case, "cpu")
+    benchmark.pedantic(pinned.fused, (layers,), rounds=3)
