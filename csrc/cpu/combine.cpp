@@ -26,17 +26,15 @@ class ChunkCombine {
   ChunkCombine(const Plan& plan, const Chunks& chunks, const double* weights)
       : plan_(plan), tile_(chunks.tile), weights_(weights), reader_(plan) {}
 
-  // Elements start to start + n of a segment, by the fastest way that its rows allow.
+  // Elements start to start + n of a segment: where they lie if a kernel takes them so, else through tiles.
   void write(size_t segment, int64_t start, int64_t n) {
     take_part(plan_.segments[segment].part);
     if (unchanged_) return;
-    const int count = static_cast<int>(used_.size());
-    if (whole_.take(plan_, segment, used_, start))
-      return row_kernels<T, T>().combine(whole_.gradient, whole_.rows.data(), scale_.data(), count, n);
-    if constexpr (sizeof(T) == 4) {
-      if (halves_.take(plan_, segment, used_, start))
-        return row_kernels<T, BF16>().combine(halves_.gradient, halves_.rows.data(), scale_.data(), count, n);
-      if (mixed_.take(plan_, segment, used_)) return write_mixed(segment, start, n);
+    in_place_.take(plan_, segment, used_, start, true);
+    const RowView& row0 = plan_.row_views(segment)[0];
+    if (in_place_.kernels) {
+      char* out = const_cast<char*>(row0.data) + start * element_size(row0.dtype);
+      return in_place_.kernels->combine(out, in_place_.rows.data(), scale_.data(), static_cast<int>(used_.size()), n);
     }
     for_each_tile(tile_, start, n, [&](int64_t at, int64_t count) { write_tile(segment, at, count); });
   }
@@ -49,26 +47,7 @@ class ChunkCombine {
     used_ = used_rows(w, plan_.rows);
     unchanged_ = unchanged(w, used_);
     scale_.clear();
-    for (int r : used_) scale_.push_back(static_cast<T>(w[r]));
-  }
-
-  // Where a tile of row 0 is computed: in its own memory, if that is a run of T.
-  T* target(size_t segment, int64_t at) {
-    if (!reader_.in_place(segment)) return reader_.buffer(0);
-    return reinterpret_cast<T*>(const_cast<char*>(plan_.row_views(segment)[0].data)) + at;
-  }
-
-  void write_mixed(size_t segment, int64_t start, int64_t n) {
-    const int first = !used_.empty() && used_[0] == 0;  // whether the gradient is read
-    for_each_tile(reader_.in_place(segment) && first ? n : tile_, start, n, [&](int64_t at, int64_t count) {
-      const T* g = first ? reader_.read(segment, 0, at, count) : reader_.zeros();
-      T* out = target(segment, at);
-      mixed_kernels(mixed_.dtype)
-          .combine(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(g), first ? static_cast<float>(scale_[0]) : 0.0f,
-                   mixed_.data.data(), reinterpret_cast<const float*>(scale_.data()) + first, static_cast<int>(used_.size()) - first,
-                   at, count);
-      reader_.write(segment, out, at, count);
-    });
+    for (int r : used_) scale_.push_back(w[r]);
   }
 
   void write_tile(size_t segment, int64_t at, int64_t count) {
@@ -79,8 +58,8 @@ class ChunkCombine {
       rows_.push_back(reader_.read(segment, used_[i], at, count));
       present_.push_back(scale_[i]);
     }
-    T* out = target(segment, at);
-    row_kernels<T, T>().combine(out, rows_.data(), present_.data(), static_cast<int>(rows_.size()), count);
+    T* out = reader_.buffer(0);
+    tile_kernels<T>().combine(out, rows_.data(), present_.data(), static_cast<int>(rows_.size()), count);
     reader_.write(segment, out, at, count);
   }
 
@@ -90,11 +69,9 @@ class ChunkCombine {
   int part_ = -1;
   bool unchanged_ = false;
   std::vector<int> used_;
-  std::vector<T> scale_, present_;
-  std::vector<const T*> rows_;
-  InPlace<T> whole_;
-  InPlace<BF16> halves_;
-  MixedRows mixed_;
+  std::vector<double> scale_, present_;
+  std::vector<const void*> rows_;
+  InPlace in_place_;
   TileReader<T> reader_;
 };
 

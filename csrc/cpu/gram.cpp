@@ -39,52 +39,39 @@ template <typename T>
 class ChunkGram {
  public:
   ChunkGram(const Plan& plan, const Chunks& chunks, bool only_first, int64_t pairs)
-      : plan_(plan), tile_(chunks.tile), only_first_(only_first), sums_(static_cast<size_t>(pairs * kLanes)), reader_(plan) {
+      : plan_(plan), tile_(chunks.tile), only_first_(only_first), pairs_(static_cast<size_t>(pairs)), sums_(3 * pairs_), reader_(plan) {
     for (int r = 0; r < plan.rows; ++r) all_.push_back(r);
     rows_.resize(all_.size());
   }
 
-  // Elements start to start + n of a segment, by the fastest way that its rows allow.
+  // Elements start to start + n of a segment: where they lie if a kernel takes them so, else through tiles.
   void add(size_t segment, int64_t start, int64_t n) {
-    if (whole_.take(plan_, segment, all_, start))
-      return row_kernels<T, T>().gram(whole_.rows.data(), plan_.rows, n, only_first_, sums_.data());
-    if constexpr (sizeof(T) == 4) {
-      if (halves_.take(plan_, segment, all_, start))
-        return row_kernels<T, BF16>().gram(halves_.rows.data(), plan_.rows, n, only_first_, sums_.data());
-      if (only_first_ && mixed_.take(plan_, segment, all_)) return add_mixed(segment, start, n);
-    }
+    in_place_.take(plan_, segment, all_, start, only_first_);
+    if (in_place_.kernels) return in_place_.kernels->gram(in_place_.rows.data(), plan_.rows, n, only_first_, sums_.data());
     for_each_tile(tile_, start, n, [&](int64_t at, int64_t count) {
       for (int r : all_) rows_[static_cast<size_t>(r)] = reader_.read(segment, r, at, count);
-      row_kernels<T, T>().gram(rows_.data(), plan_.rows, count, only_first_, sums_.data());
+      tile_kernels<T>().gram(rows_.data(), plan_.rows, count, only_first_, sums_.data());
     });
   }
 
   // The sums so far into a slot; the next begin anew.
   void finish(double* slot) {
-    for (size_t p = 0; p < sums_.size() / kLanes; ++p) {
+    for (size_t p = 0; p < pairs_; ++p) {
       slot[p] = 0.0;
-      for (size_t l = 0; l < kLanes; ++l) slot[p] += sums_[p * kLanes + l];
+      for (double lane : sums_[p].lanes) slot[p] += lane;
     }
-    std::fill(sums_.begin(), sums_.end(), 0.0);
+    std::fill(sums_.begin(), sums_.end(), PairSum{});
   }
 
  private:
-  void add_mixed(size_t segment, int64_t start, int64_t n) {
-    for_each_tile(reader_.in_place(segment) ? n : tile_, start, n, [&](int64_t at, int64_t count) {
-      const float* g = reinterpret_cast<const float*>(reader_.read(segment, 0, at, count));
-      mixed_kernels(mixed_.dtype).products(g, mixed_.data.data(), plan_.rows - 1, at, count, sums_.data());
-    });
-  }
-
   const Plan& plan_;
   const int64_t tile_;
   const bool only_first_;
-  std::vector<double> sums_;
+  const size_t pairs_;
+  std::vector<PairSum> sums_;  // and twice as many of scratch
   std::vector<int> all_;
-  std::vector<const T*> rows_;
-  InPlace<T> whole_;
-  InPlace<BF16> halves_;
-  MixedRows mixed_;
+  std::vector<const void*> rows_;
+  InPlace in_place_;
   TileReader<T> reader_;
 };
 

@@ -9,9 +9,25 @@
 #include <exception>
 #include <mutex>
 
-#include "tile.h"
+#include "kernels.h"
 
 namespace gradproj::cpu {
+
+template <typename T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::f64 : DType::f32;
+}
+template <typename T>
+const RowKernels& tile_kernels() {
+  return sizeof(T) == 8 ? kernels().f64 : kernels().f32;
+}
+template <typename T>
+const Converters<T>& converters() {
+  if constexpr (sizeof(T) == 8)
+    return kernels().to_f64;
+  else
+    return kernels().to_f32;
+}
 
 constexpr int64_t kChunkElements = 1 << 16;  // at least: a smaller plan is one chunk, run on the calling thread
 constexpr int64_t kMaxChunks = 1024;
@@ -128,11 +144,6 @@ class TileReader {
     return out;
   }
 
-  // Whether read() of row 0 is its own memory, for a run of any length, and what is written there needs no write().
-  bool in_place(size_t segment) const {
-    return plan_.segments[segment].ndim == 0 && plan_.row_views(segment)[0].dtype == dtype_of<T>();
-  }
-
   // Row 0 of a segment from a contiguous tile: the counterpart of read.
   void write(size_t segment_index, const T* tile, int64_t start, int64_t n) {
     const Segment& segment = plan_.segments[segment_index];
@@ -176,43 +187,34 @@ class TileReader {
   alignas(64) char gathered_[kTile * 8];
 };
 
-// Rows of a dense segment that all store S, from element `start`: kernels read and write them in place, in one walk.
-template <typename S>
+// The rows of a dense segment that a kernel walks where they lie, and that kernel; null if they have to go through tiles.
 struct InPlace {
-  S* gradient = nullptr;
-  std::vector<const S*> rows;
+  const RowKernels* kernels = nullptr;
+  std::vector<const void*> rows;
 
-  // Takes the rows `which`. False if one of them or row 0 is absent or stores something else.
-  bool take(const Plan& plan, size_t segment, const std::vector<int>& which, int64_t start) {
-    const RowView* views = plan.row_views(segment);
-    if (plan.segments[segment].ndim > 0 || !views[0].data || views[0].dtype != dtype_of<S>()) return false;
-    gradient = reinterpret_cast<S*>(const_cast<char*>(views[0].data)) + start;
+  // Takes the rows `which` of a segment from element `start`. `first_only`: gram is asked for the products of row 0.
+  void take(const Plan& plan, size_t segment, const std::vector<int>& which, int64_t start, bool first_only) {
+    kernels = nullptr;
     rows.clear();
-    for (int r : which) {
-      if (!views[r].data || views[r].dtype != dtype_of<S>()) return false;
-      rows.push_back(reinterpret_cast<const S*>(views[r].data) + start);
-    }
-    return true;
-  }
-};
-
-// Directions of a dense segment as they are stored, of a 16-bit type beside a float32 gradient.
-struct MixedRows {
-  std::vector<const void*> data;
-  DType dtype = DType::f64;
-
-  // Takes the rows `which`, 0 left out. False if one is absent or needs no decoding, or their types differ: then tiles are read.
-  bool take(const Plan& plan, size_t segment, const std::vector<int>& which) {
-    data.clear();
-    if (plan.segments[segment].ndim > 0 || plan.any_f64) return false;
     const RowView* views = plan.row_views(segment);
+    if (plan.segments[segment].ndim > 0 || !views[0].data) return;
+    DType others = views[0].dtype;
     for (int r : which) {
-      if (r == 0) continue;
-      if (!views[r].data || views[r].dtype == DType::f32 || (!data.empty() && views[r].dtype != dtype)) return false;
-      dtype = views[r].dtype;
-      data.push_back(views[r].data);
+      const RowView& v = views[r];
+      if (!v.data || (rows.size() > 1 && v.dtype != others) || (rows.empty() && v.dtype != views[0].dtype)) return;
+      others = v.dtype;
+      rows.push_back(v.data + start * element_size(v.dtype));
     }
-    return !data.empty();
+    kernels = choose(views[0].dtype, others, which, first_only);
+  }
+
+ private:
+  static const RowKernels* choose(DType gradient, DType others, const std::vector<int>& which, bool first_only) {
+    const Kernels& k = cpu::kernels();
+    if (gradient == others)
+      return gradient == DType::f32 ? &k.f32 : gradient == DType::f64 ? &k.f64 : gradient == DType::bf16 ? &k.bf16 : nullptr;
+    if (gradient != DType::f32 || which.empty() || which[0] != 0 || !first_only) return nullptr;
+    return others == DType::bf16 ? &k.f32_with_bf16 : others == DType::f16 ? &k.f32_with_f16 : nullptr;
   }
 };
 

@@ -1,6 +1,6 @@
-#include "tile.h"
+#include "kernels.h"
 
 #define GRADPROJ_ISA portable
 #define GRADPROJ_VECTOR_BYTES 16
-#include "tile_impl.h"
+#include "kernels_impl.h"
 GRADPROJ_DEFINE_KERNELS(portable_kernels)
