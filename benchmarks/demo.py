@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alignment_tax import adapt
 from alignment_tax import base as base_model
 from alignment_tax.measure import measure
@@ -29,10 +27,10 @@ SETTINGS = SCALES["cpu"]
 FIRST_SEED = 101  # settings were chosen on other seeds
 CURES = {  # and their colours: Okabe & Ito's, which the colour-blind tell apart
     Cure("unprotected"): "#222222",
-    Cure("PTX", "every step", gamma=0.3): "#d55e00",
-    Cure("PTX", "every 8th step", gamma=1.0, every=8): "#e69f00",
-    Cure("Directions", "32, fresh every step", method="conflict", directions=32, fill=16): "#56b4e9",
-    Cure("NullSpace", "captured once", share=0.08, fill=16): "#0072b2",
+    Cure("PTX every step", "gamma 0.3", gamma=0.3): "#d55e00",
+    Cure("PTX every 8th step", "gamma 1.0", gamma=1.0, every=8): "#cc79a7",
+    Cure("Directions", "32 fresh every step, conflict", method="conflict", directions=32, fill=16): "#009e73",
+    Cure("NullSpace", "share 0.08, captured once", share=0.08, fill=16): "#0072b2",
 }
 
 
@@ -64,62 +62,92 @@ def run_all(path: Path, seeds: int, settings: Settings, device: str, workers: in
         return [future.result() for future in waiting]
 
 
-def prevented(start: float, none: Point, p: Point) -> float:
-    """The part of what is forgotten unprotected that a cure keeps; 1 is everything."""
-    return 1 - (p.mean("loss") - start) / (none.mean("loss") - start)
-
-
 def table(start: dict[str, Any], of: list[Point]) -> str:
     shown = {m: METRICS[m] for m in ("behaviour", "task_accuracy", "loss")}
-    lines = [
-        "| cure | right behaviour, % | exercises solved, % | code loss, nats a byte | forgotten | capability passes | MB held "
-        "| ms a step |",
-        "| --- " + "| ---: " * 7 + "|",
-        f"| before: the base model | {' | '.join(m.show(start[k]) for k, m in shown.items())} | | | | |",
-    ]
+    heads = "cure | right behaviour, % | exercises solved, % | code loss, nats a byte | forgotten | capability passes | MB held | ms a step"
+    before = " | ".join(m.show(start[k]) for k, m in shown.items())
+    lines = [f"| {heads} |", f"| --- {'| ---: ' * 7}|", f"| before: the base model | {before} | | | | |"]
     for p in of:
         cells = [f"{m.show(p.mean(k))} ± {m.show(p.spread(k))}" for k, m in shown.items()]
-        cells += [f"{p.mean('loss') - start['loss']:+.3f}", str(p.backwards), f"{(p.extra_bytes or 0) / 1e6:.2f}"]
-        lines.append(f"| {p.cure.name} | {' | '.join(cells)} | {p.step_ms:.0f} |")
+        cells += [
+            f"{forgotten(start, p):+.3f}",
+            str(p.backwards),
+            f"{(p.extra_bytes or 0) / 1e6:.2f}",
+            f"{p.step_ms:.0f}",
+        ]
+        lines.append(f"| {p.cure.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def forgotten(start: dict[str, Any], p: Point) -> float:
+    return p.mean("loss") - start["loss"]
+
+
+def against(tax: float, loss: float) -> str:
+    """What is forgotten under a cure, against the unprotected model's, in words."""
+    return f"{1 - loss / tax:.0%} less" if loss <= tax else f"{loss / tax - 1:.0%} more"
 
 
 def finding(start: dict[str, Any], of: list[Point]) -> str:
     """One sentence, from the numbers."""
     none, *cures = of
-    tax = none.mean("loss") - start["loss"]
+    tax = forgotten(start, none)
     if tax <= none.spread("loss"):
-        return f"Unprotected, the code loss changed by {tax:+.3f} nats a byte, within the seeds' spread: no tax to prevent."
-
-    def said(p: Point) -> str:
-        part = prevented(start["loss"], none, p)
-        effect = f"prevented {part:.0%}" if part > 0 else f"added {-part:.0%}"
-        return f"{p.cure.name} {effect} ({p.mean('behaviour'):.1%} right, {p.backwards} capability passes)"
-
-    ranked = sorted(cures, key=lambda p: p.mean("loss"))
+        return f"Unprotected, the code loss changed by {tax:+.3f} nats a byte, no more than the seeds differ: no tax to prevent."
+    effects = [
+        f"{p.cure.family} {against(tax, forgotten(start, p))} ({p.mean('behaviour'):.1%} right, {p.backwards} capability passes)"
+        for p in sorted(cures, key=lambda p: p.mean("loss"))
+    ]
     return (
-        f"Learning to refuse ({none.mean('behaviour'):.1%} right) cost the unprotected model {tax:.3f} nats a byte of Python, "
-        f"of which {'; '.join(said(p) for p in ranked)}."
+        f"Learning to refuse ({none.mean('behaviour'):.1%} right) cost the unprotected model {tax:.3f} nats a byte of Python; "
+        f"against that, cures forgot: {', '.join(effects)}."
     )
 
 
 def draw(start: dict[str, Any], of: list[Point], path: Path) -> None:
-    """What was taught against what was kept: a large dot a cure, its seeds small."""
+    """What was taught against what was kept: a line from the base model to a large dot for each cure, its seeds small."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    made, axes = plt.subplots(figsize=(9.6, 5.4), dpi=120)
-    axes.axhline(start["loss"], color="#888888", linewidth=1.5, linestyle="--", zorder=0)
-    colours = list(CURES.values())
-    for p, colour in zip(of, colours, strict=True):
-        x, y = ([factor * v for v in p.values[m]] for m, factor in (("behaviour", 100), ("loss", 1)))
-        axes.plot(x, y, "o", color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
-        axes.plot(100 * p.mean("behaviour"), p.mean("loss"), "o", color=colour, markersize=17)
-        axes.annotate(p.cure.name, (100 * p.mean("behaviour"), p.mean("loss")), (14, 0), textcoords="offset points", va="center")
-    made.tight_layout()
-    made.savefig(path)
+    made, axes = plt.subplots(figsize=(9, 5.8), dpi=120)
+    x0, y0 = 100 * start["behaviour"], start["loss"]
+    axes.axhline(y0, color="#888888", linewidth=1.5, linestyle="--", zorder=0)
+    tax = forgotten(start, of[0])
+    for p in of:
+        x, y, colour = 100 * p.mean("behaviour"), p.mean("loss"), CURES[p.cure]
+        axes.plot([x0, x], [y0, y], color=colour, linewidth=2, alpha=0.6)
+        axes.plot(
+            [100 * b for b in p.values["behaviour"]], p.values["loss"], "o", color=colour, markersize=4.5, alpha=0.5
+        )
+        axes.plot(x, y, "o", color=colour, markersize=15, markeredgecolor="white")
+    axes.plot(x0, y0, "*", color="black", markersize=20)
+    axes.annotate("base model", (x0, y0), (-8, 16), textcoords="offset points", ha="center", fontsize=12)
+    axes.annotate(
+        "nothing forgotten", (80, y0), (0, -6), textcoords="offset points", ha="center", va="top", fontsize=12
+    )
+    low, high = axes.get_ylim()
+    at = low - (high - low)
+    for p in sorted(of, key=lambda p: p.mean("loss")):  # from below; labels are moved apart where they would touch
+        at = max(p.mean("loss"), at + 0.1 * (high - low))
+        effect = f"forgets {forgotten(start, p):.3f}"
+        if p is not of[0] and tax > 0:
+            effect += f", {against(tax, forgotten(start, p))}; {p.backwards} capability passes"
+        for text, style in (
+            (p.cure.family, {"fontsize": 13, "weight": "bold", "color": CURES[p.cure], "va": "bottom"}),
+            (effect, {"fontsize": 10, "color": "#555555", "va": "top"}),
+        ):
+            axes.text(1.02, at, text, transform=axes.get_yaxis_transform(), **style)
+    axes.set_ylim(low - 0.04 * (high - low), high)
+    axes.set_xlim(x0 - 6, 100)
+    axes.set_xlabel("what was taught: right behaviour on held-out requests, %", fontsize=12)
+    axes.set_ylabel("what was forgotten: loss on held-out Python", fontsize=12)
+    axes.set_title(
+        "A model that knows Python is taught to refuse: what does it forget?", loc="left", fontsize=14, pad=14
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    made.savefig(path, bbox_inches="tight")
     plt.close(made)
 
 
@@ -128,14 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per cure (default 3)")
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="steps of each (default %(default)s)")
     parser.add_argument("--base", type=Path, default=base_model.SHIPPED, help="base model (default: the shipped one)")
-    parser.add_argument(
-        "--retrain",
-        type=int,
-        nargs="?",
-        const=SETTINGS.base_steps,
-        metavar="STEPS",
-        help=f"train the base model first, and write it to --base (default {SETTINGS.base_steps} steps, minutes)",
-    )
+    retrain = f"train the base model first, and write it to --base (default {SETTINGS.base_steps} steps, minutes)"
+    parser.add_argument("--retrain", type=int, nargs="?", const=SETTINGS.base_steps, metavar="STEPS", help=retrain)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where picture and table go (default demo)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, or 1 on cuda)")
@@ -159,8 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
     made = {**machine(device), "workers": workers, "steps": options.steps, "seeds": options.seeds}
     text = f"{table(start, of)}\n\n{finding(start, of)}"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "demo.md").write_text(f"Made by `make demo`: {', '.join(f'{k} {v}' for k, v in made.items())}.\n\n{text}\n")
-    (options.out / "runs.json").write_text(json.dumps({"made": made, "base": start, "runs": runs}, indent=1))
+    (options.out / "demo.md").write_text(
+        f"Made by `make demo`: {', '.join(f'{k} {v}' for k, v in made.items())}.\n\n{text}\n"
+    )
+    (options.out / "results.json").write_text(json.dumps({"made": made, "base": start, "runs": runs}, indent=1))
     draw(start, of, options.out / "alignment_tax.png")
     print(f"\n{text}\n\npicture: {options.out / 'alignment_tax.png'}   ({time.perf_counter() - begin:.0f} s)")
 

@@ -17,7 +17,8 @@ class Cost(NamedTuple):
     """What a run spent.
 
     Attributes:
-        step_ms: mean wall time of a step, all capability batches included.
+        step_ms: mean time of a step, all capability batches included. On the CPU it is CPU time, which does not grow with what
+            else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
             directions, the copy of the parameters that update space needs, a null space's bases and targets.
@@ -48,11 +49,12 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
         backwards += 1
         return loss(model, data.pretraining_batch(settings.capability_batch, anchors).to(device))
 
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times, backwards = [], 0
     for step in range(settings.steps):
         which = torch.randint(pairs.tokens.shape[1], (settings.batch,), generator=requests)
         tokens, mask = pairs.tokens[:, which].to(device), pairs.mask[:, which].to(device)
-        start = time.perf_counter()
+        start = clock()
         if cure.share and step == 0:
             with optimizer.protect():
                 for _ in range(cure.fill):
@@ -71,7 +73,7 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     held = _held(model, optimizer.protection)
     held += _bytes(base) if objective == "dpo" or cure.kl else 0
     return model, Cost(1e3 * sum(times) / len(times), backwards, held)
