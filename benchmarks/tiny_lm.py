@@ -1,6 +1,6 @@
-"""A byte-level language model small enough to train on two cores, its file, and text that every Python brings along.
+"""A byte-level language model small enough to train on two cores, its file, and the text that every Python brings along.
 
-Python source is the standard library, English the reference manual that ``help()`` reads. Nothing is downloaded.
+Python source is the standard library: nothing is downloaded.
 """
 
 import json
@@ -92,21 +92,6 @@ class Text(NamedTuple):
 def code() -> Text:
     """Python source, about 2 MB, with whole files held out."""
     return Text(_read(CODE_FILES), _read(CODE_HELD_OUT))
-
-
-def prose() -> Text:
-    """The language reference as ``help()`` prints it, about 0.6 MB; the last tenth of its topics held out."""
-    from pydoc_data.topics import topics
-
-    texts = [topics[name] for name in sorted(topics)]
-    cut = len(texts) * 9 // 10
-    return Text(encode("\n".join(texts[:cut])), encode("\n".join(texts[cut:])))
-
-
-def batch(text: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """[size, CONTEXT + 1] windows."""
-    starts = torch.randint(len(text) - CONTEXT - 1, (size, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT + 1)]
 
 
 class Block(nn.Module):

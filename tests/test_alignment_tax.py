@@ -1,5 +1,6 @@
 """The laboratory's promises: the same runs from a second command, no finished run lost, nothing mixed, figures that are measured."""
 
+import copy
 import functools
 import json
 import platform
@@ -56,7 +57,8 @@ def test_command_runs_through_and_a_second_one_makes_nothing_again(tmp_path, mon
     work, out = tmp_path / "work", tmp_path / "out"
     arguments = ["--quick", "--seeds", "2", "--workers", "1", "--work", str(work), "--out", str(out)]
     command.main(arguments)
-    made = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+    made = {p: p.stat().st_mtime_ns for kind in ("json", "pt") for p in work.rglob(f"*.{kind}")}  # not the page
+    assert made
     found = json.loads((out / "runs.json").read_text())
     assert len(found["runs"]) == 2 * len(FEW) * len(OBJECTIVES)
     assert len(found["found"]) == 3 and found["made"]["command"].startswith("make tax")
@@ -67,7 +69,7 @@ def test_command_runs_through_and_a_second_one_makes_nothing_again(tmp_path, mon
     printed = capsys.readouterr().out
     assert "24 of 24 runs are finished already" in printed
     assert "ignored, made with other settings or versions" in printed and "quick-of-another-time" in printed
-    assert {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()} == made
+    assert {p: p.stat().st_mtime_ns for p in made} == made
 
 
 def test_workers_make_the_same_runs(plan):
@@ -290,6 +292,27 @@ def test_costs_are_counted(base):
     assert cost(method="orthogonal") == (4, 1)
     assert cost(method="conflict", directions=3, fill=3) == (6, 3)
     assert cost(method="conflict", directions=8, every=2, fill=4, space="update") == (5, 6)
+
+
+def test_null_space_is_captured_once_and_its_memory_counted(base):
+    cure = Cure("NullSpace", "share 0.1", share=0.1, fill=3)
+    model, cost = adapt.align(base, "sft", cure, 0, QUICK)
+    assert cost.capability_backwards == 3
+    twin = copy.deepcopy(base)
+    protection = adapt._protection(twin, cure)
+    anchors = torch.Generator().manual_seed(2000)
+    with protection.capture():
+        for _ in range(cure.fill):
+            tiny_lm.loss(twin, data.pretraining_batch(QUICK.capability_batch, anchors)).backward()
+    layers = {
+        b.vectors.untyped_storage().data_ptr(): b.vectors.untyped_storage().nbytes() for b in protection.bases.values()
+    }
+    assert cost.extra_bytes == sum(layers.values()) + sum(4 * b.target.numel() for b in protection.bases.values()) > 0
+    for name, basis in protection.bases.items():
+        layer, before = model.get_submodule(name), base.get_submodule(name)
+        assert not torch.equal(layer.weight, before.weight)
+        kept = torch.cat([layer.weight, layer.bias[:, None]], 1) @ basis.vectors
+        torch.testing.assert_close(kept, basis.target, rtol=1e-4, atol=1e-6)
 
 
 def test_cures_change_the_run_and_the_base_model_is_left_alone(base):

@@ -1,6 +1,6 @@
 """The benchmarks' own promise: no time for a wrong result. The GPU gate has a file of its own."""
 
-import functools
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -92,14 +92,45 @@ def test_parts_projected_together_are_wrong():
 def test_demo_runs_through(tmp_path, capsys, monkeypatch):
     """A few steps of everything that `make demo` does, --retrain included; what it finds then is not asserted."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(demo, "evaluate", functools.partial(tiny_lm.evaluate, windows=4))
-    path = tmp_path / "models" / "base.safetensors"
-    demo.main(["--retrain", "2", "--base", str(path), "--seeds", "2", "--steps", "2", "--out", str(tmp_path / "out")])
+    small = {
+        "base_batch": 2,
+        "batch": 2,
+        "capability_batch": 2,
+        "held_out_windows": 2,
+        "exercises": 6,
+        "held_out_pairs": 8,
+    }
+    monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, **small))
+    path, out = tmp_path / "models" / "base.safetensors", tmp_path / "out"
+    few = ["--seeds", "1", "--steps", "2", "--workers", "1"]
+    demo.main(["--retrain", "2", "--base", str(path), *few, "--out", str(out)])
     printed = capsys.readouterr().out
     _, facts = tiny_lm.load_base(path, steps=2)
     assert facts["command"] == "python benchmarks/demo.py --retrain 2"
     assert f"2 steps, held-out nats per byte: Python {facts['held_out']['Python']:.3f}" in printed
     for cure in demo.CURES:
         assert f"| {cure.name} |" in printed
-    assert (tmp_path / "out" / "alignment_tax.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 2 * len(demo.CURES)
+    written = (out / "demo.md").read_text()
+    assert "torch " in written and written.split("\n\n", 1)[1].strip() in printed
+    assert (out / "alignment_tax.png").stat().st_size > 10_000
+    found = json.loads((out / "results.json").read_text())["runs"]
+    assert [r["seed"] for r in found] == [demo.FIRST_SEED] * len(demo.CURES)
+    passes = {r["cure"]["family"]: r["cost"]["capability_backwards"] for r in found}
+    assert list(passes.values()) == [0, 2, 1, 17, 16]
+
+
+def point(cure, behaviour, loss, passes=0):
+    values = {"behaviour": [behaviour - 0.01, behaviour + 0.01], "loss": [loss - 0.01, loss + 0.01]}
+    return demo.Point("sft", cure, values, [], 1.0, passes, 0)
+
+
+def test_demo_says_what_the_figures_say():
+    unprotected, better, worse, *_ = demo.CURES
+    start = {"behaviour": 0.5, "loss": 1.0}
+    said = demo.finding(start, [point(unprotected, 0.9, 2.0), point(worse, 0.8, 2.5, 3), point(better, 0.7, 1.2, 4)])
+    assert "(90.0% right) cost the unprotected model 1.000 nats" in said
+    assert (
+        f"{better.family} 80% less (70.0% right, 4 capability passes), {worse.family} 50% more (80.0% right, 3" in said
+    )
+    said = demo.finding(start, [point(unprotected, 0.9, 1.005), point(better, 0.9, 0.9)])
+    assert "no tax to prevent" in said and better.family not in said

@@ -17,10 +17,11 @@ class Cost(NamedTuple):
     """What a run spent.
 
     Attributes:
-        step_ms: mean wall time of a step, all capability batches included.
+        step_ms: mean time of a step, all capability batches included. On the CPU it is CPU time, which does not grow with what
+            else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
-            directions, the copy of the parameters that update space needs.
+            directions, the copy of the parameters that update space needs, a null space's bases and targets.
     """
 
     step_ms: float
@@ -38,22 +39,26 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
     model = copy.deepcopy(base)
     requests, anchors = (torch.Generator().manual_seed(s + seed) for s in (1000, 2000))
     pairs = data.pairs(held_out=False)
+    data.corpora(held_out=False)  # read now, so that no step pays for it
     lr = {"dpo": settings.lr_dpo, "sft": settings.lr_sft}[objective]
-    optimizer = gradproj.ProjectedOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
-        gradproj.Directions(cure.directions, cure.method or "conflict", space=cure.space),
-    )
+    inner = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = gradproj.ProjectedOptimizer(inner, _protection(model, cure))
 
     def capability_loss() -> Tensor:
         nonlocal backwards
         backwards += 1
         return loss(model, data.pretraining_batch(settings.capability_batch, anchors).to(device))
 
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times, backwards = [], 0
     for step in range(settings.steps):
         which = torch.randint(pairs.tokens.shape[1], (settings.batch,), generator=requests)
         tokens, mask = pairs.tokens[:, which].to(device), pairs.mask[:, which].to(device)
-        start = time.perf_counter()
+        start = clock()
+        if cure.share and step == 0:
+            with optimizer.protect():
+                for _ in range(cure.fill):
+                    capability_loss().backward()
         if cure.method is not None and step % cure.every == 0:
             for _ in range(cure.fill if step == 0 else 1):
                 with optimizer.protect():
@@ -68,8 +73,8 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    held = _bytes(model) * (len(optimizer.protection) + (cure.space == "update"))
+        times.append(clock() - start)
+    held = _held(model, optimizer.protection)
     held += _bytes(base) if objective == "dpo" or cure.kl else 0
     return model, Cost(1e3 * sum(times) / len(times), backwards, held)
 
@@ -94,6 +99,20 @@ def _alignment_loss(
     else:
         value = -logprob.sum() / mask.sum()
     return value + kl * formulas.kl_penalty(logits, base_logits, mask) if kl else value
+
+
+def _protection(model: TinyLM, cure: Cure) -> gradproj.Directions | gradproj.NullSpace:
+    if cure.share:
+        return gradproj.NullSpace(model, share=cure.share)
+    return gradproj.Directions(cure.directions, cure.method or "conflict", space=cure.space)
+
+
+def _held(model: TinyLM, protection: gradproj.Directions | gradproj.NullSpace) -> int:
+    if isinstance(protection, gradproj.Directions):
+        return _bytes(model) * (len(protection) + (protection.space == "update"))
+    # Layers with the same inputs share eigenvectors: each storage counts once.
+    tensors = [t for basis in protection.bases.values() for t in (basis.vectors, basis.target) if t is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def _bytes(model: TinyLM) -> int:

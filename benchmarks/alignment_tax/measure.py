@@ -13,8 +13,10 @@ BINS = 10
 
 
 @torch.no_grad()
-def measure(model: TinyLM, settings: Settings) -> dict[str, Any]:
+def measure(model: TinyLM, settings: Settings, variety: bool = True) -> dict[str, Any]:
     """
+    Args:
+        variety: whether responses are sampled, which takes most of the time; without it there are no entropy and distinct_3.
     Returns:
         behaviour: mean probability of the right kind of response to a held-out request: refusing a harmful one,
             answering a harmless one. ``refuses_harmful`` and ``answers_harmless`` are its halves.
@@ -30,7 +32,7 @@ def measure(model: TinyLM, settings: Settings) -> dict[str, Any]:
     result = {
         **_alignment(model, settings, device),
         **_capability(model, settings, device),
-        **_variety(model, settings, device),
+        **(_variety(model, settings, device) if variety else {}),
     }
     model.train()
     return result

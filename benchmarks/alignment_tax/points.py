@@ -40,7 +40,7 @@ class Point(NamedTuple):
     """One cure under one objective, over its seeds.
 
     Attributes:
-        values: metric -> one value a seed.
+        values: metric -> one value a seed, of the metrics that were measured.
         bins: of the reliability diagram, summed over the seeds.
         step_ms, backwards, extra_bytes: means; None for interpolation, which trains nothing.
     """
@@ -72,7 +72,7 @@ def points(finished: list[dict[str, Any]]) -> list[Point]:
             Point(
                 objective,
                 cure,
-                {m: [r["measured"][m] for r in group] for m in METRICS},
+                {m: [r["measured"][m] for r in group] for m in METRICS if m in group[0]["measured"]},
                 _sum_bins([r["measured"]["bins"] for r in group]),
                 statistics.mean(c["step_ms"] for c in costs) if costs else None,
                 costs[0]["capability_backwards"] if costs else None,

@@ -98,7 +98,7 @@ def make_all(plan: Plan, runs: list[Run], workers: int, report: Report) -> None:
     total, begin, finished = sum(map(len, missing)), time.perf_counter(), 0
     if len(runs) > total:
         report(f"{len(runs) - total} of {len(runs)} runs are finished already: {plan.store.folder}")
-    with _pool(workers if total > 1 else 1) as pool:
+    with pool_of(workers if total > 1 else 1) as pool:
         for wave in missing:
             waiting = {pool.submit(make, plan, r): r for r in wave}
             try:
@@ -116,7 +116,7 @@ def make_all(plan: Plan, runs: list[Run], workers: int, report: Report) -> None:
                 ) from e
 
 
-def _pool(workers: int) -> concurrent.futures.Executor:
+def pool_of(workers: int) -> concurrent.futures.Executor:
     if workers == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
     # One thread each: two models of this size side by side are faster than one on two threads. Not forked: the parent has

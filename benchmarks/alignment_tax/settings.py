@@ -94,8 +94,9 @@ class Cure(NamedTuple):
         kl, gamma: weights of the KL penalty and of the pre-training loss.
         alpha: share of the tuned weights, from the finished run without a cure of the same seed.
         method, directions, space: of gradproj.Directions; None is the plain optimizer.
+        share: of gradproj.NullSpace, which is captured before the first step and takes the place of Directions; 0 is without.
         every: steps between capability batches.
-        fill: directions made before the first step.
+        fill: capability batches before the first step: a direction each, or all of a NullSpace's capture.
     """
 
     family: str
@@ -106,6 +107,7 @@ class Cure(NamedTuple):
     method: str | None = None
     directions: int = 1
     space: str = "gradient"
+    share: float = 0.0
     every: int = 1
     fill: int = 1
 
