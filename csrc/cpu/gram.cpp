@@ -1,105 +1,111 @@
-#include "gram.h"
-
-#include "walk.h"
+// Inner products of the rows. Reads R N bytes once, writes R^2 numbers per part. Products are float32 (float64 if anything is),
+// sums float64, in an order that the plan fixes: same buffers, same bits, for any number of threads.
+#include "ops.h"
+#include "rows.h"
 
 namespace gradproj::cpu {
 namespace {
 
-// Sums of one task and one part have a slot of their own, number task + part. No two share one: tasks and parts both ascend
-// along the plan, so of two neighbouring pairs at least one number is larger.
-class Partials {
+// What every chunk has found for every part that it meets, at place chunk + part. No two share one: chunks and parts both ascend
+// along the plan, so of two neighbouring combinations at least one number is larger.
+class ChunkSums {
  public:
-  Partials(const Plan& plan, const Tasks& tasks, int64_t pairs)
-      : tasks_(tasks), pairs_(pairs), sums_(static_cast<size_t>((tasks.count + plan.parts) * pairs)) {
-    range_.assign(static_cast<size_t>(plan.parts) * 2, 0);
-    for (size_t p = plan.pieces.size(); p-- > 0;) {
-      int64_t* range = &range_[static_cast<size_t>(plan.pieces[p].part) * 2];
-      range[0] = tasks.starts[p];
-      if (range[1] == 0) range[1] = tasks.starts[p + 1];
+  ChunkSums(const Plan& plan, const Chunks& chunks, int64_t pairs)
+      : pairs_(pairs), sums_(static_cast<size_t>((chunks.count() + plan.parts) * pairs)), ranges_(static_cast<size_t>(plan.parts)) {
+    for (size_t s = 0; s < plan.segments.size(); ++s) {
+      Range& range = ranges_[static_cast<size_t>(plan.segments[s].part)];
+      if (range.begin == range.end) range.begin = chunks.first_of(s);
+      range.end = chunks.last_of(s) + 1;
     }
   }
-  double* slot(int64_t task, int part) { return &sums_[static_cast<size_t>((task + part) * pairs_)]; }
-  double sum(int part, int64_t pair) {
-    const int64_t begin = range_[static_cast<size_t>(part) * 2], end = range_[static_cast<size_t>(part) * 2 + 1];
+  // Takes over the sums of all pairs, and leaves them zero.
+  void take(int64_t chunk, int part, PairSum* sums) {
+    double* totals = &sums_[static_cast<size_t>((chunk + part) * pairs_)];
+    for (int64_t p = 0; p < pairs_; ++p) {
+      for (double lane : sums[p].lanes) totals[p] += lane;
+      sums[p] = {};
+    }
+  }
+  double total(int part, int64_t pair) const {
+    const Range& range = ranges_[static_cast<size_t>(part)];
     double total = 0.0;
-    for (int64_t t = begin / tasks_.elements; begin < end && t <= (end - 1) / tasks_.elements; ++t) total += slot(t, part)[pair];
+    for (int64_t chunk = range.begin; chunk < range.end; ++chunk) total += sums_[static_cast<size_t>((chunk + part) * pairs_ + pair)];
     return total;
   }
 
  private:
-  const Tasks& tasks_;
+  struct Range {
+    int64_t begin = 0, end = 0;  // chunks that hold some of a part
+  };
   int64_t pairs_;
   std::vector<double> sums_;
-  std::vector<int64_t> range_;  // of every part: first and past the last element
+  std::vector<Range> ranges_;
 };
 
+// One chunk: its slices, each in place if there is a kernel that reads its rows, else through buffers.
 template <typename T>
-void gram_typed(const Plan& plan, const double* known, double* gram) {
-  const int R = plan.gram_rows();
-  const bool row_only = known != nullptr;
-  const int64_t pairs = row_only ? R : int64_t{R} * (R + 1) / 2;
-  const Tasks tasks = make_tasks(plan, pairs * 8);
-  Partials partials(plan, tasks, pairs);
-  std::vector<int> all(static_cast<size_t>(R));
+void gram_chunk(const Plan& plan, const Chunks& chunks, int64_t chunk, bool row_only, int64_t pairs, ChunkSums& found) {
+  std::vector<PairSum> sums(static_cast<size_t>(2 * pairs));
+  std::vector<int> all(static_cast<size_t>(plan.rows));
   std::iota(all.begin(), all.end(), 0);
-
-  for_each_task(tasks, false, [&](int64_t task) {
-    std::vector<double> acc(static_cast<size_t>(pairs * kLanes), 0.0);
-    std::vector<const T*> rows(static_cast<size_t>(R));
-    InPlace<T> whole;
-    InPlace<BF16> halves;
-    StoredRows stored;
-    TileReader<T> reader(plan);
-    int part = -1;
-    auto finish_part = [&] {
-      for (int64_t p = 0; part >= 0 && p < pairs; ++p) {
-        double total = 0.0;
-        for (int l = 0; l < kLanes; ++l) total += acc[static_cast<size_t>(p * kLanes + l)];
-        partials.slot(task, part)[p] = total;
-      }
-      std::fill(acc.begin(), acc.end(), 0.0);
-    };
-    for_each_span(plan, tasks, task, [&](size_t piece, int64_t start, int64_t n) {
-      if (plan.pieces[piece].part != part) {
-        finish_part();
-        part = plan.pieces[piece].part;
-      }
-      if (whole.take(plan, piece, all, start)) return row_kernels<T, T>().gram(whole.rows.data(), R, n, row_only, acc.data());
-      if constexpr (sizeof(T) == 4) {
-        if (halves.take(plan, piece, all, start))
-          return row_kernels<T, BF16>().gram(halves.rows.data(), R, n, row_only, acc.data());
-        if (row_only && stored.take(plan, piece, all))
-          return for_each_tile(reader.in_place(piece) ? n : tasks.tile, start, n, [&](int64_t at, int64_t count) {
-            stored_kernels(stored.dtype)
-                .products(reader.gradient(piece, at, count), stored.data.data(), stored.scales.data(), R - 1, at, count, acc.data());
-          });
-      }
-      for_each_tile(tasks.tile, start, n, [&](int64_t at, int64_t count) {
-        rows[0] = reader.gradient(piece, at, count);
-        for (int r = 1; r < R; ++r) rows[static_cast<size_t>(r)] = reader.read(piece, r, at, count);
-        row_kernels<T, T>().gram(rows.data(), R, count, row_only, acc.data());
-      });
-    });
-    finish_part();
-  });
-
-  for (int part = 0; part < plan.parts; ++part) {
-    int64_t p = 0;
-    for (int i = 0; i < R; ++i)
-      for (int j = i; j < R; ++j) {
-        const double total = row_only && i > 0 ? known[(i - 1) * (R - 1) + j - 1] : partials.sum(part, p);
-        gram[i * R + j] = gram[j * R + i] = total;
-        ++p;
-      }
-    gram += int64_t{R} * R;
-    if (known) known += int64_t{R - 1} * (R - 1);
+  std::vector<const void*> rows;
+  TileReader<T> reader(plan);
+  int part = -1;
+  for (Slice s = chunks.first(chunk); s.n > 0; s = chunks.next(s, chunk)) {
+    if (plan.segments[s.segment].part != part) {
+      if (part >= 0) found.take(chunk, part, sums.data());
+      part = plan.segments[s.segment].part;
+    }
+    const RowKernels* kernels = in_place(plan, s, all, rows);
+    if (kernels && (row_only || !kernels->mixed)) {
+      kernels->gram(rows.data(), plan.rows, s.n, row_only, sums.data());
+      continue;
+    }
+    rows.resize(all.size());
+    for (int64_t done = 0; done < s.n; done += kTile) {
+      const int64_t count = std::min<int64_t>(kTile, s.n - done);
+      for (int r : all) rows[static_cast<size_t>(r)] = reader.read(s.segment, r, s.start + done, count);
+      reader.kernels_of_t().gram(rows.data(), plan.rows, count, row_only, sums.data());
+    }
   }
+  found.take(chunk, part, sums.data());
 }
 
 }  // namespace
 
-void gram(const Plan& plan, const double* known, double* gram) {
-  plan.any_f64 ? gram_typed<double>(plan, known, gram) : gram_typed<float>(plan, known, gram);
+// gram: [parts, R, R], symmetric. gram_dd: [parts, R - 1, R - 1] products of rows 1.., or null; if given, only row 0 is computed.
+void gram(const Plan& plan, const double* gram_dd, double* gram) {
+  const int R = plan.rows;
+  const bool row_only = gram_dd != nullptr;
+  const int64_t pairs = row_only ? R : int64_t{R} * (R + 1) / 2;
+  const Chunks chunks(plan, pairs * static_cast<int64_t>(sizeof(double)));
+  ChunkSums found(plan, chunks, pairs);
+  parallel(chunks.count(), [&](int64_t chunk) {
+    if (plan.any_f64)
+      gram_chunk<double>(plan, chunks, chunk, row_only, pairs, found);
+    else
+      gram_chunk<float>(plan, chunks, chunk, row_only, pairs, found);
+  });
+  for (int part = 0; part < plan.parts; ++part, gram += int64_t{R} * R, gram_dd += row_only ? int64_t{R - 1} * (R - 1) : 0)
+    for (int i = 0; i < R; ++i)
+      for (int j = i; j < R; ++j) {
+        const bool given = row_only && i > 0;
+        const int place = row_only ? j : pair_place(kernels().block, R, i, j);
+        gram[i * R + j] = gram[j * R + i] = given ? gram_dd[(i - 1) * (R - 1) + j - 1] : found.total(part, place);
+      }
 }
 
+namespace {
+
+Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(list, num_rows, {parts, num_parts});
+  const Plan plan = make_plan(rows.buffers(), rows.layout());
+  Tensor result = new_tensor(rows.shape(2));
+  gram(plan, gram_dd_elements(gram_dd, plan), data(result));
+  return result;
+}
+
+}  // namespace
 }  // namespace gradproj::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gradproj, CPU, m) { m.impl("gram", TORCH_BOX(&gradproj::cpu::gram_op)); }

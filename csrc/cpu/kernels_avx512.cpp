@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "tile.h"
+#include "kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
@@ -12,12 +12,15 @@
 
 #define GRADPROJ_ISA avx512
 #define GRADPROJ_VECTOR_BYTES 64
-#include "tile_impl.h"
-GRADPROJ_DEFINE_KERNELS(avx512_kernels)
+#include "kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+namespace gradproj::cpu {
+const Kernels& avx512_kernels() { return avx512::table; }
+}  // namespace gradproj::cpu
 #endif

@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "tile.h"
+#include "kernels.h"
 
 namespace gradproj::cpu {
 namespace {

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "tile.h"
+#include "kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -12,12 +12,15 @@
 
 #define GRADPROJ_ISA avx2
 #define GRADPROJ_VECTOR_BYTES 32
-#include "tile_impl.h"
-GRADPROJ_DEFINE_KERNELS(avx2_kernels)
+#include "kernels_impl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+namespace gradproj::cpu {
+const Kernels& avx2_kernels() { return avx2::table; }
+}  // namespace gradproj::cpu
 #endif

@@ -1,6 +1,0 @@
-#include "tile.h"
-
-#define GRADPROJ_ISA portable
-#define GRADPROJ_VECTOR_BYTES 16
-#include "tile_impl.h"
-GRADPROJ_DEFINE_KERNELS(portable_kernels)
