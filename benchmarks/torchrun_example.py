@@ -32,7 +32,7 @@ def main():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    opt = gradproj.ProjectedOptimizer(opt, method="conflict", directions=16)  # <-
+    opt = gradproj.ProjectedOptimizer(opt, gradproj.Directions(16, "conflict"))  # <-
     torch.manual_seed(1 + dist.get_rank())  # other data on every rank
 
     def loss(task):

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -72,10 +73,14 @@ struct Where {
   int32_t index = -1;
 };
 
-// Appends the buffers of a list. All tensors must be strided, floating, and on one device, which is noted in `where`.
-inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where) {
+// Sizes and strides that are not a tensor's own: of a complex tensor, which is a real one with a last dimension of 2.
+using OwnDims = std::deque<std::vector<int64_t>>;
+
+// Appends the buffers of a list. All tensors must be strided, floating or complex, and on one device, which is noted in `where`.
+inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where, OwnDims& own) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
-                       bf16 = aoti_torch_dtype_bfloat16();
+                       bf16 = aoti_torch_dtype_bfloat16(), c64 = aoti_torch_dtype_complex64(),
+                       c128 = aoti_torch_dtype_complex128();
   for (size_t i = 0; i < list.size(); ++i) {
     buffers.emplace_back();
     const AtenTensorHandle h = list[i];
@@ -88,6 +93,8 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     int64_t ndim;
     int64_t *sizes, *strides;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
+    const bool complex = dtype == c64 || dtype == c128;
+    if (complex) dtype = dtype == c64 ? f32 : f64;
     if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16) refuse("dtype without a kernel");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
@@ -96,6 +103,14 @@ inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers,
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
+    if (complex) {
+      auto& real = own.emplace_back(sizes, sizes + ndim);
+      real.push_back(2);
+      for (int64_t d = 0; d < ndim; ++d) real.push_back(2 * strides[d]);
+      real.push_back(1);
+      sizes = real.data();
+      strides = sizes + ++ndim;
+    }
     b.sizes = sizes;
     b.strides = strides;
     b.ndim = static_cast<int32_t>(ndim);
@@ -151,7 +166,7 @@ class Rows {
   size_t add(StableListHandle list, bool optional) {
     lists_.push_back(std::make_unique<TensorList>(list, optional));
     buffers_.reserve(buffers_.size() + lists_.back()->size());
-    append_buffers(*lists_.back(), buffers_, where_);
+    append_buffers(*lists_.back(), buffers_, where_, own_);
     return lists_.back()->size();
   }
   void finish(int64_t num_rows, const Parts& parts) {
@@ -176,6 +191,7 @@ class Rows {
   }
 
   std::vector<std::unique_ptr<TensorList>> lists_;
+  OwnDims own_;
   std::vector<Buffer> buffers_;
   Layout layout_{};
   Where where_;

@@ -1,5 +1,6 @@
 """Fixtures. Every test that takes ``on`` runs on each backend that can run here; a new backend is tested by adding its name."""
 
+import importlib.util
 import os
 
 import torch
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch.distributed as dist
 
 import gradproj
 from training import WRAPPINGS
@@ -23,6 +25,26 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("gradproj")
+
+
+def patch_the_interpreter_once():
+    """Triton's interpreter patches its language again before every call of one device function by another; once a module is
+    enough, and takes a third of the time."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_the_interpreter_once()
 
 
 class On(NamedTuple):
@@ -75,6 +97,14 @@ def on(request):
         pytest.skip(f"backend {backend.name} does not take {request.param.device} tensors here")
     with gradproj.use_backend(backend.name):
         yield request.param
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(params=WRAPPINGS)

@@ -7,52 +7,50 @@ import pytest
 import torch
 
 import gradproj
-from gradproj import diagnostics
-from training import WRAPPINGS, loss, model_and_batches, protect, stored, train
+from gradproj import diagnostics, directions
+from training import WRAPPINGS, descend, gradients, loss, model_and_batches, projected, protect, stored, train
 
 NAMES = {"removed", "applied", "cosine/1", "cosine/2", "weight/0", "weight/1", "weight/2"}
 
 
-def sgd(wrapping, model, **kwargs):
-    return wrapping(torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors]).double()
 
 
 def test_last_says_what_happened(wrapping):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
+    opt, protected = wrapping(model, 2)
     for batch in x[:2]:
-        protect(model, projector, batch)
+        protect(model, protected, batch)
     loss(model, x[2]).backward()
-    before = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    directions = [torch.cat([t.flatten() for t in d.values()]).double() for d in stored(projector)]
+    before, rows = flat(gradients(model)), [flat(d.values()) for d in stored(protected)]
     opt.step()
-    after = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    last = projector.last
-    for k, d in enumerate(directions):
+    after, last = flat(gradients(model)), protected.last
+    for k, d in enumerate(rows):
         assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
     assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
-    rebuilt = last.weights[0] * before + last.weights[1] * directions[0] + last.weights[2] * directions[1]
+    rebuilt = last.weights[0] * before + last.weights[1] * rows[0] + last.weights[2] * rows[1]
     torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
     assert last.applied and last.finite
 
 
-def run(wrapping, sink, every=1, steps=6, **kwargs):
+def run(wrapping, sink, steps=6, **settings):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
-    protect(model, projector, x[11])
-    gradproj.log_to(projector, sink, every=every, **kwargs)
-    train(model, opt, projector, x[: 2 * steps])
-    return projector
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[11])
+    gradproj.log_to(protected, sink, **settings)
+    train(model, opt, protected, x[: 2 * steps])
+    return protected.last
 
 
 def test_a_callable_gets_floats(wrapping):
     seen = []
-    projector = run(wrapping, lambda values, step: seen.append((step, values)))
+    last = run(wrapping, lambda values, step: seen.append((step, values)))
     assert [step for step, _ in seen] == list(range(6))
     values = seen[-1][1]
     assert values.keys() == NAMES and all(type(v) is float for v in values.values())
-    assert values["cosine/2"] == projector.last.cosine[1] and values["weight/0"] == projector.last.weights[0]
-    assert values["removed"] == projector.last.removed and values["applied"] == 1.0
+    assert values["cosine/2"] == last.cosine[1] and values["weight/0"] == last.weights[0]
+    assert values["removed"] == last.removed and values["applied"] == 1.0
 
 
 def test_a_projection_in_parts_has_the_part_in_its_names():
@@ -77,22 +75,15 @@ def test_every_so_many_steps(every, start, steps, wrapping):
 
 
 def test_a_summary_writer_gets_scalars(wrapping):
-    class Writer:  # what torch.utils.tensorboard.SummaryWriter has
-        def __init__(self):
-            self.scalars = []
-
-        def add_scalar(self, tag, scalar_value, global_step=None):
-            self.scalars.append((tag, scalar_value, global_step))
-
-    writer = Writer()
+    """As torch.utils.tensorboard.SummaryWriter takes them."""
+    seen = []
+    writer = SimpleNamespace(add_scalar=lambda tag, scalar_value, global_step=None: seen.append((tag, global_step)))
     run(wrapping, writer, every=5)
-    assert {(tag, step) for tag, _, step in writer.scalars} == {(f"gradproj/{n}", s) for n in NAMES for s in (0, 5)}
+    assert set(seen) == {(f"gradproj/{n}", s) for n in NAMES for s in (0, 5)}
 
 
 def test_one_read_every_so_many_steps(monkeypatch, wrapping):
     """Each way from a tensor to the host is counted, as on a GPU, where none of them is free."""
-    from gradproj import projector as module
-
     reads = []
 
     def counted(name):
@@ -101,23 +92,19 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(
-        module._Lengths, "not_finite", lambda self: []
-    )  # reads on the CPU, where it costs no synchronisation
+    monkeypatch.setattr(directions._OnHost, "read", lambda self: [])  # reads on the CPU, where it is free
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model, directions=2)
-    protect(model, projector, x[0])
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
 
     def steps(count):
         reads.clear()
-        for i in range(count):
-            opt.zero_grad()
-            loss(model, x[i]).backward()
-            opt.step()
+        for batch in x[:count]:
+            descend(model, opt, batch)
         return len(reads)
 
     assert steps(8) == 0
-    stop = gradproj.log_to(projector, lambda *_: None, every=4)
+    stop = gradproj.log_to(protected, lambda *_: None, every=4)
     assert steps(8) == 2
     stop()
     assert steps(8) == 0
@@ -125,13 +112,14 @@ def test_one_read_every_so_many_steps(monkeypatch, wrapping):
 
 def test_steps_without_a_projection_report_nothing(wrapping):
     model, x = model_and_batches()
-    opt, projector = sgd(wrapping, model)
+    opt, protected = wrapping(model)
     seen = []
-    gradproj.log_to(opt if wrapping is WRAPPINGS["wrapped"] else projector, lambda _, step: seen.append(step))
+    what = protected if wrapping is WRAPPINGS["wrapped"] else protected.protection
+    gradproj.log_to(what, lambda _, step: seen.append(step))
     train(model, opt, None, x[:4])
     assert seen == []
-    train(model, opt, projector, x[4:8])
-    projector.unprotect()
+    train(model, opt, protected, x[4:8])
+    protected.unprotect()
     train(model, opt, None, x[8:])
     assert seen == [2, 3]
 
@@ -139,7 +127,7 @@ def test_steps_without_a_projection_report_nothing(wrapping):
 def test_copies_do_not_report():
     """A sink is often a file or a connection, which can be neither copied nor pickled."""
     model, x = model_and_batches()
-    opt = gradproj.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = projected(model)
     seen = []
     gradproj.log_to(opt, lambda _, step: seen.append(step))
     twin, twin_opt = copy.deepcopy((model, opt))
@@ -150,11 +138,9 @@ def test_copies_do_not_report():
 
 
 def test_bad_arguments():
-    model, _ = model_and_batches()
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    opt = gradproj.ProjectedOptimizer(inner)
+    opt = projected(model_and_batches()[0])
     with pytest.raises(TypeError, match="pass a ProjectedOptimizer or what attach"):
-        gradproj.log_to(inner, print)
+        gradproj.log_to(opt.optimizer, print)
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):
         gradproj.log_to(opt, print, every=0)
     with pytest.raises(TypeError, match="callable or have add_scalar"):

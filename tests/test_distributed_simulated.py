@@ -1,6 +1,7 @@
 """Large groups and errors, in one process: a process group that sends nothing."""
 
 import contextlib
+import copy
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 import gradproj
-from gradproj import float8, functional, reference
+from gradproj import Directions, ProjectedOptimizer, Sharding, functional, methods, reference
+from gradproj.backends import Backend
+from gradproj.sharding import Local, local_tensors, localize
 
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -20,6 +23,15 @@ try:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 except ImportError:
     pytest.skip("this torch has no fake process group", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are tiny: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -37,12 +49,24 @@ def four_ranks():
         yield
 
 
+@pytest.fixture
+def groups(monkeypatch):
+    """The group of every all_reduce."""
+    seen = []
+    monkeypatch.setattr(dist, "all_reduce", lambda t, group=None: seen.append(group))
+    return seen
+
+
 def ones(*shape):
     return torch.ones(shape)
 
 
+def on(mesh, placements, t=None):
+    return DTensor.from_local(ones(2, 2) if t is None else t, mesh, placements, run_check=False)
+
+
 WORLD = 256
-LAYOUTS = [  # of buffers on a mesh of 32 x 8 ranks
+LAYOUTS = [  # of tensors on a mesh of 32 x 8 ranks
     (Shard(0), Shard(1)),
     (Replicate(), Shard(0)),
     (Shard(0), Replicate()),
@@ -51,11 +75,11 @@ LAYOUTS = [  # of buffers on a mesh of 32 x 8 ranks
 
 
 def test_weights_and_counts_of_256_ranks(monkeypatch):
-    """The fake group leaves each rank its own share of the Gram: the shares of 256 ranks add up to the whole."""
+    """The fake group leaves each rank its own summand of the Gram: those of 256 ranks add up to the whole."""
     sizes = []
     monkeypatch.setattr(dist, "all_reduce", lambda t, group=None: sizes.append(t.numel()))
     torch.manual_seed(0)
-    shapes = [(40, 16), (20,), (33, 3), (7, 5), (9,)]  # most leave ranks without a share
+    shapes = [(40, 16), (20,), (33, 3), (7, 5), (9,)]  # most leave ranks without elements
     rows = [[torch.randn(s) for s in shapes] for _ in range(3)]
     total = torch.zeros(3, 3, dtype=torch.float64)
     for rank in range(WORLD):
@@ -63,18 +87,14 @@ def test_weights_and_counts_of_256_ranks(monkeypatch):
             # Without a group for each dimension: 40 more for every rank, and nothing here communicates over them.
             mesh = DeviceMesh("cpu", torch.arange(WORLD).view(32, 8), _init_backend=False)
             local = [
-                [
-                    *(DTensor.from_local(share(t, mesh, p), mesh, p, run_check=False) for t, p in zip(row, LAYOUTS)),  # noqa: B905
-                    row[-1],
-                ]
-                for row in rows
+                [*(on(mesh, p, shard(t, mesh, p)) for t, p in zip(row, LAYOUTS, strict=False)), row[-1]] for row in rows
             ]
-            total += gradproj.gram(*local, group=dist.group.WORLD, plain="replicated")
+            total += gradproj.gram(*local, sharding=Sharding(placement="replicate"))
     np.testing.assert_allclose(total.numpy(), reference.oracle_gram(*rows), rtol=1e-6)
     assert sizes == [6] * WORLD
 
 
-def share(t, mesh, placements):
+def shard(t, mesh, placements):
     for size, at, p in zip(mesh.shape, mesh.get_coordinate(), placements, strict=True):
         if p.is_shard():
             chunks = t.chunk(size, p.dim)
@@ -82,17 +102,27 @@ def share(t, mesh, placements):
     return t
 
 
-def on(mesh, placements, t=None):
-    return DTensor.from_local(ones(2, 2) if t is None else t, mesh, placements, run_check=False)
-
-
-def test_group_is_that_of_a_mesh_that_covers_the_world(four_ranks, monkeypatch):
-    groups = []
-    monkeypatch.setattr(dist, "all_reduce", lambda t, group=None: groups.append(group))
+def test_group_is_the_one_given_or_the_world(four_ranks, groups):
+    world, half = dist.group.WORLD, dist.new_group([0, 1])
     for shape, placements in (((4,), [Shard(0)]), ((2, 2), [Replicate(), Shard(0)])):
         mesh = init_device_mesh("cpu", shape)
         gradproj.project_([on(mesh, placements)], [on(mesh, placements)])
-    assert groups == [dist.group.WORLD] * 2
+    for sharding in (Sharding(placement="replicate"), Sharding(world, "shard"), Sharding(half, "shard")):
+        gradproj.project_([ones(2)], [ones(2)], sharding=sharding)
+    assert groups == [world] * 4 + [half]
+    gradproj.project_([ones(2)], [ones(2)])
+    gradproj.project_([ones(2)], [ones(2)], sharding=Sharding())
+    assert len(groups) == 5
+
+
+def test_one_process_needs_no_group():
+    """A script that runs with torchrun and without passes its placement in both."""
+    info = gradproj.project_([ones(2)], [ones(2)], sharding=Sharding(placement="replicate"))
+    assert info.gram.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    with pytest.raises(RuntimeError, match=r"has a group but torch\.distributed is not initialised"):
+        gradproj.project_([ones(2)], [ones(2)], sharding=Sharding(object(), "replicate"))
+    with pytest.raises(TypeError, match=r"sharding must be a gradproj\.Sharding, got str"):
+        gradproj.project_([ones(2)], [ones(2)], sharding="replicate")
 
 
 def test_refused_by_name(four_ranks):
@@ -101,27 +131,29 @@ def test_refused_by_name(four_ranks):
     world, elsewhere = dist.group.WORLD, dist.new_group([1, 2])
     sharded, replicated, on_square = on(line, [Shard(0)]), on(line, [Replicate()]), on(square, [Shard(0), Shard(1)])
     half = on(square["tp"], [Shard(0)])
+    unknown = r'grads\[{}\] is a plain tensor.*Sharding\(group, placement="replicate"\).*placement="shard"'
     cases = [
-        ([ones(2)], [ones(2)], {"group": world}, r'grads\[0\] is a plain tensor.*"replicated".*"sharded"'),
-        ([sharded, ones(2)], [sharded, ones(2)], {}, r'grads\[1\] is a plain tensor.*"replicated".*"sharded"'),
-        ([half], [half], {}, r"has 2 of 4 ranks: pass group="),
-        ([half], [half], {"group": world}, r"grads\[0\] is on a mesh with 2 of the 4 ranks of the group.*plain="),
-        ([None, sharded], [None, replicated], {}, r"directions\[0\]\[1\] and grads\[1\] are not laid out alike"),
-        ([sharded], [on_square], {}, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
-        ([sharded], [ones(2, 2)], {}, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
-        ([ones(2, 2)], [sharded], {}, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
-        ([ones(2)], [ones(2)], {"group": elsewhere, "plain": "sharded"}, "rank 0 is not in group"),
-        ([ones(2)], [ones(2)], {"group": world, "plain": "split"}, 'plain must be "replicated" or "sharded"'),
-        ([ones(2)], [ones(2)], {"counted": [True, False]}, "counted has 2 entries for 1 buffers"),
-        ([on_square], [on_square], {"group": square.get_group("dp")}, r"grads\[0\] has shards on ranks \[0, 1, 2, 3\]"),
-        ([sharded], [on(line, [Shard(0)], ones(3))], {}, r"directions\[0\]\[0\] has shape \(3,\)"),
+        ([ones(2)], [ones(2)], Sharding(world), unknown.format(0)),
+        ([sharded, ones(2)], [sharded, ones(2)], None, unknown.format(1)),
+        ([half], [half], None, r"has 2 of 4 ranks: pass Sharding\(group=\)"),
+        ([half], [half], Sharding(world), r"grads\[0\] is on a mesh with 2 of the 4 ranks of the group.*placement="),
+        ([None, sharded], [None, replicated], None, r"directions\[0\]\[1\] and grads\[1\] are not laid out alike"),
+        ([sharded], [on_square], None, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
+        ([sharded], [ones(2, 2)], None, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
+        ([ones(2, 2)], [sharded], None, r"directions\[0\]\[0\] and grads\[0\] are not laid out alike"),
+        ([ones(2)], [ones(2)], Sharding(elsewhere, "shard"), "rank 0 is not in group"),
+        ([ones(2)], [ones(2)], Sharding(world, "split"), 'placement must be "replicate" or "shard", got \'split\''),
+        ([ones(2)], [ones(2)], Sharding(owned=[True, False]), "owned has 2 entries for 1 parameters"),
+        ([None], [ones(2)], Sharding(owned=[]), "owned has 0 entries for 1 parameters"),
+        ([on_square], [on_square], Sharding(square.get_group("dp")), r"grads\[0\] has shards on ranks \[0, 1, 2, 3\]"),
+        ([sharded], [on(line, [Shard(0)], ones(3))], None, r"directions\[0\]\[0\] has shape \(3,\)"),
     ]
-    for grads, directions, arguments, words in cases:
-        before = [None if t is None else gradproj.distributed.local([t])[0].clone() for t in grads]
+    for grads, directions, sharding, words in cases:
+        before = [None if t is None else local_tensors([t])[0].clone() for t in grads]
         with pytest.raises(ValueError, match=words):
-            gradproj.project_(grads, directions, **arguments)
+            gradproj.project_(grads, directions, sharding=sharding)
         for t, b in zip(grads, before, strict=True):
-            assert t is None or torch.equal(gradproj.distributed.local([t])[0], b)
+            assert t is None or torch.equal(local_tensors([t])[0], b)
 
 
 def test_only_a_sum_or_an_average_is_written_back(four_ranks):
@@ -130,10 +162,40 @@ def test_only_a_sum_or_an_average_is_written_back(four_ranks):
         gradproj.project_([g], [g])
 
 
+def test_localize(four_ranks):
+    """What a call needs to know of the other ranks, as data."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    g = on(mesh, [Replicate(), Shard(0)])
+    row = [g, ones(3), None, ones(1)]
+    here = Sharding(placement="replicate", owned=[True, True, True, False])
+    local = localize("gram", [row, row], ["rows[0]", "rows[1]"], range(4), True, here)
+    assert local.weights == [0.5, 0.25, 0.0, 0.0] and local.group == dist.group.WORLD
+    assert local.rows[0][0].data_ptr() == g.to_local().data_ptr() and local.rows[0][1:] == row[1:]
+    assert local.dtensors == [g] and not local.partial
+    assert localize("gram", [row[1:]], ["rows[0]"], range(3), False, None) == Local([row[1:]], [1.0] * 3)
+
+
+def test_weights_count_the_ranks_of_the_group_only(four_ranks):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    hsdp, inner = on(mesh, [Replicate(), Shard(0)]), on(mesh["shard"], [Shard(0)])
+    world, half, alone = dist.group.WORLD, mesh.get_group("shard"), dist.new_group([0])
+    for t, sharding, weight in [
+        (hsdp, Sharding(world), 1 / 2),
+        (hsdp, Sharding(half), 1),
+        (inner, Sharding(half), 1),
+        (inner, Sharding(world, "replicate"), 1 / 2),  # nothing says that the two rows of the mesh hold copies
+        (inner, Sharding(world, "shard"), 1),
+        (ones(2), Sharding(world, "replicate"), 1 / 4),
+        (ones(2), Sharding(world, "shard"), 1),
+        (ones(2), Sharding(alone), 1),
+    ]:
+        assert localize("gram", [[t]], ["rows[0]"], [0], False, sharding).weights == [weight]
+
+
 def test_what_nobody_else_holds_needs_no_group():
-    """``counted`` without a group leaves a buffer out of the products, and writes it."""
+    """``owned`` without a group leaves a tensor out of the products, and writes it."""
     g, d = [ones(2), ones(2)], [torch.tensor([1.0, 0.0]), torch.tensor([5.0, 5.0])]
-    info = gradproj.project_(g, d, counted=[True, False])
+    info = gradproj.project_(g, d, sharding=Sharding(owned=[True, False]))
     assert info.gram.tolist() == [[2.0, 1.0], [1.0, 1.0]]
     assert g[0].tolist() == [0.0, 1.0] and g[1].tolist() == [-4.0, -4.0]
 
@@ -145,24 +207,73 @@ def test_combine_takes_dtensors_of_any_mesh(four_ranks):
     assert torch.equal(g.to_local(), 1.5 * ones(2, 2)) and plain.tolist() == [2.0, 2.0]
 
 
-def test_wrapper_passes_it_all_on(four_ranks, monkeypatch):
-    seen, project_ = [], gradproj.project_
-    monkeypatch.setattr(
-        gradproj.projector, "project_", lambda *a, **kwargs: seen.append(kwargs) or project_(*a, **kwargs)
-    )
+@pytest.fixture(params=[ProjectedOptimizer, gradproj.attach], ids=["wrapped", "attached"])
+def protection_of(request):
+    return request.param
+
+
+def protect_and_step(protected, optimizer, parameters):
+    with protected.protect():
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_wrapper_passes_it_on(four_ranks, groups, protection_of, space):
+    """The second parameter is another rank's: it is written, and does not count. A copy knows it too."""
     parameters = [torch.nn.Parameter(ones(2)) for _ in range(2)]
-    arguments = {"group": dist.group.WORLD, "plain": "sharded", "counted": lambda p: p is parameters[0]}
-    projected = gradproj.ProjectedOptimizer(torch.optim.SGD(parameters), **arguments)
-    inner = torch.optim.SGD(parameters)
-    for opt, projector in ((projected, projected), (inner, gradproj.attach(inner, **arguments))):
-        with projector.protect():
-            sum(p.sum() for p in parameters).backward()
-        sum(p.sum() for p in parameters).backward()
-        opt.step()
-        opt.zero_grad()
-    for kwargs in seen:
-        assert (kwargs["group"], kwargs["plain"], kwargs["counted"]) == (dist.group.WORLD, "sharded", [True, False])
-    assert len(seen) == 2
+    sharding = Sharding(dist.group.WORLD, "shard", owned=[True, False])
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    protected = protection_of(optimizer, Directions(space=space), sharding=sharding)
+    protect_and_step(protected, optimizer, parameters)
+    assert groups == [dist.group.WORLD] and protected.last.gram.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert all(torch.equal(p, ones(2)) for p in parameters)
+    if protection_of is ProjectedOptimizer:
+        copied = copy.deepcopy(protected)
+        assert copied.protection.sharding == sharding and copied.protection.sharding.group is dist.group.WORLD
+
+
+def test_wrapper_refuses_a_wrong_number_of_owned(four_ranks, protection_of):
+    parameters = [torch.nn.Parameter(ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    protected = protection_of(optimizer, Directions(), sharding=Sharding(owned=[True]))
+    with pytest.raises(ValueError, match="owned has 1 entries for 2 parameters"):
+        protect_and_step(protected, optimizer, parameters)
+
+
+def test_an_op_never_sees_a_dtensor(four_ranks, groups, protection_of, monkeypatch):
+    seen, op = [], Backend.op
+
+    def watched(self, name):
+        def call(*arguments):
+            flat = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+            seen.append((name, {type(t) for t in flat}))
+            return op(self, name)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(Backend, "op", watched)
+    mesh = init_device_mesh("cpu", (4,))
+    rows = [[on(mesh, [p]) for p in (Shard(0), Replicate(), Partial())] for _ in range(3)]
+    gradproj.combine_(rows[0], rows[1:], ones(3))
+    gram_dd = functional.local_gram(rows[1:], None)
+    assert not groups
+    gradproj.project_(rows[0], *rows[1:])
+    gradproj.gram(*rows)
+    functional.project_rows(rows[0], rows[1:], methods.parse("conflict"), None, gram_dd)
+    assert len(groups) == 3
+    for space in ("gradient", "update"):
+        parameters = [torch.nn.Parameter(on(mesh, [Shard(0)]))]
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        protected = protection_of(optimizer, Directions(2, space=space))
+        for _ in range(2):
+            protect_and_step(protected, optimizer, parameters)
+    assert {name for name, _ in seen} == {"gram", "combine_", "weights"}
+    assert all(types <= {torch.Tensor} for _, types in seen)
 
 
 def test_gradient_that_is_still_under_way(four_ranks):
@@ -174,18 +285,3 @@ def test_gradient_that_is_still_under_way(four_ranks):
     g = on(mesh, [Shard(0)], AsyncCollectiveTensor(memory))
     info = gradproj.project_([g], [on(mesh, [Shard(0)], torch.tensor([1.0, 0.0]))])
     assert memory.tolist() == [0.0, 4.0] and info.gram[0, 0] == 25.0
-
-
-def test_float8_rows_lie_as_the_gradient_does(four_ranks):
-    """Their codes are plain tensors of this rank's shards; with two copies of each shard they were refused, or counted twice."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    g = on(mesh, [Replicate(), Shard(0)], torch.tensor([1.0, 2.0]))
-    d = float8.quantize([torch.tensor([448.0, 0.0])])
-    half = [[0.5 * 5.0, 0.5 * 448.0], [0.5 * 448.0, 0.5 * 448.0**2]]  # of two copies; the group adds nothing here
-    assert gradproj.gram([g], d).tolist() == half
-    assert functional.share(d, like=[g]).gram.tolist() == [[half[1][1]]]
-    with pytest.raises(ValueError, match="plain tensor"):
-        functional.share(d, group=dist.group.WORLD)
-    info = gradproj.project_([g], d, known=functional.share(d, like=[g]))
-    assert info.gram.tolist() == half
-    assert g.to_local().tolist() == pytest.approx([0.0, 2.0], abs=1e-6)

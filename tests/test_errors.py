@@ -176,4 +176,4 @@ def test_backend_for_another_device():
 
 def test_uninitialised_process_group():
     with pytest.raises(RuntimeError, match="init_process_group"):
-        gradproj.project_([ones(2)], [ones(2)], group="world")
+        gradproj.project_([ones(2)], [ones(2)], sharding=gradproj.Sharding("world"))

@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch.optim.optimizer import Optimizer
 
+from gradproj import directions
 from training import (
     assert_same,
+    descend,
+    gradients,
     loss,
     model_and_batches,
-    number_protected,
     parameters,
     protect,
+    stored,
     train_by_hand,
     twins,
 )
@@ -28,10 +31,10 @@ INNER = {
 def test_grad_scaler(inner, unscale, wrapping):
     """A scaler marks the object that it is given: the mark must reach the optimizer that unscales."""
     model, twin, batches = twins()
-    opt, projector = wrapping(INNER[inner](model.parameters()))
+    opt, protected = wrapping(INNER[inner](model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for x, y in zip(batches[::2], batches[1::2], strict=True):
-        with projector.protect():
+        with protected.protect():
             scaler.scale(loss(model, x, 1.0)).backward()
         opt.zero_grad()
         scaler.scale(loss(model, y)).backward()
@@ -48,9 +51,9 @@ def test_grad_scaler(inner, unscale, wrapping):
 def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
     """The step is skipped, the directions stay, and the next step is projected."""
     model, x = model_and_batches()
-    opt, projector = wrapping(INNER[inner](model.parameters()))
+    opt, protected = wrapping(INNER[inner](model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    protect(model, projector, x[0])
+    protect(model, protected, x[0])
     before = parameters(model)
     scaler.scale(loss(model, x[1])).backward()
     model[0].weight.grad[0, 0] = torch.inf
@@ -63,7 +66,7 @@ def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
     opt.zero_grad()
     scaler.scale(loss(model, x[2])).backward()
     scaler.step(opt)
-    assert projector.last.applied and projector.last.finite
+    assert protected.last.applied and protected.last.finite
     assert not torch.equal(before[0], model[0].weight)
 
 
@@ -71,16 +74,16 @@ def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
 def test_grad_scaler_with_an_inf_in_a_direction(inner, wrapping):
     """An overflow in the capability loss drops that direction; the step is the one without it."""
     model, twin, x = twins()
-    opt, projector = wrapping(INNER[inner](model.parameters()), directions=3)
+    opt, protected = wrapping(INNER[inner](model.parameters()), 3)
     other = INNER[inner](twin.parameters())
-    plain = wrapping(other, directions=3)[1]
+    plain = wrapping(other, 3)[1]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for i, factor in enumerate((1.0, torch.inf, 1.0)):
-        protect(model, projector, x[i], scale=scaler.get_scale() * factor)
+        protect(model, protected, x[i], scale=scaler.get_scale() * factor)
         if factor == 1.0:
             protect(twin, plain, x[i])
     scaler.scale(loss(model, x[3])).backward()
-    with pytest.warns(RuntimeWarning, match=r"1 of 3 protected directions \(number 1, "):
+    with pytest.warns(RuntimeWarning, match=r"1 of 3 directions \(number 1, "):
         scaler.step(opt)
     loss(twin, x[3]).backward()
     (plain if isinstance(plain, Optimizer) else other).step()
@@ -96,11 +99,11 @@ def test_grad_scaler_with_an_inf_in_a_direction(inner, wrapping):
 def test_a_direction_that_is_not_finite_is_dropped(bad, space, others, wrapping):
     """It would make every Gram non-finite, and so leave every later step unprotected."""
     model, twin, x = twins()
-    opt, projector = wrapping(torch.optim.AdamW(model.parameters(), lr=0.01), directions=3, space=space)
-    other, reference = wrapping(torch.optim.AdamW(twin.parameters(), lr=0.01), directions=3, space=space)
-    protect(model, projector, x[0], scale=bad)
+    opt, protected = wrapping(torch.optim.AdamW(model.parameters(), lr=0.01), 3, space=space)
+    other, reference = wrapping(torch.optim.AdamW(twin.parameters(), lr=0.01), 3, space=space)
+    protect(model, protected, x[0], scale=bad)
     for i in range(others):
-        protect(model, projector, x[i + 1])
+        protect(model, protected, x[i + 1])
         protect(twin, reference, x[i + 1])
     loss(model, x[4]).backward()
     loss(twin, x[4]).backward()
@@ -108,49 +111,40 @@ def test_a_direction_that_is_not_finite_is_dropped(bad, space, others, wrapping)
         opt.step()
     other.step()
     assert_same(parameters(model), parameters(twin), rtol=1e-6, atol=1e-7)
-    assert number_protected(projector) == others
+    assert len(stored(protected)) == others
     if others:
-        assert torch.allclose(projector.last.weights, reference.last.weights)
+        assert torch.allclose(protected.last.weights, reference.last.weights)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_gradient_that_is_not_finite_drops_no_direction(wrapping):
     model, x = model_and_batches()
-    opt, projector = wrapping(torch.optim.SGD(model.parameters(), lr=0.1), directions=2)
-    protect(model, projector, x[0])
-    protect(model, projector, x[1])
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
+    protect(model, protected, x[1])
     (loss(model, x[2]) * torch.inf).backward()
-    projector.project()
-    assert not projector.last.finite and not projector.last.applied
-    opt.zero_grad()
-    loss(model, x[3]).backward()
-    opt.step()
-    assert projector.last.finite and projector.last.gram.shape == (3, 3)
+    protected.project()
+    assert not protected.last.finite and not protected.last.applied
+    descend(model, opt, x[3])
+    assert protected.last.finite and protected.last.gram.shape == (3, 3)
 
 
 @pytest.mark.parametrize("by", ["protect", "step"])
 def test_where_reading_synchronises_it_is_dropped_one_call_later(by, monkeypatch, wrapping):
     """As on a GPU: the projection itself reads nothing and leaves the gradient untouched."""
-    from gradproj import projector as module
-
-    class OnDevice(module._Lengths):
-        def __init__(self, gram):
-            super().__init__(gram)
-            self.on_host = False
-
-    monkeypatch.setattr(module, "_Lengths", OnDevice)
+    monkeypatch.setattr(directions, "_reads_for_free", lambda t: False)
     model, x = model_and_batches()
-    opt, projector = wrapping(torch.optim.SGD(model.parameters(), lr=0.1), directions=2)
-    protect(model, projector, x[0], scale=torch.inf)
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0], scale=torch.inf)
     loss(model, x[1]).backward()
-    grads = [p.grad.clone() for p in model.parameters()]
+    grads = gradients(model)
     opt.step()
     assert_same(grads, [p.grad for p in model.parameters()])
-    assert number_protected(projector) == 1
-    then = {"protect": lambda: protect(model, projector, x[2]), "step": opt.step}[by]
-    with pytest.warns(RuntimeWarning, match="1 of 1 protected directions"):
+    assert len(stored(protected)) == 1
+    then = {"protect": lambda: protect(model, protected, x[2]), "step": opt.step}[by]
+    with pytest.warns(RuntimeWarning, match="1 of 1 directions"):
         then()
-    assert number_protected(projector) == (by == "protect")
+    assert len(stored(protected)) == (by == "protect")
 
 
 @pytest.mark.gpu
@@ -158,23 +152,23 @@ def test_on_a_gpu_the_step_that_meets_it_does_not_synchronise(wrapping):
     model, x = model_and_batches()
     model.cuda()
     x = [batch.cuda() for batch in x]
-    opt, projector = wrapping(torch.optim.SGD(model.parameters(), lr=0.1), directions=2)
-    protect(model, projector, x[0])
-    protect(model, projector, x[1], scale=torch.inf)
+    opt, protected = wrapping(model, 2)
+    protect(model, protected, x[0])
+    protect(model, protected, x[1], scale=torch.inf)
     loss(model, x[2]).backward()
-    projector.project()  # loads kernels, whose first launch synchronises
+    protected.project()  # loads kernels, whose first launch synchronises
     opt.zero_grad()
     loss(model, x[2]).backward()
-    projector.unprotect()
-    protect(model, projector, x[0])
-    protect(model, projector, x[1], scale=torch.inf)
-    grads = [p.grad.clone() for p in model.parameters()]
+    protected.unprotect()
+    protect(model, protected, x[0])
+    protect(model, protected, x[1], scale=torch.inf)
+    grads = gradients(model)
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(grads, [p.grad for p in model.parameters()])
-    with pytest.warns(RuntimeWarning, match=r"1 of 2 protected directions \(number 1, "):
+    with pytest.warns(RuntimeWarning, match=r"1 of 2 directions \(number 1, "):
         opt.step()
-    assert projector.last.applied and number_protected(projector) == 1
+    assert protected.last.applied and len(stored(protected)) == 1

@@ -31,10 +31,11 @@ def test_every_op_is_under_test(name):
     assert sample(name, "cpu")
 
 
-def test_known_gram_passes_opcheck(on):
-    known = torch.eye(1, dtype=torch.float64, device=on.device)
-    torch.library.opcheck(on.namespace.gram.default, (*sample("gram", on.device)[:2], known))
-    torch.library.opcheck(on.namespace.project_.default, (*sample("project_", on.device)[:5], known))
+@pytest.mark.parametrize("parts", [(), ([1, 0], 2)], ids=["one part", "two parts"])
+def test_gram_dd_and_parts_pass_opcheck(on, parts):
+    gram_dd = torch.ones(*parts[1:], 1, 1, dtype=torch.float64, device=on.device)
+    torch.library.opcheck(on.namespace.gram.default, (*sample("gram", on.device)[:2], gram_dd, *parts))
+    torch.library.opcheck(on.namespace.project_.default, (*sample("project_", on.device)[:5], gram_dd, *parts))
 
 
 def test_compiled_projection_equals_eager(on, inductor):

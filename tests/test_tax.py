@@ -89,7 +89,7 @@ def test_ptx_loss_steps_where_mix_steps():
         weight = torch.nn.Parameter(torch.ones(3))
         opt = torch.optim.SGD([weight], lr=0.1)
         if mixed:
-            opt = gradproj.ProjectedOptimizer(opt, method=("mix", gamma))
+            opt = gradproj.ProjectedOptimizer(opt, gradproj.Directions(1, ("mix", gamma)))
             with opt.protect():
                 (y @ weight).square().mean().backward()
             (x @ weight).exp().mean().backward()

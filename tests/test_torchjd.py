@@ -1,12 +1,11 @@
 """Weightings of TorchJD as methods: the projection equals TorchJD's own aggregator on the concatenated Jacobian."""
 
-import functools
-
 import pytest
 import torch
 
 import gradproj
 from gradproj import methods, reference
+from training import loss, model_and_batches, parameters, projected
 
 aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
 
@@ -106,21 +105,14 @@ def test_non_finite_gram_is_not_shown_to_the_weighting():
 
 def test_optimizer_takes_a_weighting():
     """End to end: the gradient that the inner optimizer sees is the aggregator's."""
-    model = torch.nn.Linear(3, 2, dtype=torch.float64)
-    opt = gradproj.ProjectedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1.0), method=aggregation.UPGradWeighting(), directions=2
-    )
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
-    losses = [
-        functools.partial(lambda x, sign: sign * model(x).square().sum(), x, sign)
-        for x, sign in zip(inputs, (1.0, -0.5, -0.3), strict=True)
-    ]
-    rows = [torch.autograd.grad(loss(), list(model.parameters())) for loss in losses]
-    before = [p.detach().clone() for p in model.parameters()]
-    for loss in losses[1:]:
+    model, x = model_and_batches(dtype=torch.float64)
+    opt = projected(torch.optim.SGD(model.parameters(), lr=1.0), 2, aggregation.UPGradWeighting())
+    losses = [lambda x=x, sign=sign: sign * loss(model, x) for x, sign in zip(x, (1.0, -0.5, -0.3), strict=False)]
+    rows = [torch.autograd.grad(value(), list(model.parameters())) for value in losses]
+    before = parameters(model)
+    for value in losses[1:]:
         with opt.protect():
-            loss().backward()
+            value().backward()
     losses[0]().backward()
     opt.step()
     moved = reference.flatten([a - p.detach() for a, p in zip(before, model.parameters(), strict=True)])

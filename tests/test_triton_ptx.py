@@ -1,88 +1,105 @@
-"""The Triton kernels compiled without a GPU: full blocks load and store 16 bytes at a time, and nothing is atomic."""
+"""What the Triton backend launches, compiled without a GPU for sm_90 and sm_80.
+
+Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is atomic.
+"""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 COMPILE = Path(__file__).parent / "triton_compile.py"
-# kernel, rows, dtype, flags; triton_compile.py says what they mean. Rows of 16-byte and of 8-byte loads in a full block.
-CASES = {
-    "gram,2,fp32": (2, 0),
-    "gram,2,bf16": (2, 0),
-    "gram,9,fp32": (9, 0),
-    "gram,9,bf16,row_only": (9, 0),
-    "gram,2,fp32,base": (3, 0),
-    "gram,2,fp32,parts": (2, 0),
-    "gram,3,fp32,fp8,base,parts": (2, 2),
-    "gram,2,bf16,fp8,sm80": (1, 1),
-    "combine,2,fp32": (2, 0),
-    "combine,2,bf16": (2, 0),
-    "combine,9,bf16": (9, 0),
-    "combine,2,bf16,base": (3, 0),
-    "combine,2,fp32,parts": (2, 0),
-    "combine,3,fp32,fp8,base,parts": (2, 2),
-    "combine,2,bf16,fp8,sm80": (1, 1),
-}
-# Compiled, and nothing more asked of them than to have no atomics.
-OTHERS = [
-    "gram,1,fp32",
-    "gram,3,fp32,strided,fp8,base,parts",
-    "gram,9,bf16,strided,row_only",
-    "combine,3,bf16,strided,fp8,base,parts",
-    "finish,2,fp32,conflict",
-    "finish,2,fp32,row_only,known,mix",
-    "finish,9,fp32,row_only,known",
-    "finish,9,fp32",
-    "weights_one,2,fp32,conflict",
-    "weights_many,9,fp32,conflict",
-    "weights_many,65,fp32,conflict",
+# op,rows,dtype,flags (triton_compile.py says what they mean).
+CASES = [
+    "project_,2,fp32",
+    "project_,2,bf16,conflict,sm80",
+    "project_,2,fp32,mixed,gram_dd,mix",
+    "project_,9,fp32,conflict",
+    "project_,9,bf16,gram_dd",
+    "project_,3,bf16,strided",
+    "combine_,33,bf16",
+    "gram,1,fp64",
+    "gram,12,fp32",
+    "weights,2,fp64,conflict",
+    "weights,65,fp64,conflict",
 ]
+# What of these moves 16 bytes at a time in a full chunk: its loads and stores.
+WIDE = {
+    "project_,2,fp32,gram_kernel": (2, 0),
+    "project_,2,fp32,combine_kernel": (2, 1),
+    "project_,2,bf16,conflict,sm80,gram_kernel": (2, 0),
+    "project_,2,bf16,conflict,sm80,combine_kernel": (2, 1),
+    "project_,2,fp32,mixed,gram_dd,mix,gram_kernel": (3, 0),  # 16 bytes of a bfloat16 row go with 32 of a float32 row
+    "project_,2,fp32,mixed,gram_dd,mix,combine_kernel": (3, 2),
+    "project_,9,fp32,conflict,gram_kernel": (9, 0),
+    "project_,9,bf16,gram_dd,gram_kernel": (9, 0),
+    "project_,9,bf16,gram_dd,combine_kernel": (9, 1),
+    "gram,12,fp32,gram_kernel": (8, 0),
+    "combine_,33,bf16,combine_kernel": (33, 1),
+}
 
 
-@pytest.fixture(scope="module")
-def listings(tmp_path_factory):
-    """PTX of every case, from a process of its own: in this one triton is an interpreter."""
+class Built(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    ptx: str
+    usage: str
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Every kernel that the cases launch, from processes of their own: in this one triton is an interpreter."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("ptx")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    cases = [*CASES, *OTHERS]
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), str(folder), *cases],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return {case: (folder / f"{case}.ptx").read_text() for case in cases}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(COMPILE), str(folder), *CASES[k::2]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for k in range(2)
+    ]
+    for process in running:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    return {p.stem: Built(p.read_text(), p.with_suffix(".usage").read_text()) for p in folder.glob("*.ptx")}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_full_blocks_move_16_bytes_at_a_time(listings, case):
-    """A program's 256 threads have 8 elements each: 8 bytes of a float8 row, 16 or more of any other."""
-    wide, codes = CASES[case]
-    ptx = listings[case]
-    per_row = 2 if "fp32" in case else 1
-    loads = re.findall(r"ld\.global\S*", ptx)
-    assert sum("v4.b32" in load or "v8.b16" in load for load in loads) == wide * per_row, sorted(set(loads))
-    assert sum("v2.b32" in load for load in loads) == codes
-    if case.startswith("combine"):
-        stores = re.findall(r"st\.global\S*", ptx)
-        assert sum("v4.b32" in store or "v8.b16" in store for store in stores) == per_row, sorted(set(stores))
+@pytest.mark.parametrize("name", WIDE)
+def test_full_chunks_move_16_bytes_at_a_time(built, name):
+    wide = r"\.global\S*(?:v4\.b32|v8\.b16)"
+    found = (len(re.findall("ld" + wide, built[name].ptx)), len(re.findall("st" + wide, built[name].ptx)))
+    assert found == WIDE[name]
 
 
-def test_a_scale_is_loaded_once_for_8_elements(listings):
-    """Not once an element: that would be more loads than the row itself takes."""
-    rows = re.findall(r"ld\.global\.b32", listings["gram,2,bf16,fp8,sm80"])
-    assert len(rows) == 8 + 1  # the masked block's own, and one in a full block
+@pytest.mark.parametrize("name", [name for name in WIDE if name.endswith("gram_kernel")])
+def test_sums_stay_in_their_threads_until_all_rows_are_read(built, name):
+    """A barrier for every pair of rows and chunk took most of the time with 9 rows."""
+    *_, last_read = re.finditer(r"ld\.global", built[name].ptx)
+    first_exchange = re.search(r"bar\.sync|shfl", built[name].ptx)
+    assert first_exchange.start() > last_read.start()
 
 
-@pytest.mark.parametrize("case", [*CASES, *OTHERS])
-def test_no_atomics(listings, case):
+@pytest.mark.parametrize("name", WIDE)
+def test_registers_suffice(built, name):
+    assert int(re.search(r"STACK:(\d+)", built[name].usage)[1]) <= 32, built[name].usage
+
+
+@pytest.mark.parametrize("name", [name for name in WIDE if "bf16" in name and name.endswith("combine_kernel")])
+def test_bfloat16_is_rounded_by_hardware(built, name):
+    assert "cvt.rn.bf16x2.f32" in built[name].ptx
+
+
+def test_no_atomics(built):
     """Sums are in fixed order: an atomic on a value would make them depend on timing."""
-    assert not re.search(r"\b(atom|red)\.", listings[case])
+    kernels = {name.split(",")[-1] for name in built}
+    assert kernels == {"gram_kernel", "gram_finish_kernel", "combine_kernel", "weights_kernel"}
+    assert not [name for name, kernel in built.items() if re.search(r"\b(atom|red)\.", kernel.ptx)]

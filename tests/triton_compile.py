@@ -1,73 +1,81 @@
-"""Writes PTX without a GPU: triton_compile.py FOLDER kernel,rows,dtype,flag,flag.. ... Run by test_triton_ptx.py.
+"""Compiles what an op launches, without a GPU: triton_compile.py FOLDER op,rows,dtype,flag,flag.. ...
 
-Flags: ``base``, ``parts``, ``strided``, ``row_only``, ``known``, a method's name, ``fp8`` (directions are float8), ``sm80``.
+The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. Flags:
+``mixed`` (directions are bfloat16), ``strided``, ``gram_dd``, a method's name, ``sm80`` (instead of 90).
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import JITFunction, driver
 
-from gradproj.triton_kernels.combine import combine_kernel
-from gradproj.triton_kernels.gram import FINISH, gram_finish_kernel, gram_kernel
-from gradproj.triton_kernels.table import BLOCK
-from gradproj.triton_kernels.weights import many_directions_kernel, one_direction_kernel
+from gradproj.triton_kernels.combine import combine_
+from gradproj.triton_kernels.gram import gram
+from gradproj.triton_kernels.project import project_
+from gradproj.triton_kernels.weights import METHODS, weights
 
-KERNELS = {
-    "gram": gram_kernel,
-    "finish": gram_finish_kernel,
-    "combine": combine_kernel,
-    "weights_one": one_direction_kernel,
-    "weights_many": many_directions_kernel,
-}
-ARGUMENTS = {
-    "table": "*i64", "spans": "*i64", "partial": "*fp64", "gram": "*fp64", "known": "*fp64", "weights": "*fp64",
-    "segments": "i32", "blocks": "i32", "slot": "i32", "launches": "i32", "num_rows": "i32", "lead": "i32",
-    "first": "i32", "gamma": "fp64", "eps": "fp64",
-}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+N = 4096
 
 
-def ptx(kernel: str, rows: int, dtype: str, flags: list[str]) -> str:
-    function = KERNELS[kernel]
-    names = function.arg_names
-    row_only = "row_only" in flags
-    float8 = tl.uint8 if "sm80" in flags else tl.float8e4nv
-    own = {"fp32": tl.float32, "bf16": tl.bfloat16}[dtype]
-    dtypes = [own, *[float8 if "fp8" in flags else own] * (rows - 1), *[own] * ("base" in flags)]
-    ndim = 3 if "strided" in flags else 0
-    method = next((f for f in flags if f in ("orthogonal", "conflict", "mix")), None)
-    pairs = triton.next_power_of_2(rows if row_only else rows * (rows + 1) // 2)
-    scales = len(dtypes) if "fp8" in flags else 0
-    constants = {
-        "rows": rows,
-        "row_only": row_only,
-        "ids": tuple(range(rows)),
-        "dtypes": tuple(dtypes),
-        "base": "base" in flags,
-        "parts": "parts" in flags,
-        "ndim": ndim,
-        "width": len(dtypes) + 3 + ("parts" in flags) + scales + ndim * (1 + len(dtypes)),
-        "compute": tl.float32,
-        "pairs": pairs,
-        "chunk": FINISH // pairs,
-        "block": triton.next_power_of_2(rows - 1) if kernel == "weights_many" else BLOCK,
-        "method": method,
-    }
-    constants |= {} if "known" in flags else {"known": None}
-    constants |= {} if method or kernel != "finish" else {"weights": None}
-    signature = {n: "constexpr" if n in constants else ARGUMENTS[n] for n in names}
-    constexprs = {(names.index(n),): constants[n] for n in names if n in constants}
-    # What the launcher finds out at run time: allocations start on 16-byte boundaries.
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    target = GPUTarget("cuda", 80 if "sm80" in flags else 90, 32)
-    options = {"num_warps": 4 if kernel in ("finish", "weights") else 8}
-    return triton.compile(source, target=target, options=options).asm["ptx"]
+class Device:
+    """What the launcher asks before it compiles; a device of its own for every capability, because it keeps kernels by device."""
+
+    capability = 90
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
 
 
+def rows(count: int, dtype: torch.dtype, flags: list[str]) -> list[list[torch.Tensor]]:
+    found = []
+    for r in range(count):
+        t = torch.zeros(16, 16, N // 256, dtype=torch.bfloat16 if r and "mixed" in flags else dtype)
+        found.append([t.permute(2, 0, 1) if r and "strided" in flags else t])
+    return found
+
+
+def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
+    g, *directions = rows(count, dtype, flags)
+    flat = [t for d in directions for t in d]
+    gram_dd = torch.zeros(count - 1, count - 1, dtype=torch.float64) if "gram_dd" in flags else None
+    method = next((f for f in flags if f in METHODS), "orthogonal")
+    if op == "gram":
+        gram([*g, *flat], count, gram_dd)
+    elif op == "combine_":
+        combine_(g, flat, torch.zeros(count, dtype=torch.float64))
+    elif op == "project_":
+        project_(g, flat, method, 0.5, 0.0, gram_dd)
+    else:
+        weights(torch.zeros(count, count, dtype=torch.float64), method, 0.5, 0.0)
+
+
+def write(kernel, path: Path) -> None:
+    path.with_suffix(".ptx").write_text(kernel.asm["ptx"])
+    path.with_suffix(".cubin").write_bytes(kernel.asm["cubin"])
+    usage = subprocess.check_output([CUOBJDUMP, "-res-usage", path.with_suffix(".cubin")], text=True)
+    path.with_suffix(".usage").write_text(usage)
+
+
+driver.set_active(Device())
+launch = JITFunction.run
 for case in sys.argv[2:]:
-    kernel, rows, dtype, *flags = case.split(",")
-    (Path(sys.argv[1]) / f"{case}.ptx").write_text(ptx(kernel, int(rows), dtype, flags))
+    op, count, dtype, *flags = case.split(",")
+    Device.capability = 80 if "sm80" in flags else 90
+
+    def compile_only(self, *args, warmup, case=case, **kwargs):
+        write(launch(self, *args, warmup=True, **kwargs), Path(sys.argv[1]) / f"{case},{self.__name__}")
+
+    JITFunction.run = compile_only
+    call(op, int(count), DTYPES[dtype], flags)

@@ -1,4 +1,11 @@
-"""Inner products of rows: float64 sums of every program and part, then one program a part that adds them up in fixed order."""
+"""Inner products of rows: float64 sums of every program, then one program a part that adds them up in fixed order.
+
+Products of a thread's 16 bytes are summed in float32 (at most 8 terms, so no relative error above 1e-6 even where every
+rounding goes the same way) and added to a float64 sum of that thread. Threads are summed once, at the end of a program.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 import triton
@@ -6,175 +13,161 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.methods import Rule
-from gradproj.triton_kernels.table import Rows, small
-from gradproj.triton_kernels.walk import find_segment, load_gradient, load_row
-from gradproj.triton_kernels.weights import CLOSED_FORMS, closed_form
+from gradproj.triton_kernels.table import WARPS, Table, implement, small
+from gradproj.triton_kernels.walk import find_segment, is_full, load_row
+from gradproj.triton_kernels.weights import solve, solves
 
-PASS_ROWS = 9  # rows whose products one pass accumulates
-FINISH = 2048  # doubles that the finish takes at a time
-
-
-@triton.jit
-def pair_number(i: tl.constexpr, j: tl.constexpr, rows: tl.constexpr):
-    """Where the sums have pair (i, j), i <= j."""
-    return i * rows - i * (i - 1) // 2 + j - i
+PASS_ROWS = 9  # rows whose products one pass takes: 45 float64 sums a thread
+GROUP = 4  # more rows are taken in groups, two groups a pass
+FINISH = tl.constexpr(2048)  # doubles that the finish takes at a time
 
 
 @triton.jit
-def add_products(
-    sums, line, start, numel, rows: tl.constexpr, row_only: tl.constexpr, full: tl.constexpr, ids: tl.constexpr,
-    dtypes: tl.constexpr, base: tl.constexpr, parts: tl.constexpr, ndim: tl.constexpr, width: tl.constexpr,
-    compute: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr,
+def load_rows(
+    segment, first, second, heads: tl.constexpr, dtypes: tl.constexpr, start, full: tl.constexpr, form: tl.constexpr
 ):  # fmt: skip
-    """Products of a block in ``compute``, summed over the block, added to float64 ``sums`` of the pass's ``rows``."""
-    index = tl.arange(0, pairs)
-    values = (load_gradient(line, start, numel, dtypes, base, parts, ndim, width, full, compute, block),)
-    for a in tl.static_range(1, len(ids)):
-        values = values + (load_row(line, a, start, numel, dtypes, parts, ndim, width, full, compute, block),)
-    for a in tl.static_range(1 if row_only else len(ids)):
-        for b in tl.static_range(a, len(ids)):
-            product = tl.sum(values[a] * values[b], axis=0).to(tl.float64)
-            sums += tl.where(index == pair_number(ids[a], ids[b], rows), product, 0.0)
-    return sums
+    """A chunk of every row of a pass, [threads, 16 bytes of the narrowest row]; 0 for a row that is absent."""
+    shape: tl.constexpr = (form.threads, form.chunk // form.threads)
+    values = ()
+    position = first
+    for k in tl.static_range(len(dtypes)):
+        if k == heads:
+            position = second
+        if dtypes[k] is None:
+            values = values + (0,)
+        else:
+            value = load_row(segment, position, dtypes[k], start, full, form)
+            values = values + (tl.reshape(value, shape),)
+            position += 1
+    return values
 
 
 # Counts are not specialised: a value of 1 would be a constant of another type, and other values another compilation.
-@triton.jit(do_not_specialize=["segments", "blocks", "slot"])
+@triton.jit(do_not_specialize=["width", "first", "second"])
 def gram_kernel(
-    table, segments, blocks, partial, slot, rows: tl.constexpr, row_only: tl.constexpr, ids: tl.constexpr,
-    dtypes: tl.constexpr, base: tl.constexpr, parts: tl.constexpr, ndim: tl.constexpr, width: tl.constexpr,
-    compute: tl.constexpr, pairs: tl.constexpr, block: tl.constexpr,
+    segments, width, programs, partial, first, second, heads: tl.constexpr, dtypes: tl.constexpr, only_first: tl.constexpr,
+    form: tl.constexpr,
 ):  # fmt: skip
-    """Reads each row once, 16 bytes at a time in aligned full blocks; writes ``pairs`` doubles per program and part that it
-    meets. A program takes neighbouring blocks, in order: same grid, same bits. Programs and parts both ascend along the
-    table, so program + part is another number for every two that meet: that of their slot."""
-    count: tl.constexpr = len(dtypes)
-    index = tl.arange(0, pairs)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    first, last = program * blocks // programs, (program + 1) * blocks // programs
-    segment = find_segment(table, segments, first, count, width)
-    place = slot + program
-    if parts:
-        part = tl.load(table + segment * width + count + 3)
-    sums = tl.zeros([pairs], dtype=tl.float64)
-    for b in range(first, last):
-        while tl.load(table + segment * width + count + 1) <= b:
-            segment += 1
-        line = table + segment * width
-        if parts:
-            here = tl.load(line + count + 3)
-            if here != part:
-                tl.store(partial + (place + part) * pairs + index, sums)
-                sums = tl.zeros([pairs], dtype=tl.float64)
-                part = here
-        numel = tl.load(line + count)
-        begin = tl.load(line + count + 1) - (numel + block - 1) // block
-        start = tl.multiple_of((b - begin) * block, block)
-        if ndim == 0 and (start + block <= numel) & (tl.load(line + count + 2) != 0):
-            sums = add_products(
-                sums, line, start, numel, rows, row_only, True, ids, dtypes, base, parts, ndim, width, compute, pairs, block
-            )  # fmt: skip
+    """Reads each row of a pass once, 16 bytes at a time in full chunks; writes a double per program and pair of rows. The rows
+    are ``heads`` from position ``first`` on, the others from ``second`` on. Same grid, same bits."""
+    program = programs + tl.program_id(0) * 4
+    segment = segments + tl.load(program + 1) * width
+    threads: tl.constexpr = form.threads
+    sums = ()
+    for a in tl.static_range(1 if only_first else len(dtypes)):
+        for _ in tl.static_range(a, len(dtypes)):
+            sums = sums + (tl.zeros([threads], dtype=tl.float64),)
+    for chunk in range(tl.load(program), tl.load(program + 4)):
+        segment = find_segment(segment, width, chunk)
+        start = (chunk - tl.load(segment)) * form.chunk
+        if form.ndim == 0 and is_full(segment, start, form):
+            values = load_rows(segment, first, second, heads, dtypes, start, True, form)
         else:
-            sums = add_products(
-                sums, line, start, numel, rows, row_only, False, ids, dtypes, base, parts, ndim, width, compute, pairs, block
-            )  # fmt: skip
-    if parts:
-        place += part
-    tl.store(partial + place * pairs + index, sums)
+            values = load_rows(segment, first, second, heads, dtypes, start, False, form)
+        added = ()
+        for a in tl.static_range(1 if only_first else len(dtypes)):
+            for b in tl.static_range(a, len(dtypes)):
+                if dtypes[a] is None or dtypes[b] is None:
+                    added = added + (sums[len(added)],)
+                else:
+                    product = tl.sum(values[a] * values[b], axis=1)
+                    added = added + (sums[len(added)] + product.to(tl.float64),)
+        sums = added
+    partial += tl.load(program + 3) * len(sums)
+    for k in tl.static_range(len(sums)):
+        tl.store(partial + k, tl.sum(sums[k], axis=0))
 
 
-@triton.jit(do_not_specialize=["launches", "num_rows", "lead", "first"])
+@triton.jit(do_not_specialize=["num_rows", "first", "second"])
 def gram_finish_kernel(
-    partial, spans, launches, gram, num_rows, lead, first, known, weights, gamma: tl.float64, eps: tl.float64,
-    rows: tl.constexpr, row_only: tl.constexpr, method: tl.constexpr, pairs: tl.constexpr, chunk: tl.constexpr,
+    partial, bounds, gram, gram_dd, weights, num_rows, first, second, gamma: tl.float64, eps: tl.float64, heads: tl.constexpr,
+    count: tl.constexpr, only_first: tl.constexpr, method: tl.constexpr, block: tl.constexpr, tableau: tl.constexpr,
 ):  # fmt: skip
-    """Writes the products of rows ``lead`` and ``first``, ``first`` + 1, .. to ``gram``: all of them, or with ``row_only``
-    those of ``lead``. A program a part; reads its slots, ``pairs`` doubles each, in fixed order. Copies ``known`` if given,
-    and with a ``method`` solves for the weights of one direction."""
+    """Adds up what the programs of a part found for each pair of a pass's ``count`` rows, and writes it to ``gram``; rows are
+    counted from ``first``, behind the ``heads`` from ``second``. Copies ``gram_dd`` if given; with a ``method`` solves for the
+    weights. A program a part."""
     part = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, pairs)
     gram += part * num_rows * num_rows
-    tile = tl.zeros([chunk, pairs], dtype=tl.float64)
-    for k in range(launches):
-        span = spans + (part * launches + k) * 2
-        end = tl.load(span + 1)
-        for begin in range(tl.load(span), end, chunk):
-            slots = begin + tl.arange(0, chunk)[:, None]
-            tile += tl.load(partial + slots * pairs + index[None, :], mask=slots < end, other=0.0)
+    pairs: tl.constexpr = count if only_first else count * (count + 1) // 2
+    pair = tl.arange(0, block)
+    tile = tl.zeros([FINISH // block, block], dtype=tl.float64)
+    end = tl.load(bounds + part + 1)
+    for begin in range(tl.load(bounds + part), end, FINISH // block):
+        slot = (begin + tl.arange(0, FINISH // block))[:, None]
+        tile += tl.load(partial + slot * pairs + pair[None, :], mask=(slot < end) & (pair < pairs)[None, :], other=0.0)
     total = tl.sum(tile, axis=0)
-    for a in tl.static_range(1 if row_only else rows):
-        for b in tl.static_range(a, rows):
-            value = tl.sum(tl.where(index == pair_number(a, b, rows), total, 0.0), axis=0)
-            i = lead if a == 0 else first + a - 1
-            j = lead if b == 0 else first + b - 1
-            tl.store(gram + i * num_rows + j, value)
-            tl.store(gram + j * num_rows + i, value)
-    if known is not None:
+
+    a = pair * 0  # pairs are (0, 0), (0, 1), .., (1, 1), (1, 2), ..
+    if not only_first:
+        for k in tl.static_range(1, count):
+            a += (pair >= k * count - k * (k - 1) // 2).to(tl.int32)
+    b = pair - (a * count - a * (a - 1) // 2) + a
+    i = tl.where(a < heads, first + a, second + a - heads)
+    j = tl.where(b < heads, first + b, second + b - heads)
+    tl.store(gram + i * num_rows + j, total, mask=pair < pairs)
+    tl.store(gram + j * num_rows + i, total, mask=pair < pairs)
+
+    if gram_dd is not None:
         size = num_rows - 1
-        known += part * size * size
-        for begin in range(0, size * size, 1024):
-            entry = begin + tl.arange(0, 1024)
-            values = tl.load(known + entry, mask=entry < size * size)
+        gram_dd += part * size * size
+        for begin in range(0, size * size, FINISH):
+            entry = begin + tl.arange(0, FINISH)
+            values = tl.load(gram_dd + entry, mask=entry < size * size)
             tl.store(gram + (entry // size + 1) * num_rows + entry % size + 1, values, mask=entry < size * size)
     if method is not None:
-        gg = tl.sum(tl.where(index == 0, total, 0.0), axis=0)
-        gd = tl.sum(tl.where(index == 1, total, 0.0), axis=0)
-        if row_only:
-            dd = tl.load(known)
-        else:
-            dd = tl.sum(tl.where(index == 2, total, 0.0), axis=0)
-        # As tensors: triton's interpreter makes a float32 of a number.
-        weight = closed_form(gg, gd, dd, tl.full([], gamma, tl.float64), tl.full([], eps, tl.float64), method)
-        tl.store(weights + part * 2, tl.full([], 1.0, tl.float64))
-        tl.store(weights + part * 2 + 1, weight)
+        tl.debug_barrier()  # the Gram was written by other threads
+        solve(gram, weights + part * num_rows, num_rows, gamma, eps, method, tableau)
 
 
-def _run_pass(
-    rows: Rows, gram: Tensor, lead: int, others: list[int], row_only: bool, known: Tensor | None, rule: Rule | None,
-    weights: Tensor | None,
-) -> None:  # fmt: skip
-    wanted = (lead, *others)
-    found = rows.walk(wanted)
-    count = len(wanted)
-    pairs = triton.next_power_of_2(count if row_only else count * (count + 1) // 2)
-    partial = torch.empty(found.slots, pairs, dtype=torch.float64, device=rows.device)
-    for launch in found.launches:
-        gram_kernel[(launch.programs,)](
-            *launch.arguments, partial, launch.slot, count, row_only, *launch.form, launch.table.shape[1], rows.compute,
-            pairs, rows.block, num_warps=8,
-        )  # fmt: skip
-    gram_finish_kernel[(max(1, rows.num_parts),)](
-        partial, found.spans, len(found.launches), gram, gram.shape[-1], lead, others[0] if others else 0, known, weights,
-        rule.gamma if rule else 0.0, rule.eps if rule else 0.0, count, row_only, rule.name if rule else None, pairs,
-        FINISH // pairs,
-    )  # fmt: skip
-
-
-def products(rows: Rows, known: Tensor | None, rule: Rule | None = None) -> tuple[Tensor, Tensor | None]:
-    """Gram, [R, R] or [P, R, R], and for one direction the weights of ``rule``, [R] or [P, R]. Up to 9 rows in one pass; more
-    as passes of one row against eight others."""
-    count = rows.num_rows
-    gram = torch.empty(*rows.lead, count, count, dtype=torch.float64, device=rows.device)
-    weights = None
-    if rule is not None and rule.name in CLOSED_FORMS and count == 2:
-        weights = torch.empty(*rows.lead, 2, dtype=torch.float64, device=rows.device)
+def passes(num_rows: int, only_first: bool) -> Iterator[tuple[range, range]]:
+    """The rows of each pass: two ranges, so that every pair of rows is in one of them."""
+    if num_rows <= PASS_ROWS:
+        yield range(1), range(1, num_rows)
+    elif only_first:
+        for k in range(1, num_rows, PASS_ROWS - 1):
+            yield range(1), range(k, min(k + PASS_ROWS - 1, num_rows))
     else:
-        rule = None
+        groups = [range(k, min(k + GROUP, num_rows)) for k in range(0, num_rows, GROUP)]
+        yield from combinations(groups, 2)
+
+
+def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> tuple[Tensor, Tensor | None]:
+    """Gram, [R, R] or [P, R, R], and, where one pass does it, the weights of ``rule``, [R] or [P, R]."""
+    num_rows, only_first = table.num_rows, gram_dd is not None
+    gram = torch.empty(*table.lead, num_rows, num_rows, dtype=torch.float64, device=table.device)
+    weights = None
+    if rule is not None and num_rows <= PASS_ROWS and solves(rule.name, num_rows):
+        weights = gram.new_empty(gram.shape[:-1])
     with torch.cuda.device_of(gram):
-        if count <= PASS_ROWS:
-            _run_pass(rows, gram, 0, list(range(1, count)), known is not None, known, rule, weights)
-            return gram, weights
-        for lead in range(count if known is None else 1):
-            others = list(range(lead + 1, count))
-            for k in range(0, max(1, len(others)), PASS_ROWS - 1):
-                _run_pass(rows, gram, lead, others[k : k + PASS_ROWS - 1], True, None if k else known, None, None)
+        for heads, others in passes(num_rows, only_first):
+            count = len(heads) + len(others)
+            pairs = count if only_first else count * (count + 1) // 2
+            partial = gram.new_empty(table.slots, pairs)
+            for launch in table.launches:
+                dtypes = tuple(map(launch.dtype, [*heads, *others]))
+                if only_first and dtypes[0] is None:
+                    dtypes = (None,) * count  # nothing to multiply
+                gram_kernel[(launch.grid,)](
+                    *launch.arguments, partial, launch.position(heads.start), launch.position(others.start), len(heads),
+                    dtypes, only_first, launch.form, num_warps=WARPS,
+                )  # fmt: skip
+            method = None if weights is None else rule.name
+            gram_finish_kernel[(max(1, table.num_parts),)](
+                partial, table.bounds, gram, gram_dd if others.start <= 1 else None, weights, num_rows, heads.start,
+                others.start, rule.gamma if rule else 0.0, rule.eps if rule else 0.0, len(heads), count, only_first, method,
+                triton.next_power_of_2(pairs), triton.next_power_of_2(max(1, num_rows - 1)),
+            )  # fmt: skip
     return gram, weights
 
 
+@implement
 def gram(
-    rows: list[Tensor | None], num_rows: int, known: Tensor | None = None, base: list[Tensor | None] | None = None,
-    scales: list[Tensor | None] | None = None, parts: tuple[int, ...] = (), num_parts: int = 0,
-) -> Tensor:  # fmt: skip
+    rows: list[Tensor | None],
+    num_rows: int,
+    gram_dd: Tensor | None = None,
+    parts: tuple[int, ...] = (),
+    num_parts: int = 0,
+) -> Tensor:
     """The op ``gram``; see ``gradproj.ops``."""
-    found = Rows(rows, num_rows, base, scales, parts, num_parts, written=False)
-    return products(found, small(known, (*found.lead, num_rows - 1, num_rows - 1), found, "known"))[0]
+    table = Table.of(rows, num_rows, parts, num_parts, written=False)
+    return products(table, small(gram_dd, (*table.lead, num_rows - 1, num_rows - 1), table, "gram_dd"))[0]

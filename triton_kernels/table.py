@@ -1,19 +1,20 @@
 """From lists of tensors to tables of addresses that a kernel walks: the host's part, in Python.
 
-A launch covers all columns of one form: which rows are there, of which dtypes, in how many dimensions. Its table is int64, a
-line per segment (see ``Launch``). Dense neighbours that touch in memory in every row are one segment, within a part, and where
-the scale blocks of float8 rows line up. A dense segment that is off a 16-byte boundary by the same number of elements in every
-row is split into a head and an aligned rest. Columns without a common dense order keep their sizes and strides.
+A column holds one tensor of every row; a segment is a run of elements that every row of it has. Dense neighbours that touch in
+memory in every row are one segment, within a part. A dense segment that is off a 16-byte boundary by the same number of
+elements in every row is cut into a head and an aligned rest. Columns without a common dense order keep sizes and strides.
 
 Tables are kept, so that a training loop checks its buffers and builds once: under the addresses, shapes, strides and dtypes of
-all buffers on one device, the newest of them, up to ``CACHE_BYTES``. Their memory outlives every reader: a stream that uses a
-table is recorded on it, the copy's pinned source is held by torch until the copy is done, and what a CUDA graph has captured
-stays for ever, because the graph reads it at every replay.
+all buffers, the newest of them, up to ``CACHE_BYTES``. Their memory outlives every reader: a stream that uses a table is
+recorded on it, the copy's pinned source is held by torch until the copy is done, and what a CUDA graph has captured stays for
+ever, because the graph reads it at every replay.
 """
 
-import dataclasses
+import os
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -22,353 +23,306 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gradproj import validate
-from gradproj.float8 import BLOCK as SCALE_BLOCK
+from gradproj import ops, validate
 
 CACHE_BYTES = 1 << 20
-BLOCK = 2048  # elements
-MAX_PROGRAMS = 1024  # of a pass: their sums, 45 doubles each at most, stay under 512 KiB
+WARPS = 8  # of a program that walks rows
+IN_FLIGHT = 1 << 16  # bytes per multiprocessor, enough for 8 TB/s
+MAX_PROGRAMS = 2048  # of an op: their sums, 45 doubles each at most, stay under 768 KiB
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for.
+    """What the kernels that walk rows are compiled for.
 
     Attributes:
-        ids: which of the wanted rows are there, by position.
-        dtypes: triton types of those rows, and of the base. uint8: float8 that the target has to decode from its bits.
-        base: whether there is a base, behind the other rows.
-        parts: whether lines carry the number of a part.
-        ndim: 0 if dense.
+        ndim: dimensions of a segment; 0 if it is dense.
+        compute: type of products and coefficients: float64 as soon as a row is, else float32.
+        threads: of a program.
+        chunk: elements that a program takes at a time: 16 bytes a thread of the narrowest row.
     """
 
-    ids: tuple[int, ...]
-    dtypes: tuple[tl.dtype, ...]
-    base: bool
-    parts: bool
     ndim: int
-
-    @property
-    def scaled(self) -> bool:
-        """Whether any row is float8."""
-        return tl.uint8 in self.dtypes or tl.float8e4nv in self.dtypes
+    compute: tl.dtype
+    threads: int
+    chunk: int
 
 
 class Launch(NamedTuple):
-    """One kernel launch over the lines of ``table``, ascending by part. With n = len(form.dtypes) a line is
-
-        n addresses, numel, cumulative number of blocks, whether every row starts on a 16-byte boundary,
-        [the part], [n addresses of scales, 0 where a row has none], [ndim sizes, then ndim strides of every row].
+    """One launch of a kernel: columns with the same rows in them, of the same dtypes and as many dimensions.
 
     Attributes:
-        programs: of a Gram, each with sums of its own; those of program p and part q are in slot ``slot + p + q`` of the pass.
+        rows: which are there, ascending; the position of a row is its index here.
+        dtypes: triton types of those.
+        segments: [S + 1, width] int64, ascending by part: first chunk, numel, whether every row starts on a 16-byte boundary,
+            ``ndim`` sizes, and of every row the address and ``ndim`` strides. The last entry has the number of chunks only.
+        programs: [n + 1, 4] int64: first chunk, the segment that holds it, the part, and the slot for a Gram's sums. All
+            chunks of a program, up to the next one's first, are of one part.
     """
 
-    table: Tensor
-    blocks: int
+    rows: tuple[int, ...]
+    dtypes: tuple[tl.dtype, ...]
     form: Form
-    programs: int
-    slot: int
+    segments: Tensor
+    programs: Tensor
+
+    @property
+    def grid(self) -> int:
+        return len(self.programs) - 1
 
     @property
     def arguments(self) -> tuple:
         """What the kernels take first."""
-        return self.table, self.table.shape[0], self.blocks
+        return self.segments, self.segments.shape[1], self.programs
+
+    def dtype(self, row: int) -> tl.dtype | None:
+        return self.dtypes[self.rows.index(row)] if row in self.rows else None
+
+    def position(self, row: int) -> int:
+        """Of the first row that is there, from ``row`` on."""
+        return sum(r < row for r in self.rows)
 
 
-class Pass(NamedTuple):
-    """The launches that walk some of the rows once.
+class Table(NamedTuple):
+    """What one op walks.
 
     Attributes:
-        spans: [parts, launches, 2] int64 on the device: the first and past the last slot that holds sums of a part.
+        num_parts: 0 if all columns are one part, and results have no leading dimension.
+        bounds: [parts + 1] int64: the slots of part p, of all launches, are bounds[p] .. bounds[p + 1].
         slots: how many there are.
-        memory: what tables and spans are views of, on the device.
+        memory: what all tensors here are views of, on the device.
         ready: recorded behind its upload; None on the CPU.
     """
 
+    num_rows: int
+    num_parts: int
+    device: torch.device
     launches: list[Launch]
-    spans: Tensor
+    bounds: Tensor
     slots: int
     memory: Tensor
     ready: torch.cuda.Event | None
-
-
-class _Entry:
-    """What is kept of one set of buffers."""
-
-    def __init__(self) -> None:
-        self.passes: dict[tuple[int, ...], Pass] = {}
-        self.writable = False
-
-    @property
-    def bytes(self) -> int:
-        return sum(p.memory.nbytes for p in self.passes.values())
-
-
-_cache: OrderedDict[tuple, _Entry] = OrderedDict()
-_captured: dict[int, Pass] = {}
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class Rows:
-    """The buffers of one op call, as ``gradproj.ops`` describes them.
-
-    Args:
-        scales: one entry per buffer of ``rows``.
-        written: whether row 0 will be.
-    Raises:
-        RuntimeError: what the kernels do not take, saying what and where.
-    """
-
-    def __init__(self, rows, num_rows: int, base, scales, parts, num_parts: int, written: bool, block: int = BLOCK):
-        self.rows, self.num_rows, self.base, self.scales = rows, num_rows, base, scales
-        self.parts, self.num_parts, self.block = parts, num_parts, block
-        everything = [*rows, *(base or ()), *(scales or ())]
-        present = [t for t in everything if t is not None]
-        if not present:
-            raise RuntimeError("gradproj: no tensor among the buffers")
-        self.device = present[0].device
-        dtypes = tuple(map(attrgetter("dtype"), present))
-        self.compute = tl.float64 if torch.float64 in dtypes else tl.float32
-        absent = tuple(i for i, t in enumerate(everything) if t is None) if len(present) < len(everything) else ()
-        # An address is one device's: the first buffer's is enough.
-        self._key = (
-            self.device, num_rows, base is None, scales is None, num_parts, block, tuple(parts), absent, dtypes,
-            tuple(map(Tensor.data_ptr, present)), tuple(map(attrgetter("shape"), present)),
-            tuple(map(Tensor.stride, present)),
-        )  # fmt: skip
-        entry = _cache.get(self._key)
-        if entry is None or (written and not entry.writable):
-            self._check(written)
-        if entry is None:
-            entry = _Entry()
-        else:
-            _cache.move_to_end(self._key)
-        entry.writable = entry.writable or written
-        self._entry = entry
-
-    @classmethod
-    def to_write(cls, grads, directions, base, scales, parts, num_parts: int, block: int = BLOCK) -> "Rows":
-        """Of an op that writes ``grads``; ``scales``: one entry per buffer of ``directions``."""
-        if not grads or len(directions) % len(grads):
-            raise RuntimeError("gradproj: rows of different length")
-        rows = [*grads, *directions]
-        if scales is not None:
-            scales = [None] * len(grads) + scales
-        return cls(rows, len(rows) // len(grads), base, scales, parts, num_parts, written=True, block=block)
 
     @property
     def lead(self) -> tuple[int, ...]:
         """Leading dimensions of Gram and weights."""
         return (self.num_parts,) if self.num_parts else ()
 
-    def walk(self, wanted: tuple[int, ...]) -> Pass:
-        """The launches for the rows ``wanted``, uploaded if they are not there yet."""
-        found = self._entry.passes.get(wanted)
-        capturing = _capturing(self.device)
-        if found is None:
-            if capturing:
-                raise RuntimeError(
-                    "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a "
-                    "CUDA graph is captured; run one step with the same buffers before the capture"
-                )
-            found = self._entry.passes[wanted] = self._build(wanted)
-            _cache[self._key] = self._entry
-            while len(_cache) > 1 and sum(entry.bytes for entry in _cache.values()) > CACHE_BYTES:
-                _cache.popitem(last=False)
-        if capturing:  # the capture began with a synchronisation, so that the upload is done
-            _captured[id(found)] = found
-        elif found.ready is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(found.ready)
-            found.memory.record_stream(stream)
-        return found
+    @staticmethod
+    def to_write(grads, directions, parts, num_parts: int) -> "Table":
+        """Of an op that writes ``grads``."""
+        if not grads or len(directions) % len(grads):
+            raise RuntimeError("gradproj: rows of different length")
+        return Table.of([*grads, *directions], 1 + len(directions) // len(grads), parts, num_parts, written=True)
 
-    def _check(self, written: bool) -> None:
-        try:
-            self._refuse(written)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise RuntimeError(str(error)) from error
+    @staticmethod
+    def of(
+        rows: list[Tensor | None],
+        num_rows: int,
+        parts: Sequence[int],
+        num_parts: int,
+        written: bool,
+        threads: int = 32 * WARPS,
+    ) -> "Table":
+        """The table of one op's buffers; see ``gradproj.ops``. On the device when the current stream comes to use it.
 
-    def _refuse(self, written: bool) -> None:
-        count = len(self.rows) // self.num_rows
-        names = [*(f"row {r}: buffer" for r in range(self.num_rows)), "base"]
-
-        def split(flat):
-            return [flat[k : k + count] for k in range(0, len(flat), count or 1)]
-
-        lists = split(self.rows)
-        if len(self.rows) != count * self.num_rows or len(self.base or ()) not in (0, count):
-            raise ValueError("gradproj: rows of different length")
-        if self.scales is not None and len(self.scales) != len(self.rows):
-            raise ValueError("gradproj: scales: one entry per buffer")
-        if bool(self.num_parts) != bool(self.parts) or len(self.parts) not in (0, count):
-            raise ValueError("gradproj: parts: one number per buffer, and num_parts")
-        if any(not 0 <= part < self.num_parts for part in self.parts):
-            raise ValueError("gradproj: parts: a number is not below the number of parts")
-        scales = [] if self.scales is None else split(self.scales)
-        scaled = [any(s is not None for s in row) for row in scales]
-        all_lists = lists if self.base is None else [*lists, self.base]
-        validate.check("gradproj", all_lists, names, range(count), written, scaled, "triton")
-        if scales:
-            validate.check_scales("gradproj", lists, scales, names, range(count))
-        for row, name in zip(all_lists, names, strict=False):
-            for i, t in enumerate(row):
-                if t is not None and t.device != self.device:
-                    raise ValueError(f"gradproj: {name}[{i}] is on {t.device}, another device than {self.device}")
-        for i, b in enumerate(self.base or ()):
-            if (b is None) != (lists[0][i] is None):
-                raise ValueError(f"gradproj: base[{i}] is absent where row 0 is not, or the other way round")
-
-    def _build(self, wanted: tuple[int, ...]) -> Pass:
-        segments: dict[Form, list[_Segment]] = {}
-        for form, segment in self._columns(wanted):
-            of_form = segments.setdefault(form, [])
-            if not (of_form and form.ndim == 0 and of_form[-1].takes(segment)):
-                of_form.append(segment)
-
-        parts = max(1, self.num_parts)
-        spans = np.zeros((parts, len(segments), 2), dtype=np.int64)
-        pieces, facts, slot = [spans], [], 0
-        most = max(1, min(programs_for(self.device), MAX_PROGRAMS // max(1, len(segments))))
-        for k, (form, found) in enumerate(segments.items()):
-            if form.ndim == 0 and not form.scaled:
-                found = [cut for segment in found for cut in segment.split()]
-            ends = np.cumsum([-(-segment.numel // self.block) for segment in found])
-            lines = [s.line(form, int(end)) for s, end in zip(found, ends, strict=True)]
-            programs = min(most, int(ends[-1]))
-            bounds = np.append(0, ends)[np.searchsorted([s.part for s in found], range(parts + 1))]
-            # A program's blocks are [p blocks / programs, (p + 1) blocks / programs): the one that holds block b.
-            holders = ((np.stack([bounds[:-1], bounds[1:] - 1], axis=1) + 1) * programs - 1) // ends[-1]
-            there = bounds[1:] > bounds[:-1]
-            spans[there, k] = (slot + np.arange(parts)[:, None] + holders + [0, 1])[there]
-            pieces.append(np.array(lines, dtype=np.int64))
-            facts.append((int(ends[-1]), form, programs, slot))
-            slot += programs + parts - 1
-        memory, views, ready = _upload(pieces, self.device)
-        launches = [Launch(table, *rest) for table, rest in zip(views[1:], facts, strict=True)]
-        return Pass(launches, views[0], slot, memory, ready)
-
-    def _columns(self, wanted: tuple[int, ...]):
-        """Form and segment of every column that has something to walk, ascending by part."""
-        count = len(self.rows) // self.num_rows
-        types = {**_TYPES, torch.float8_e4m3fn: float8_type(self.device)}
-        for i in sorted(range(count), key=self.parts.__getitem__) if self.parts else range(count):
-            places = [(k, r * count + i) for k, r in enumerate(wanted) if self.rows[r * count + i] is not None]
-            tensors = [self.rows[place] for _, place in places]
-            if not tensors or tensors[0].numel() == 0:
-                continue
-            if wanted[0] > 0 and places[0][0] > 0:
-                continue  # a pass of one direction against others: nothing to multiply where it is absent
-            scales = [None if self.scales is None else self.scales[place] for _, place in places]
-            base = self.base is not None and wanted[places[0][0]] == 0
-            if base:
-                tensors.append(self.base[i])
-                scales.append(None)
-            sizes, strides = coalesce(tensors)
-            dense = len(sizes) == 1 and all(s == [1] for s in strides)
-            form = Form(
-                ids=tuple(k for k, _ in places),
-                dtypes=tuple(types[t.dtype] for t in tensors),
-                base=base,
-                parts=self.num_parts > 1,
-                ndim=0 if dense else len(sizes),
-            )
-            segment = _Segment(
-                numel=tensors[0].numel(),
-                part=self.parts[i] if self.parts else 0,
-                addresses=[t.data_ptr() for t in tensors],
-                widths=[t.element_size() for t in tensors],
-                scales=[0 if s is None else s.data_ptr() for s in scales] if form.scaled else [],
-                shape=[] if dense else [*sizes, *(n for s in strides for n in s)],
-            )
-            yield form, segment
+        Args:
+            written: whether row 0 will be.
+            threads: of a program; tests take few.
+        Raises:
+            RuntimeError: what the kernels do not take, saying what and where.
+        """
+        present = [t for t in rows if t is not None]
+        if not present:
+            raise RuntimeError("gradproj: no tensor among the buffers")
+        absent = tuple(i for i, t in enumerate(rows) if t is None) if len(present) < len(rows) else ()
+        key = (
+            present[0].device, num_rows, num_parts, tuple(parts), written, threads, absent,
+            tuple(map(attrgetter("dtype"), present)), tuple(map(Tensor.data_ptr, present)),
+            tuple(map(attrgetter("shape"), present)), tuple(map(Tensor.stride, present)),
+        )  # fmt: skip
+        with _lock:
+            table = _tables.pop(key, None)
+            if table is None:
+                table = _build(rows, num_rows, parts, num_parts, written, threads)
+            _tables[key] = table
+            while len(_tables) > 1 and sum(t.memory.nbytes for t in _tables.values()) > CACHE_BYTES:
+                _tables.popitem(last=False)
+            if _capturing(table.device):  # the capture began with a synchronisation, so that the upload is done
+                _captured[id(table)] = table
+            elif table.ready is not None:
+                stream = torch.cuda.current_stream(table.device)
+                stream.wait_event(table.ready)
+                table.memory.record_stream(stream)
+        return table
 
 
-@dataclasses.dataclass
-class _Segment:
-    """A line of a table; ``widths``: bytes per element of every row."""
-
-    numel: int
-    part: int
-    addresses: list[int]
-    widths: list[int]
-    scales: list[int]
-    shape: list[int]
-
-    def takes(self, other: "_Segment") -> bool:
-        """Become longer by a dense segment that starts where this one ends, in every row."""
-        n = self.numel
-        touches = (
-            other.part == self.part
-            and all(a + n * w == b for a, w, b in zip(self.addresses, self.widths, other.addresses, strict=True))
-            and (not self.scales or n % SCALE_BLOCK == 0)
-            and all(not a or a + n // SCALE_BLOCK * 4 == b for a, b in zip(self.scales, other.scales, strict=True))
-        )
-        if touches:
-            self.numel += other.numel
-        return touches
-
-    def split(self) -> list["_Segment"]:
-        """Cut off a head so that the rest is aligned in every row, where one cut does that for all rows."""
-        heads = {(-address % 16) // width for address, width in zip(self.addresses, self.widths, strict=True)}
-        head = heads.pop()
-        if heads or head == 0 or head >= self.numel:
-            return [self]
-        rest = [address + head * width for address, width in zip(self.addresses, self.widths, strict=True)]
-        return [
-            dataclasses.replace(self, numel=head),
-            dataclasses.replace(self, numel=self.numel - head, addresses=rest),
-        ]
-
-    def line(self, form: Form, blocks: int) -> list[int]:
-        aligned = all(address % 16 == 0 for address in self.addresses)
-        part = [self.part] if form.parts else []
-        return [*self.addresses, self.numel, blocks, int(aligned), *part, *self.scales, *self.shape]
+_lock = threading.Lock()
+_tables: OrderedDict[tuple, Table] = OrderedDict()
+_captured: dict[int, Table] = {}
 
 
-def _upload(pieces: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
-    """The arrays one after the other on the device, each from a 16-byte boundary on, in one copy."""
-    starts = np.cumsum([0, *(piece.size + piece.size % 2 for piece in pieces)]).tolist()
-    host = torch.zeros(max(2, starts[-1]), dtype=torch.int64, pin_memory=device.type == "cuda")
-    for start, piece in zip(starts, pieces, strict=False):
-        host[start : start + piece.size] = torch.from_numpy(piece.reshape(-1))
-    ready = None
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            memory = host.to(device, non_blocking=True)
-            ready = torch.cuda.current_stream(device).record_event()
-    else:
-        memory = host
-    return memory, [memory[s : s + p.size].view(p.shape) for s, p in zip(starts, pieces, strict=False)], ready
+def implement(function: Callable) -> Callable:
+    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on the CPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    ops.implement("gradproj_triton", function.__name__, function, "CPU" if interpreted else "CUDA")
+    return function
 
 
-def small(t: Tensor | None, shape: tuple[int, ...], rows: Rows, name: str) -> Tensor | None:
+def small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> Tensor | None:
     """A small float64 argument as the kernels read it."""
     if t is not None and (
-        t.dtype != torch.float64 or t.device != rows.device or t.shape != shape or not t.is_contiguous()
+        t.dtype != torch.float64 or t.device != table.device or t.shape != shape or not t.is_contiguous()
     ):
         raise RuntimeError(
-            f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {rows.device}, got "
+            f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
             f"{tuple(t.shape)}, {t.dtype}, {t.device}"
         )
     return t
 
 
-def programs_for(device: torch.device) -> int:
-    """A grid that fills the device; fixed for a device, so that sums are."""
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _programs_for(device: torch.device, num_rows: int) -> int:
+    """Programs whose loads, 16 bytes a thread and row, keep ``IN_FLIGHT`` bytes of a multiprocessor on their way; a number of
+    its own for a device, so that sums are in the same order."""
+    if device.type == "cpu":
+        return 4  # interpreted
+    each = IN_FLIGHT // (16 * 32 * WARPS * num_rows)
+    return min(8, max(2, each)) * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
+    try:
+        device = _check(rows, num_rows, parts, num_parts, written)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RuntimeError(str(error)) from error
+    if _capturing(device):
+        raise RuntimeError(
+            "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a CUDA "
+            "graph is captured; run one step with the same buffers before the capture"
+        )
+    found = _columns(rows, num_rows, parts)
+    most = max(1, min(_programs_for(device, num_rows), MAX_PROGRAMS // max(1, len(found))))
+    kinds, arrays = [], []
+    for (here, torch_dtypes, ndim), columns in found.items():
+        dtypes = tuple(_TYPES[d] for d in torch_dtypes)
+        widths = np.array([d.itemsize for d in torch_dtypes])
+        compute = tl.float64 if torch.float64 in torch_dtypes else tl.float32
+        form = Form(ndim, compute, threads, threads * 16 // int(widths.min()))
+        part, segments = _segments(np.array(columns, dtype=np.int64), form, widths)
+        kinds.append((here, dtypes, form))
+        arrays += [segments, _programs(part, segments, most, max(1, num_parts))]
+
+    # Slots ascend by part, then by launch: those of a part are neighbours.
+    part_of_slot = np.concatenate([np.zeros(0, dtype=np.int64), *(programs[:-1, 2] for programs in arrays[1::2])])
+    slots = np.argsort(np.argsort(part_of_slot, kind="stable"))
+    for programs in arrays[1::2]:
+        programs[:-1, 3], slots = slots[: len(programs) - 1], slots[len(programs) - 1 :]
+    bounds = np.searchsorted(np.sort(part_of_slot), np.arange(max(1, num_parts) + 1))
+    memory, views, ready = _upload([bounds, *arrays], device)
+    launches = [Launch(*kind, *views[1 + 2 * k : 3 + 2 * k]) for k, kind in enumerate(kinds)]
+    return Table(num_rows, num_parts, device, launches, views[0], len(part_of_slot), memory, ready)
+
+
+def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> torch.device:
+    """The device of all buffers."""
+    count = len(rows) // num_rows
+    if len(rows) != count * num_rows:
+        raise ValueError("gradproj: rows of different length")
+    if bool(num_parts) != bool(parts) or len(parts) not in (0, count):
+        raise ValueError("gradproj: parts: one number per buffer, and num_parts")
+    if any(not 0 <= part < num_parts for part in parts):
+        raise ValueError("gradproj: parts: a number is not below the number of parts")
+    lists = [rows[r * count : (r + 1) * count] for r in range(num_rows)]
+    validate.check("gradproj", lists, [f"row {r}: buffer" for r in range(num_rows)], range(count), written, "triton")
+    devices = {t.device for t in rows if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"gradproj: buffers on {len(devices)} devices")
+    return devices.pop()
+
+
+def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
+    """By rows that are there, their dtypes and dimensions (0 if dense): of every column the part, then what a segment has from
+    its numel on. Ascending by part, without columns that are empty."""
+    found: dict[tuple, list[list[int]]] = {}
+    count = len(rows) // num_rows
+    for i in sorted(range(count), key=parts.__getitem__) if parts else range(count):
+        column = {r: t for r, t in enumerate(rows[i::count]) if t is not None}
+        tensors = list(column.values())
+        if not tensors or not tensors[0].numel():
+            continue
+        sizes, strides = coalesce(tensors)
+        dense = len(sizes) == 1 and all(s == [1] for s in strides)
+        if dense:
+            sizes, strides = [], [[]] * len(tensors)
+        entry = [parts[i] if parts else 0, tensors[0].numel(), 0, *sizes]
+        for t, s in zip(tensors, strides, strict=True):
+            entry += [t.data_ptr(), *s]
+        found.setdefault((tuple(column), tuple(t.dtype for t in tensors), len(sizes)), []).append(entry)
+    return found
+
+
+def _segments(columns: np.ndarray, form: Form, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Part of every segment, and the segments as a launch has them."""
+    if form.ndim == 0:
+        columns = _cut(_merge(columns, widths), widths)
+    part, segments = columns[:, 0].copy(), np.append(columns, np.zeros_like(columns[:1]), axis=0)
+    segments[0, 0], segments[1:, 0] = 0, np.cumsum(-(-columns[:, 1] // form.chunk))
+    segments[:-1, 2] = (columns[:, 3 + form.ndim :: 1 + form.ndim] % 16 == 0).all(axis=1)
+    return part, segments
+
+
+def _merge(columns: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Neighbours that touch in memory in every row, within a part, become one."""
+    part, numel, address = columns[:, 0], columns[:, 1], columns[:, 3:]
+    touches = (address[:-1] + numel[:-1, None] * widths == address[1:]).all(axis=1) & (part[:-1] == part[1:])
+    first = np.flatnonzero(np.append(True, ~touches))
+    merged = columns[first]
+    merged[:, 1] = np.add.reduceat(numel, first)
+    return merged
+
+
+def _cut(columns: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """A head is cut off so that the rest is aligned in every row, where one cut does that for all rows."""
+    heads = -columns[:, 3:] % 16 // widths
+    head = heads[:, 0]
+    cut = (heads == head[:, None]).all(axis=1) & (head > 0) & (head < columns[:, 1])
+    of = np.repeat(np.arange(len(columns)), 1 + cut)
+    rest = np.append(False, of[1:] == of[:-1])
+    result, head = columns[of], np.where(cut, head, columns[:, 1])[of]
+    result[:, 1] = np.where(rest, result[:, 1] - head, head)
+    result[:, 3:] += np.where(rest, head, 0)[:, None] * widths
+    return result
+
+
+def _programs(part: np.ndarray, segments: np.ndarray, most: int, num_parts: int) -> np.ndarray:
+    """Programs with as many chunks each, but for the last one of a part; about ``most``."""
+    starts = segments[:, 0]
+    each = -(-starts[-1] // most)
+    of_part = starts[np.searchsorted(part, np.arange(num_parts + 1))]
+    first = np.concatenate([np.arange(a, b, each) for a, b in pairwise(of_part)])
+    programs = np.zeros((len(first) + 1, 4), dtype=np.int64)
+    programs[:, 0] = np.append(first, starts[-1])
+    programs[:, 1] = np.searchsorted(starts, programs[:, 0], side="right") - 1
+    programs[:-1, 2] = part[programs[:-1, 1]]
+    return programs
+
+
+def _upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
+    """The arrays one after the other on the device, each from a 16-byte boundary on, in one copy."""
+    starts = np.cumsum([0, *(a.size + a.size % 2 for a in arrays)])
+    flat = np.zeros(starts[-1], dtype=np.int64)
+    for start, a in zip(starts, arrays, strict=False):
+        flat[start : start + a.size] = a.ravel()
+    memory, ready = torch.from_numpy(flat), None
     if device.type == "cuda":
-        return 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # interpreted
-
-
-def float8_type(device: torch.device) -> tl.dtype:
-    """How kernels load e4m3fn codes: as such where the target converts them, else as bytes."""
-    has_type = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    return tl.float8e4nv if has_type else tl.uint8
+        with torch.cuda.device(device):
+            memory = memory.pin_memory().to(device, non_blocking=True)
+            ready = torch.cuda.current_stream(device).record_event()
+    return memory, [memory[s : s + a.size].view(a.shape) for s, a in zip(starts, arrays, strict=False)], ready
 
 
 def coalesce(tensors: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:

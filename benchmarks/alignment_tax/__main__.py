@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="table, figure, page (default: results/alignment_tax, for --quick DIR/quick)"
     )
+    parser.add_argument("--page", action="store_true", help="no runs: only the page of those in --out, into --work")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be >= 1, got {options.seeds}")
@@ -44,6 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
     workers = options.workers or (1 if device == "cuda" else os.cpu_count() or 1)
     out = options.out or (BENCHMARKS / "results" if options.scale == "cpu" else options.work) / "alignment_tax"
 
+    if options.page:
+        path = options.work / "index.html"
+        try:
+            report.write_page(out / "runs.json", path)
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        print(f"page: {path}")
+        return
     begin = time.perf_counter()
     plan = runs.Plan(options.scale, device, options.work)
     todo = [runs.Run(o, c, s) for s in range(options.seeds) for c in CURES for o in OBJECTIVES]

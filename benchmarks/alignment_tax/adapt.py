@@ -42,9 +42,7 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
     lr = {"dpo": settings.lr_dpo, "sft": settings.lr_sft}[objective]
     optimizer = gradproj.ProjectedOptimizer(
         torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
-        method=cure.method or "conflict",
-        directions=cure.directions,
-        space=cure.space,
+        gradproj.Directions(cure.directions, cure.method or "conflict", space=cure.space),
     )
 
     def capability_loss() -> Tensor:
@@ -72,7 +70,7 @@ def align(base: TinyLM, objective: str, cure: Cure, seed: int, settings: Setting
         value.backward()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    held = _bytes(model) * (len(optimizer.projector) + (cure.space == "update"))
+    held = _bytes(model) * (len(optimizer.protection) + (cure.space == "update"))
     held += _bytes(base) if objective == "dpo" or cure.kl else 0
     return model, Cost(1e3 * sum(times) / len(times), backwards, held)
 

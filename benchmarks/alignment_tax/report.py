@@ -1,4 +1,4 @@
-"""Finished runs -> runs.json, table.md, figure.png, index.html, and three sentences."""
+"""Finished runs -> runs.json, table.md, figure.png, a page, and three sentences."""
 
 import dataclasses
 import json
@@ -107,7 +107,7 @@ def write(base: dict[str, Any], finished: list[dict[str, Any]], plan: Plan, out:
         "base": base,
         "runs": finished,
     }
-    (out / "runs.json").write_text(json.dumps(everything, indent=1, allow_nan=False))
+    (out / "runs.json").write_text(_compact(everything))
     text = table(base, of)
     seeds = len(of[0].values["loss"])
     (out / "table.md").write_text(
@@ -115,8 +115,34 @@ def write(base: dict[str, Any], finished: list[dict[str, Any]], plan: Plan, out:
         f"Made by {header}.\n\n{text}\n\n" + "\n".join(f"- {s}" for s in found) + "\n"
     )
     figure.draw(base, of, out / "figure.png")
-    page.write(base, of, made, found, out / "index.html")
-    return f"{text}\n\n" + "\n".join(found) + f"\n\npage: {out / 'index.html'}   ({seconds:.0f} s)"
+    page.write(base, of, made, found, plan.store.folder / "index.html")
+    return f"{text}\n\n" + "\n".join(found) + f"\n\npage: {plan.store.folder / 'index.html'}   ({seconds:.0f} s)"
+
+
+def write_page(source: Path, path: Path) -> None:
+    """The page of runs that were made before: from a ``runs.json``.
+
+    Raises:
+        ValueError: there is none, or of another version.
+    """
+    if not source.exists():
+        raise ValueError(f"{source} does not exist: make it with `make tax`")
+    everything = json.loads(source.read_text())
+    if everything.get("version") != VERSION:
+        raise ValueError(f"{source} is of version {everything.get('version')}, not {VERSION}: make it again with `make tax`")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.write(everything["base"], points(everything["runs"]), everything["made"], everything["found"], path)
+
+
+def _compact(everything: dict[str, Any]) -> str:
+    """JSON with a line for each run."""
+
+    def dump(value) -> str:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+    fields = [f"{dump(k)}:{dump(v)}" for k, v in everything.items() if k != "runs"]
+    runs = ",\n".join(map(dump, everything["runs"]))
+    return "{" + ",\n".join([*fields, f'"runs":[\n{runs}\n]']) + "}\n"
 
 
 def _command() -> str:

@@ -88,7 +88,7 @@ class Cure(NamedTuple):
         strength: what the sweep turns, in words.
         kl, gamma: weights of the KL penalty and of the pre-training loss.
         alpha: share of the tuned weights, from the finished run without a cure of the same seed.
-        method, directions, space: of ProjectedOptimizer; None is the plain optimizer.
+        method, directions, space: of gradproj.Directions; None is the plain optimizer.
         every: steps between capability batches.
         fill: directions made before the first step.
     """

@@ -1,20 +1,21 @@
-"""Gradient projection at the speed of memory, on any sharding, without ever building a flat gradient."""
+"""Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat gradient."""
 
-from gradproj import float8, reference, tax
+from gradproj import reference, tax
 from gradproj.backends import backends, use_backend
 from gradproj.diagnostics import log_to
+from gradproj.directions import Directions
 from gradproj.functional import Projection, combine_, gram, orthogonal_gradient_projection, project_
 from gradproj.optim import ProjectedOptimizer, attach
-from gradproj.projector import Projector
+from gradproj.sharding import Sharding
 
 __all__ = [
+    "Directions",
     "ProjectedOptimizer",
     "Projection",
-    "Projector",
+    "Sharding",
     "attach",
     "backends",
     "combine_",
-    "float8",
     "gram",
     "log_to",
     "orthogonal_gradient_projection",

@@ -75,7 +75,7 @@ def _triton() -> Backend:
     elif not torch.cuda.is_available():
         reason = "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
     if not reason:
-        importlib.import_module("gradproj.triton_kernels.ops")
+        importlib.import_module("gradproj.triton_kernels")
     return Backend("triton", "gradproj_triton", device_types, reason)
 
 

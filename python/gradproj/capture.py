@@ -10,31 +10,76 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradproj import distributed
-from gradproj.directions import Direction
+from gradproj.dtensors import summed as summed_partial
+
+Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
+
+
+DEEPSPEED = (
+    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; shard with "
+    "fully_shard (FSDP2) and pass a torch optimizer"
+)
+
+
+class Captured:
+    """What a block made. ``gradients`` is filled when it ends."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.gradients: Direction = {}
+        self._parameters = parameters
+        self._reached = False
+        first = next((p for p in parameters if p.requires_grad), None)
+        self._watch = first.register_post_accumulate_grad_hook(self._reach) if first is not None else None
+
+    def _reach(self, _) -> None:
+        self._reached = True
+
+    def end(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+
+    def why_empty(self) -> str:
+        """Why no parameter has a gradient, in words."""
+        count = len(self._parameters)
+        if self._reached:
+            return "the gradients that backward() made were dropped inside the block (zero_grad()?); leave them there"
+        if "deepspeed" in sys.modules and all(p.dim() == 1 for p in self._parameters):  # its flat copies
+            return DEEPSPEED
+        if self._watch is None:
+            return (
+                f"none of the optimizer's {count} parameters requires a gradient: they were frozen after the optimizer was made, "
+                f"or it was made from another model"
+            )
+        return (
+            f"none of the optimizer's {count} parameters received a gradient: call loss.backward() inside the block, on the "
+            f"model whose parameters these are (adapters added after the optimizer was made, and copies, are others)"
+        )
 
 
 @contextlib.contextmanager
-def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Direction]:
-    """The gradients that backward passes inside the block make; the dictionary is filled when the block ends.
+def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
+    """The gradients that backward passes inside the block make.
 
     ``p.grad`` is None when the block begins and what it was before when it has ended, also after an exception, which leaves
-    the dictionary empty.
+    the result empty.
 
     Args:
         parameters: gives the parameters; asked again at the end, since the block may replace some.
     Raises:
-        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass.
+        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; or it is DeepSpeed's.
         NotImplementedError: a gradient is sparse.
     """
     owners = parameters()
+    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
+        raise RuntimeError(f"protect(): {DEEPSPEED}")
     watches = _watch(owners)
     aside = [_Aside(p) for p in owners]
-    taken: Direction = {}
+    taken = Captured(owners)
     try:
         yield taken
-        taken.update((p, _take(p, i)) for i, p in enumerate(parameters()) if p.grad is not None)
+        taken.gradients = {p: _take(p, i) for i, p in enumerate(parameters()) if p.grad is not None}
     finally:
+        taken.end()
         for watch in watches:
             watch.remove()
         for p in parameters():
@@ -66,8 +111,8 @@ def _take(p: Tensor, index: int) -> Tensor:
             f"protect(): the gradient of parameter {index} with shape {tuple(p.shape)} has layout {grad.layout}; a "
             f"projection takes dense ones: build the layer without sparse=True"
         )
-    settled = distributed.settled(grad)
-    return grad.clone() if settled is grad and (kept or _shares_storage(grad)) else settled
+    summed = summed_partial(grad)
+    return grad.clone() if summed is grad and (kept or _shares_storage(grad)) else summed
 
 
 def _shares_storage(grad: Tensor) -> bool:

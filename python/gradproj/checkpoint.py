@@ -1,4 +1,4 @@
-"""Protected directions inside an optimizer's ``state_dict()``.
+"""Directions inside an optimizer's ``state_dict()``.
 
 Direction k (oldest first) of parameter i is ``state_dict["state"][i]["protected_k"]``, beside ``exp_avg`` and the like, so that
 whatever maps, shards or reshards optimizer state does the same with it.
@@ -8,29 +8,83 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 _PREFIX = "protected_"
 
 
 def insert(state_dict: dict[str, Any], rows: Sequence[Sequence[Tensor | None]]) -> dict[str, Any]:
     """``state_dict`` with ``rows``: K lists, oldest first, with one tensor or None per parameter. Shares the tensors."""
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     state = dict(state_dict["state"])
-    for i, column in zip(ids, zip(*rows, strict=True), strict=True):
-        entries = {f"{_PREFIX}{k}": t for k, t in enumerate(column) if t is not None}
-        if entries:
-            state[i] = {**state.get(i, {}), **entries}
+    for k, row in enumerate(rows):
+        for i, t in zip(_ids(state_dict), row, strict=True):
+            if t is not None:
+                state[i] = {**state.get(i, {}), f"{_PREFIX}{k}": t}
     return {**state_dict, "state": state}
 
 
-def extract(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[int, Tensor]]]:
-    """``state_dict`` as the wrapped optimizer knows it, and per parameter id the tensors by number of their direction."""
-    state, found = {}, {}
+def without_directions(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` as the inner optimizer knows it."""
+    state = {}
     for i, entries in state_dict["state"].items():
-        mine = [name for name in entries if str(name).startswith(_PREFIX)] if isinstance(entries, dict) else []
-        found[i] = {int(name.removeprefix(_PREFIX)): entries[name] for name in mine}
-        rest = {name: value for name, value in entries.items() if name not in mine} if mine else entries
-        if rest or not mine:  # an optimizer that finds an empty state may take it for one that it has set up
+        rest = _others(entries)
+        if rest is entries or rest:  # an optimizer that finds an empty state may take it for one that it has set up
             state[i] = rest
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    return {**state_dict, "state": state}, {i: found[i] for i in ids if found.get(i)}
+    return {**state_dict, "state": state}
+
+
+def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
+    """What :func:`insert` put in, oldest first: parameter -> tensor on the parameter's device.
+
+    Direction k is entry k, also where others of these parameters have none.
+
+    Raises:
+        ValueError: not one entry per parameter, or a shape that is not its parameter's.
+    """
+    ids = _ids(state_dict)
+    if len(ids) != len(parameters):
+        raise ValueError(f"load_state_dict: {len(ids)} parameters, but the optimizer has {len(parameters)}")
+    found: dict[int, dict[Tensor, Tensor]] = {}
+    for i, p in zip(ids, parameters, strict=True):
+        entries = state_dict["state"].get(i)
+        for name in filter(_is_direction, entries if isinstance(entries, dict) else ()):
+            t, k = entries[name], int(name.removeprefix(_PREFIX))
+            shape = (*p.shape, 2) if p.is_complex() else p.shape  # of a complex gradient, its real view
+            if t.shape != shape:
+                raise ValueError(
+                    f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter has "
+                    f"shape {tuple(p.shape)}"
+                )
+            found.setdefault(k, {})[p] = t.to(p.device)
+    return [found.get(k, {}) for k in range(max(found, default=-1) + 1)]
+
+
+def live(optimizer: Optimizer) -> dict[str, Any]:
+    """A ``state_dict()`` with the directions that an optimizer keeps as its own, because it loaded them before they had an owner."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: optimizer.state[p] for i, p in enumerate(parameters) if p in optimizer.state}
+    return {"state": state, "param_groups": [{"params": range(len(parameters))}]}
+
+
+def remove_from(optimizer: Optimizer) -> None:
+    """Make it forget them."""
+    for p, entries in list(optimizer.state.items()):
+        rest = _others(entries)
+        if rest is not entries:
+            optimizer.state[p] = rest
+            if not rest:  # an optimizer may take an empty state for one that it has set up
+                del optimizer.state[p]
+
+
+def _ids(state_dict: dict[str, Any]) -> list[Any]:
+    return [i for group in state_dict["param_groups"] for i in group["params"]]
+
+
+def _is_direction(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdigit()
+
+
+def _others(entries: Any) -> Any:
+    if not isinstance(entries, dict) or not any(map(_is_direction, entries)):
+        return entries
+    return {name: value for name, value in entries.items() if not _is_direction(name)}

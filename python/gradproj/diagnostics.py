@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gradproj.functional import Projection
-from gradproj.optim import ProjectedOptimizer
-from gradproj.projector import Projector
+from gradproj.optim import Protected
+from gradproj.protection import Protection
 
 Sink = Callable[[dict[str, float], int], Any]
 
@@ -35,11 +35,11 @@ def scalars(projection: Projection) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
-def log_to(opt: ProjectedOptimizer | Projector, sink: Sink | Any, every: int = 1, start: int = 0) -> Callable[[], None]:
+def log_to(opt: Protected | Protection, sink: Sink | Any, every: int = 1, start: int = 0) -> Callable[[], None]:
     """Report what the projections do, every ``every`` steps; nothing is read from the device in the others.
 
     Args:
-        opt: a :class:`gradproj.ProjectedOptimizer`, or what :func:`gradproj.attach` returned.
+        opt: a :class:`gradproj.ProjectedOptimizer`, what :func:`gradproj.attach` returned, or the protection itself.
         sink: called with a dictionary of floats (see :func:`scalars`) and the number of the step; or an object with
             ``add_scalar(name, value, step)``, such as TensorBoard's SummaryWriter, which gets each as ``gradproj/<name>``.
         every: one synchronisation in so many steps; steps without a projection report nothing.
@@ -49,8 +49,8 @@ def log_to(opt: ProjectedOptimizer | Projector, sink: Sink | Any, every: int = 1
     Raises:
         TypeError, ValueError: ``opt``, ``sink`` or ``every`` is not one of these.
     """
-    projector = getattr(opt, "projector", opt)
-    if not isinstance(projector, Projector):
+    protection = opt.protection if isinstance(opt, Protected) else opt
+    if not isinstance(protection, Protection):
         raise TypeError(
             f"log_to: pass a ProjectedOptimizer or what attach() returned, got {type(opt).__name__}; of a wrapper around the "
             f"optimizer, pass what it wraps"
@@ -68,7 +68,7 @@ def log_to(opt: ProjectedOptimizer | Projector, sink: Sink | Any, every: int = 1
         if projection is not None and step % every == 0:
             report(scalars(projection), step)
 
-    return projector.observe(observer)
+    return protection.observe(observer)
 
 
 def _scalar_writer(writer) -> Sink:

@@ -1,287 +1,430 @@
-"""The store of protected directions and what is known about them."""
+"""Directions: K gradients of the capability loss, over all parameters as one vector, that a step leaves alone."""
 
+import operator
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradproj import distributed, float8, functional, offload
-from gradproj.distributed import Share, Spread
-from gradproj.float8 import Float8Row
+from gradproj import checkpoint, functional, methods, sharding
+from gradproj.capture import Direction
+from gradproj.functional import Projection, Row
+from gradproj.kept_gram import KeptGram
+from gradproj.protection import Closure, Protection
 
 MOST = 64  # what the kernels take in one pass
-STORE_DTYPES = (None, torch.bfloat16, torch.float16, float8.DTYPE)
-
-Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
-_Stored = dict[Any, Any]  # parameter -> tensor, or the Float8Row of one buffer
+DTYPES = (None, torch.bfloat16, torch.float16)
 
 
-class _Known(NamedTuple):
-    """This rank's share of the Gram of the directions ``serials`` over the columns ``key``; None: asked for, not known yet."""
+class Directions(Protection):
+    """The ``count`` newest gradients of ``protect()`` blocks; before each step the gradient is projected against them.
 
-    serials: tuple[int, ...]
-    key: tuple
-    gram: Tensor | None
+    A direction that is not finite is dropped with a RuntimeWarning: on the CPU before the step uses the others, elsewhere at
+    the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device leaves the
+    gradients untouched.
 
-
-class Directions:
-    """The ``capacity`` newest directions, oldest first; a further one replaces the oldest.
+    Under a ``GradScaler`` nothing needs to be unscaled for ``"orthogonal"`` and ``"conflict"`` with ``eps=0``, which do not
+    depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is divided by.
 
     Args:
-        capacity: 1 to 64.
-        dtype: None keeps gradients as they are made, without a copy. bfloat16 or float16 take 2 bytes an element (float16
-            overflows at 65504 and loses digits below 6e-5), float8_e4m3fn takes 1 and 4 more per 512, see
-            :mod:`gradproj.float8`. A projection is exact with respect to what is stored.
-        device: None keeps them beside the gradients. ``"cpu"`` keeps them in pinned host memory; see :mod:`gradproj.offload`.
-        average: None, or beta in (0, 1): a single direction, which becomes beta d + (1 - beta) new. The first is taken as it
-            is, so nothing is biased towards zero. With a 16-bit or float8 dtype every average is rounded to it, so that
-            changes smaller than its spacing are lost: 1 - beta should be well above 2^-8 (bfloat16), 2^-11, 2^-4 (float8).
+        count: how many directions to keep, 1 to 64 (63 in update space, where the update is a row of its own); each further
+            ``protect()`` block replaces the oldest.
+        method: ``"orthogonal"``, ``"conflict"``, ``"pcgrad"``, ``("mix", gamma)``, or a callable Gram -> weights; see
+            :func:`gradproj.project_`.
+        eps: added to every <d, d>; 0 is scale-free.
+        per: ``"model"`` projects all parameters as one vector; ``"group"`` those of each parameter group, ``"tensor"`` each
+            parameter by itself, in the same passes: the tensors in ``last`` then have a leading dimension.
+        space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
+            parameters, momentum and weight decay included. That takes one copy of the parameters that have gradients (with a
+            closure: of all that require them), N bytes more, kept from step to step.
+        dtype: None keeps gradients as they are made, without a copy. bfloat16 or float16 halve the memory of float32
+            directions (float16 overflows at 65504 and loses digits below 6e-5). A projection is exact with respect to what
+            is stored. Complex gradients are kept as their real view in either case.
     Raises:
-        ValueError: any of them out of range.
+        ValueError, TypeError: a setting that is not one of these.
+
+    Example::
+
+        opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5), gradproj.Directions(8, "conflict"))
+        with opt.protect():
+            capability_loss(model, anchor).backward()
+        safety_loss(model, batch).backward()
+        opt.step()
+        opt.zero_grad()
     """
 
     def __init__(
         self,
-        capacity: int,
+        count: int = 1,
+        method: methods.Method = "orthogonal",
+        *,
+        eps: float = 0.0,
+        per: Literal["model", "group", "tensor"] = "model",
+        space: Literal["gradient", "update"] = "gradient",
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        average: float | None = None,
     ):
-        if capacity < 1:
-            raise ValueError(f"directions must be >= 1, got {capacity}")
-        if capacity > MOST:
+        super().__init__()
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"Directions: count must be an int, got {count!r}")
+        if per not in ("model", "group", "tensor"):
+            raise ValueError(f'Directions: per must be "model", "group" or "tensor", got {per!r}')
+        if space not in ("gradient", "update"):
+            raise ValueError(f'Directions: space must be "gradient" or "update", got {space!r}')
+        most = MOST - (space == "update")
+        if not 1 <= count <= most:
             raise ValueError(
-                f"directions={capacity}, but a projection takes up to {MOST}: add up several losses in one protect() block, or "
-                f"keep an average of all of them (average=0.9)"
+                f"Directions: count must be 1 to {most}, got {count}; to protect more losses, add several up in one protect() block"
             )
-        if dtype not in STORE_DTYPES:
-            raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_DTYPES))}, got {dtype}")
-        if device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f'store_device must be None (beside the gradients) or "cpu", got {device!r}')
-        if average is not None and not 0.0 < average < 1.0:
-            raise ValueError(f"average must be between 0 and 1, got {average}")
-        if average is not None and capacity != 1:
-            raise ValueError(f"average= keeps a single direction: pass directions=1, got {capacity}")
-        self._stored: deque[_Stored] = deque(maxlen=capacity)
-        self._serials: deque[int] = deque(maxlen=capacity)  # which add() made each: no two have the same
-        self._known: _Known | None = None
-        self._dtype, self._device, self._average = dtype, device, average
-        self._refused: _Refused | None = None
+        if dtype not in DTYPES:
+            raise ValueError(f"Directions: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        self._rule = methods.parse(method, eps)
+        self.count, self.method, self.eps, self.per, self.space, self.dtype = count, method, eps, per, space, dtype
+        self._rows: deque[Direction] = deque(maxlen=count)
+        self._lists: list[Row] | None = None  # the same in the order of _owners, made when needed
+        self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
+        self._loaded: list[Direction] = []  # what came from checkpoints since the last protect() block
+        self._gram_dd = KeptGram()
+        self._lengths: _OnHost | None = None  # of the last projection's directions
+        self._projected: _Projected | None = None  # by project(), or for the first of several optimizers
+        self._step_began: tuple[weakref.ref[Tensor], int] | None = None  # a gradient, its version after the projection
+        self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
+        self._stepping = False  # _before is to be compared with the parameters
 
     def __len__(self) -> int:
-        return len(self._stored)
+        """How many directions are protected now."""
+        return len(self._rows)
 
-    @property
-    def capacity(self) -> int | None:
-        """How many directions can be added before one is forgotten; None if none ever is."""
-        return self._stored.maxlen if self._average is None else None
-
-    def add(self, taken: Direction) -> None:
-        """Keep ``taken`` as the newest direction, or average it in. Its tensors are not copied; where they are converted or
-        moved, ``taken`` is emptied on the way, so that one of them at a time exists twice.
-
-        Raises:
-            NotImplementedError: a DTensor, where it would have to be converted or moved.
-        """
-        if self._average is not None and self._stored:
-            self._average_in(taken)
-        self.restore(taken)
-
-    def restore(self, direction: Direction) -> None:
-        """Like :meth:`add`, but never averages: for directions that :meth:`tensors` gave."""
-        if self._dtype is not None or self._device is not None:
-            direction = self._packed(direction)
-        self._stored.append(direction)
-        self._serials.append(self._serials[-1] + 1 if self._serials else 0)
+    def __repr__(self) -> str:
+        return f"Directions({len(self)} of {self.count}, {self.method!r}, per={self.per!r}, space={self.space!r})"
 
     def clear(self) -> None:
-        self._stored.clear()
-        self._serials.clear()
-        self._known = None
+        self._keep(())
+        self._owners, self._loaded, self._lengths = [], [], None
+        self._before, self._stepping = {}, False
+        self._forget_projected()
 
-    def drop(self, which: Collection[int]) -> None:
-        """Forget the directions numbered ``which``, 0 being the oldest."""
-        kept = [k for k in range(len(self)) if k not in which]
-        self._stored = deque((self._stored[k] for k in kept), self._stored.maxlen)
-        self._serials = deque((self._serials[k] for k in kept), self._serials.maxlen)
-        self._known = None
-
-    def move(self, successors: Mapping[Tensor, Tensor]) -> None:
-        """Parameters were replaced: what belonged to a key now belongs to its value."""
-        self._stored = deque(
-            ({successors.get(p, p): t for p, t in direction.items()} for direction in self._stored), self._stored.maxlen
-        )
-        self._known = None
-
-    def rows(self, parameters: Sequence[Tensor]) -> list[functional.Row]:
-        """Per direction, oldest first, a row with an entry for each of ``parameters``.
+    def rows(self) -> list[list[Tensor | None]]:
+        """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
 
         Raises:
-            RuntimeError: a direction belongs to none of ``parameters``.
+            RuntimeError: parameters were replaced, and it is not clear by which.
         """
-        for direction in self._stored:
-            if direction and not any(p in direction for p in parameters):
-                raise RuntimeError(
-                    "a protected direction belongs to none of the optimizer's parameters: they were replaced after "
-                    "protect(); call unprotect() and protect() again"
-                )
-        return [self._row(direction, parameters) for direction in self._stored]
+        return [[*row] for row in self._in_order_of(self.parameters())]
 
-    def tensors(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """The same with the exact values as tensors, float32 where they are stored in float8. Waits for the device."""
-        self._wait()
-        rows = []
-        for direction in self._stored:
-            row = [direction.get(p) for p in parameters]
-            rows.append([_exact(t, p) for t, p in zip(row, parameters, strict=True)])
-        return rows
+    def _add(self, taken: Direction) -> None:
+        self._drop_non_finite()
+        parameters = self.parameters()
+        self._follow(parameters)
+        self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
+        self._gram_dd.added()
+        self._owners, self._lists, self._loaded = parameters, None, []
+        if self._projected is not None:
+            self._projected.outdated = True
 
-    def share(
-        self,
-        grads: Sequence[Tensor | None],
-        parameters: Sequence[Tensor],
-        spread: Spread,
-        parts: Sequence[int] | None = None,
-    ) -> Share | None:
-        """[K, K] this rank's share of the directions' Gram where there is a gradient; [P, K, K] with ``parts``.
+    def _as_kept(self, t: Tensor) -> Tensor:
+        if t.is_complex():
+            t = torch.view_as_real(t.resolve_conj())
+        return t if self.dtype is None else t.to(self.dtype)
 
-        It is kept, cut when a direction is evicted, and extended by a row when one is added, so that a step computes K + 1
-        products instead of (K + 1)(K + 2) / 2. None if it would take a walk over host memory of its own: the projection
-        then computes all products in its walk, and :meth:`keep` gets them.
-        """
-        columns = [None if g is None else p for g, p in zip(grads, parameters, strict=True)]
-        # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
-        key = (spread, *map(id, columns), *(parts or ()))
-        serials = tuple(self._serials)
-        products, kept = None, 0
-        known = self._known
-        if known is not None and known.gram is not None and known.key == key and serials[0] in known.serials:
-            start = known.serials.index(serials[0])
-            products = known.gram[..., start:, start:].contiguous()
-            kept = products.shape[-1]
-        if kept < len(serials) and self._device is not None:
-            products = None
-        else:
-            rows = [self._row(direction, columns) for direction in self._stored]
-            settings = {"parts": parts, "like": grads, **spread._asdict()}
-            if products is None:
-                products, kept = functional.share(*rows, **settings).gram, len(rows)
-            for r in range(kept, len(rows)):
-                # The new one goes last.
-                extended = functional.share(rows[r], *rows[:r], known=Share(products), **settings).gram
-                products = extended.roll((-1, -1), (-2, -1))
-        self._known = _Known(serials, key, products)
-        return None if products is None else Share(products)
+    # --- the step -------------------------------------------------------------------------------------------------------
 
-    def keep(self, products: Tensor) -> None:
-        """The directions' Gram as a projection computed it, where :meth:`gram` was asked and did not know it."""
-        if self._known is not None and self._known.gram is None:
-            self._known = self._known._replace(gram=products)
+    def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
+        self._check_step()
+        if self.space == "update":
+            if self._rows:
+                self._drop_non_finite()
+                self._copy_parameters(closure is not None, begins)
+            return None if closure is None else self._guarded(closure)
+        if closure is not None:
+            return self._guarded(closure, then=lambda: self.before_step(None))
+        # Not in a function of its own: from opt.step() to the op there are six frames.
+        parameters = self.parameters()
+        grads = [p.grad for p in parameters]
+        if self._rows and not self._is_projected(parameters, grads):
+            for call in self._calls(parameters, grads):
+                self.last = functional.project_rows(*call)
+            self._remember(parameters, grads, watch=len(self._optimizers) > 1)
+        return None
 
-    def _row(self, direction: _Stored, parameters: Iterable[Tensor | None]) -> functional.Row:
-        row: functional.Row
-        if self._dtype == float8.DTYPE:
-            entries = [direction.get(p, _ABSENT) for p in parameters]
-            row = Float8Row([e.codes[0] for e in entries], [e.scales[0] for e in entries])
-        else:
-            row = [direction.get(p) for p in parameters]
-        return row if self._device is None else offload.HostRow(row)
+    def after_step(self) -> None:
+        self._forget_projected()
+        if self._stepping:
+            self._stepping = False
+            self._project_update()
+        for observer in self._observers:
+            observer(self.last if self._rows else None)
 
-    def _packed(self, taken: Direction) -> _Stored:
-        for p, t in taken.items():
-            if self._device is not None and hasattr(t, "device_mesh"):
-                raise NotImplementedError(
-                    f"protect(): the gradient of a parameter with shape {tuple(p.shape)} is a DTensor, which store_device= does "
-                    f"not take; store_dtype=torch.float8_e4m3fn takes a quarter of its memory"
-                )
-        stored: _Stored = {}
-        while taken:
-            p, t = taken.popitem()
-            if self._dtype == float8.DTYPE:
-                stored[p] = float8.quantize(distributed.local([t]))  # of a DTensor this rank's shard
-            else:
-                t = t if self._dtype is None else float8.real(t).to(self._dtype)
-                stored[p] = t
-            if self._device is not None:
-                stored[p] = _to_host(stored[p])
-        return stored
+    def project(self) -> Projection | None:
+        if self.space == "update":
+            super().project()
+        self._ranks_agree.check(self.parameters())
+        if not self._rows:
+            return None
+        parameters = self.parameters()
+        grads = [p.grad for p in parameters]
+        for call in self._calls(parameters, grads):
+            self.last = functional.project_rows(*call)
+        self._remember(parameters, grads, watch=True)
+        return self.last
 
-    def _average_in(self, taken: Direction) -> None:
-        """taken <- beta d + (1 - beta) taken, where a missing gradient counts as zeros.
+    def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
+        """What a projection takes; and again, if it has found directions that are not finite, for which it writes nothing."""
+        self._drop_non_finite()
+        grads = _real_views(grads)
+        while self._rows:
+            rows, part = self._in_order_of(parameters), self._parts(parameters)
+            gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
+            yield grads, rows, self._rule, self.sharding, gram_dd, *part
+            assert self.last is not None
+            lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
+            self._lengths = _OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
+            if not _reads_for_free(lengths) or not self._drop_non_finite():
+                break
 
-        What is not finite is left out, decided on the device.
-        """
-        (stored,) = self._stored
-        taken.update((p, torch.zeros_like(p, requires_grad=False)) for p in stored if p not in taken)
-        parameters, new = [*taken], [*taken.values()]
-        old = self._row(stored, parameters)
-        finite = functional.gram(new, old).diagonal().isfinite()
-        beta = float(self._average or 0.0)
-        both, only_new, only_old = torch.tensor(
-            [[1 - beta, beta], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64, device=finite.device
-        )
-        weights = torch.where(finite[0], torch.where(finite[1], both, only_new), only_old)
-        functional.combine_(new, [old], weights)
-        self._report()
-        self._refused = _Refused(finite)
-        if finite.device.type == "cpu":
-            self._report()
+    # --- gradients that are projected already ---------------------------------------------------------------------------
 
-    def _report(self) -> None:
-        """Warn of a new gradient that was left out of the average, once that is known."""
-        refused, self._refused = self._refused, None
-        if refused is not None and refused():
-            warnings.warn(
-                "the gradient of a protect() block is inf, nan or overflows, and was left out of the average: look at the "
-                "capability loss, or lower the loss scale",
-                RuntimeWarning,
-                stacklevel=4,
+    def _is_projected(self, parameters: list[Tensor], grads: list[Tensor | None]) -> bool:
+        if self._projected is not None:
+            return self._projected.holds(
+                parameters, grads, getattr(self._rule, "name", "") in ("orthogonal", "conflict")
             )
+        if self._step_began is None:
+            return False
+        # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a step that
+        # raised would count too.
+        grad, version = self._step_began[0](), self._step_began[1]
+        return grad is not None and grad._version == version and any(g is grad for g in grads)
 
-    def _wait(self) -> None:
-        """Until what :meth:`add` copies to host memory is there."""
-        for device in {p.device for direction in self._stored for p in direction if self._device and p.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+    def _remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
+        self._forget_projected()
+        if watch:
+            self._projected = _Projected(parameters, grads)
+        else:
+            some = next((g for g in grads if g is not None), None)
+            self._step_began = None if some is None else (weakref.ref(some), some._version)
+
+    def _forget_projected(self) -> None:
+        self._step_began = None
+        if self._projected is not None:
+            self._projected.unwatch()
+            self._projected = None
+
+    # --- update space ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _copy_parameters(self, any_may_change: bool, begins: bool) -> None:
+        """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
+        memory, kept = ({}, self._before) if self._stepping and not begins else (self._before, {})
+        changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
+        changing = [p for p in changing if p not in kept]
+        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else _like(p) for p in changing]
+        if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
+            torch._foreach_copy_(sharding.local_tensors(copies), sharding.local_tensors(changing))
+        self._before = kept | dict(zip(changing, copies, strict=True))
+        self._stepping = True
+
+    @torch.no_grad()
+    def _project_update(self) -> None:
+        """The update u = before - after is made in the memory of the copy; with its weights w, u becomes w_0 u + sum w_k d_k,
+        which is what (1, 1 - w_0, -w_1, ..) makes of the rows (after, u, d_1, ..)."""
+        parameters = self.parameters()
+        after = [p.detach() if p in self._before else None for p in parameters]
+        update = [self._before.get(p) for p in parameters]
+        mine = [p for p in parameters if p in self._before]
+        if mine:
+            before = sharding.local_tensors([self._before[p] for p in mine])
+            torch._foreach_sub_(before, sharding.local_tensors([p.detach() for p in mine]))
+        call: tuple | None = None
+        for call in self._calls(parameters, update):
+            self.last = functional.weigh_rows(*call)
+        if call is None or self.last is None:
+            return
+        update, rows, *_, part, num_parts = call
+        change = -self.last.weights
+        change[..., 0] += 1.0
+        weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
+        functional.combine_parts(_real_views(after), [update, *rows], weights, part, num_parts)
+
+    # --- which directions -----------------------------------------------------------------------------------------------
+
+    def _keep(self, rows: Iterable[Direction]) -> None:
+        """Other directions than before."""
+        self._rows, self._lists = deque(rows, self.count), None
+        self._gram_dd.clear()
+
+    def _in_order_of(self, parameters: list[Tensor]) -> list[Row]:
+        self._follow(parameters)
+        if self._lists is None:
+            for row in self._rows:
+                if row and not any(p in row for p in parameters):
+                    raise RuntimeError(
+                        "a direction belongs to none of the optimizer's parameters: they were replaced after protect(); call "
+                        "unprotect() and protect() again"
+                    )
+            self._lists = [[row.get(p) for p in parameters] for row in self._rows]
+        return self._lists
+
+    def _parts(self, parameters: list[Tensor]) -> tuple[Sequence[int], int]:
+        """The number of the part that each parameter belongs to, and how many there are."""
+        if self.per == "model":
+            return (), 0
+        if self.per == "tensor":
+            return range(len(parameters)), len(parameters)
+        groups = self.param_groups()
+        return [i for i, group in enumerate(groups) for _ in group["params"]], len(groups)
+
+    def _drop_non_finite(self) -> bool:
+        """Drop the directions that are known not to be finite; returns whether there were some."""
+        if self._lengths is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return False
+        finite, self._lengths = self._lengths.read(), None
+        bad = [k for k, good in enumerate(finite) if not good]
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(self._rows)} directions (number {', '.join(map(str, bad))}, 0 being the oldest) had a "
+                f"gradient that is inf, nan or overflows, and was dropped: look at the capability loss, or lower the loss scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._keep([row for k, row in enumerate(self._rows) if k not in bad])
+        return bool(bad)
+
+    def _follow(self, parameters: list[Tensor]) -> None:
+        """Give the directions of parameters that were replaced, one to one, to their successors.
+
+        Raises:
+            RuntimeError: some were replaced, and it is not clear by which.
+        """
+        owners = self._owners
+        if not self._rows or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
+            return
+        left, came = set(owners).difference(parameters), set(parameters).difference(owners)
+        if left and came:
+            pairs = list(zip(owners, parameters, strict=False))
+            same = len(owners) == len(parameters) and all(a is b or (a in left and b in came) for a, b in pairs)
+            if not same or any(_kind(a) != _kind(b) for a, b in pairs):
+                raise RuntimeError(
+                    f"{len(left)} of the optimizer's {len(owners)} parameters were replaced after protect(), and the present "
+                    f"{len(parameters)} do not correspond to them in number, order and shape; call unprotect() and "
+                    f"protect() again"
+                )
+            successors = dict(pairs)
+            self._keep([{successors.get(p, p): t for p, t in row.items()} for row in self._rows])
+        self._owners, self._lists = parameters, None
+
+    # --- state ----------------------------------------------------------------------------------------------------------
+
+    def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        self._follow(self.parameters())
+        return checkpoint.insert(state_dict, [[row.get(p) for p in parameters] for row in self._rows])
+
+    def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
+        again. The newest, if there are too many.
+
+        Raises:
+            ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
+        """
+        found = checkpoint.directions(state_dict, parameters)
+        if not found:
+            return
+        mine = set(parameters)
+        loaded = [{p: t for p, t in row.items() if p not in mine} for row in self._loaded]
+        loaded += [{} for _ in found[len(loaded) :]]
+        for row, came in zip(loaded, found, strict=False):
+            row.update((p, self._as_kept(t)) for p, t in came.items())
+        while not loaded[-1]:  # what these parameters had in a checkpoint before
+            loaded.pop()
+        self.clear()
+        self._keep(loaded)
+        self._owners, self._loaded = self.parameters(), loaded
+
+    def release(self) -> None:
+        super().release()
+        self._forget_projected()
+        self._before, self._stepping = {}, False
 
     def __getstate__(self) -> dict[str, Any]:
-        self._wait()
-        return {**self.__dict__, "_known": None, "_refused": None}  # ids do not survive a copy
+        mine = {"_before": {}, "_gram_dd": KeptGram(), "_lists": None, "_stepping": False}
+        return {**super().__getstate__(), **mine, "_projected": None, "_step_began": None, "_lengths": None}
 
 
-class _Refused:
-    """Whether a new gradient was not finite, on its way from the device to the host."""
+class _Projected:
+    """Gradients that have been projected, and whether something was added to them, or protected, since."""
 
-    def __init__(self, finite: Tensor):
-        self._finite = finite.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if finite.is_cuda else None
-        if self._copied is not None:
+    def __init__(self, parameters: list[Tensor], grads: list[Tensor | None]):
+        pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        self._grads = {p: weakref.ref(g) for p, g in pairs}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p, _ in pairs if p.requires_grad]
+        self.outdated = False
+
+    def _notice(self, p: Tensor) -> None:
+        if p.grad is self._grads[p]():
+            self.outdated = True
+
+    def unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
+        """Whether these gradients are projected.
+
+        Args:
+            repeatable: what is projected in part may be projected again.
+        Raises:
+            RuntimeError: it is, but may not.
+        """
+        there = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        done = sum(1 for p, g in there if p in self._grads and self._grads[p]() is g)
+        if not done:  # all of them are new
+            return False
+        if done < len(there) or self.outdated:
+            if not repeatable:
+                raise RuntimeError(
+                    "step(): since project() a backward pass has added to the gradients, or protect() to what is protected; this "
+                    "method is not to be applied twice: call project() after the last backward()"
+                )
+            return False
+        return True
+
+
+class _OnHost:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, t: Tensor):
+        self._tensor, self._copied = t, None
+        if t.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._tensor = t.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def __call__(self) -> bool:
+    def read(self) -> list:
+        """Waits for what made it, not for what was queued afterwards."""
         if self._copied is not None:
             self._copied.synchronize()
-        return not bool(self._finite[0])
+        return self._tensor.tolist()
 
 
-_ABSENT = Float8Row([None], [None])
+def _reads_for_free(t: Tensor) -> bool:
+    """Elsewhere it would synchronise."""
+    return t.device.type == "cpu"
 
 
-def _to_host(stored: Tensor | Float8Row) -> Tensor | Float8Row:
-    if isinstance(stored, Tensor):
-        return offload.to_host(stored)
-    codes, scales = ([offload.to_host(t) if t is not None else None for t in part] for part in stored)
-    return Float8Row(codes, scales)
+def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors]
 
 
-def _exact(stored: Tensor | Float8Row | None, like: Tensor) -> Tensor | None:
-    """What is stored of the gradient of ``like``, as a tensor of its kind."""
-    if isinstance(stored, Float8Row):
-        (stored,) = float8.dequantize(stored)
-        if stored is not None and hasattr(like, "device_mesh"):
-            stored = distributed.like_shard(stored, like)
-    if stored is not None and like.is_complex() and not stored.is_complex():
-        stored = torch.view_as_complex(stored.float())
-    return stored
+def _like(p: Tensor) -> Tensor:
+    return torch.empty_like(p, requires_grad=False)
+
+
+def _fits(t: Tensor, p: Tensor) -> bool:
+    return t.shape == p.shape and t.dtype == p.dtype and t.device == p.device
+
+
+def _kind(p: Tensor) -> tuple:
+    return p.shape, hasattr(p, "device_mesh")

@@ -6,12 +6,11 @@ Nothing here reads or writes a buffer's contents.
 
 from collections.abc import Sequence
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from gradproj.float8 import BLOCK, DTYPE
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_DIMS = {"cuda": 8, "triton": 8}  # what the kernels for strided buffers take, after merging
@@ -26,18 +25,15 @@ def _what(t: Tensor) -> str:
     return f"(shape {tuple(t.shape)}, {t.dtype}, {t.device})"
 
 
-def check_buffer(op: str, name: str, t: Tensor, scaled: bool) -> None:
+def check_buffer(op: str, name: str, t: Tensor) -> None:
     """Refuse what no kernel takes: not a tensor, not strided, not of a floating dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is a {type(t).__name__}; pass a tensor or None")
     if t.layout != torch.strided:
         raise NotImplementedError(f"{op}: {name} has layout {t.layout}; make it dense first (t.to_dense())")
-    if scaled and t.dtype != DTYPE:
-        raise TypeError(f"{op}: {name} has dtype {t.dtype}; the codes of a Float8Row are {DTYPE}")
-    if t.dtype not in FLOATS and not scaled:
+    if t.dtype not in FLOATS:
         raise TypeError(
-            f"{op}: {name} has dtype {t.dtype} {_what(t)}; supported: {', '.join(str(d) for d in FLOATS)}, complex, and "
-            f"gradproj.float8.quantize(..) of a direction"
+            f"{op}: {name} has dtype {t.dtype} {_what(t)}; supported: {', '.join(str(d) for d in FLOATS)}, complex"
         )
 
 
@@ -47,9 +43,7 @@ def check(
     names: Sequence[str],
     indices: Sequence[int],
     written: bool,
-    scaled: Sequence[bool] = (),
     backend: str = "",
-    on_host: Sequence[bool] = (),
 ):
     """Raise the first error of ``rows``, or return.
 
@@ -59,9 +53,7 @@ def check(
         names: how the user knows each row.
         indices: the user's index of each column.
         written: row 0 is modified, so it may overlap neither itself nor, in part, another row.
-        scaled: which rows are float8 codes.
         backend: which one would run, for limits of its own.
-        on_host: which rows may lie on another device than the others.
     Raises:
         ValueError, TypeError, NotImplementedError: naming row, index, shape, dtype or device.
     """
@@ -72,7 +64,7 @@ def check(
         for row, t in enumerate(column):
             if t is None:
                 continue
-            check_buffer(op, _name(names, row, i), t, row < len(scaled) and scaled[row])
+            check_buffer(op, _name(names, row, i), t)
             if first is None:
                 first = row, t
                 continue
@@ -82,12 +74,12 @@ def check(
                     f"{op}: {_name(names, row, i)} has shape {tuple(t.shape)} but {_name(names, other, i)} has shape "
                     f"{tuple(like.shape)}; pass gradients of the same parameters in the same order"
                 )
-            if t.device != like.device and not any(r < len(on_host) and on_host[r] for r in (row, other)):
+            if t.device != like.device:
                 raise ValueError(
                     f"{op}: {_name(names, row, i)} is on {t.device} but {_name(names, other, i)} is on {like.device}; "
                     f"move it there first"
                 )
-        if first is not None and backend in MAX_DIMS:
+        if first is not None and first[1].dim() > MAX_DIMS.get(backend, first[1].dim()):
             dims = merged_dims([t for t in column if t is not None])
             if dims > MAX_DIMS[backend]:
                 raise NotImplementedError(
@@ -96,29 +88,6 @@ def check(
                 )
     if written:
         _check_overlap(op, rows, names, indices)
-
-
-def check_scales(op: str, rows, scales, names: Sequence[str], indices: Sequence[int]) -> None:
-    """Every float8 buffer has the scales of its blocks, beside it."""
-    for row, (buffers, found) in enumerate(zip(rows, scales, strict=True)):
-        for i, codes, scale in zip(indices, buffers, found, strict=True):
-            name = _name(names, row, i)
-            if codes is None or codes.dtype != DTYPE:
-                if scale is not None:
-                    raise ValueError(f"{op}: {name} has scales but is {'absent' if codes is None else codes.dtype}")
-                continue
-            blocks = -(-codes.numel() // BLOCK)
-            if (
-                scale is None
-                or scale.dtype != torch.float32
-                or scale.shape != (blocks,)
-                or scale.device != codes.device
-            ):
-                what = "none" if scale is None else _what(scale)
-                raise ValueError(f"{op}: {name} {_what(codes)} needs ({blocks},) float32 scales beside it, got {what}")
-            start, stop = _span(codes) if codes.numel() else (0, 0)
-            if stop - start != codes.numel():
-                raise ValueError(f"{op}: {name} {_what(codes)} has gaps in memory; use gradproj.float8.quantize()")
 
 
 def merged_dims(column: Sequence[Tensor]) -> int:
@@ -136,6 +105,8 @@ def merged_dims(column: Sequence[Tensor]) -> int:
 def _span(t: Tensor) -> tuple[int, int]:
     """First and past-the-last byte."""
     start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.numel() * t.element_size()
     return start, start + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 
@@ -162,6 +133,8 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 def overlaps_itself(t: Tensor) -> bool:
     """Whether two elements may share memory. Strides that do not nest count as overlapping."""
+    if t.is_contiguous():
+        return False
     extent = 1
     for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
         if stride < extent:
@@ -172,20 +145,17 @@ def overlaps_itself(t: Tensor) -> bool:
 
 def _check_overlap(op, rows, names, indices) -> None:
     spans = []
-    for i, t in zip(indices, rows[0], strict=True):
-        if t is None or not t.numel():
-            continue
-        if overlaps_itself(t):
-            raise ValueError(
-                f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
-                f"cannot be written; pass a contiguous tensor"
-            )
-        spans.append((*_span(t), 0, i, t))
-    for row in range(1, len(rows)):
-        for i, t in zip(indices, rows[row], strict=True):
-            if t is not None and t.numel():
-                spans.append((*_span(t), row, i, t))
-    spans.sort(key=lambda s: s[:4])
+    for row, tensors in enumerate(rows):
+        for i, t in zip(indices, tensors, strict=True):
+            if t is None or not t.numel():
+                continue
+            if row == 0 and overlaps_itself(t):
+                raise ValueError(
+                    f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
+                    f"cannot be written; pass a contiguous tensor"
+                )
+            spans.append((*_span(t), row, i, t))
+    spans.sort(key=itemgetter(0, 1, 2, 3))
     for at, (_, stop, row, i, t) in enumerate(spans):
         for k in range(at + 1, len(spans)):
             start, _, other_row, j, other = spans[k]

@@ -1,5 +1,6 @@
-"""One small network, the ways to spread it over ranks, and the training run that all of them must reproduce."""
+"""One small network, the ways to distribute it over ranks, and the training run that all of them must reproduce."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -17,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-import gradproj
+from gradproj import Directions, ProjectedOptimizer, Sharding
 
 WIDTH = 8
 SEQUENCE = 4
@@ -25,7 +26,7 @@ BATCH = 8  # divisible by every number of ranks: the mean over it is the mean of
 
 
 class Net(nn.Module):
-    """Shapes that four ranks split unevenly, and one that leaves ranks without a share."""
+    """Shapes that four ranks split unevenly, and one that leaves ranks without elements."""
 
     def __init__(self):
         super().__init__()
@@ -59,45 +60,49 @@ def whole(t: Tensor) -> Tensor:
     return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach().clone()
 
 
-class Spread(NamedTuple):
-    """A model on this rank's share: its part of a batch, and how its buffers lie."""
+class Run(NamedTuple):
+    """A model on this rank: its part of a batch, and what the other ranks hold."""
 
     model: nn.Module
     part: Callable[[Tensor], Tensor]
-    arguments: dict
+    sharding: Sharding | None = None
+
+    def backward(self, step: int, kind: int) -> None:
+        loss(self.model(self.part(batch(step, kind))), kind).backward()
 
 
-def _rows(x: Tensor, ranks: int, rank: int) -> Tensor:
-    return x.chunk(ranks)[rank]
+def _chunk(ranks: int, rank: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.chunk(ranks)[rank]
 
 
-def alone(rank: int, world: int) -> Spread:
-    return Spread(build(), lambda x: x, {})
+def ddp(rank: int, world: int) -> Run:
+    return Run(nn.parallel.DistributedDataParallel(build()), _chunk(world, rank))
 
 
-def ddp(rank: int, world: int) -> Spread:
-    model = nn.parallel.DistributedDataParallel(build())
-    return Spread(model, lambda x: _rows(x, world, rank), {"group": dist.group.WORLD, "plain": "replicated"})
-
-
-def ddp_bucket_view(rank: int, world: int) -> Spread:
-    """Its next backward pass writes into the memory of the last one's gradients."""
+def ddp_bucket_view(rank: int, world: int) -> Run:
+    """Its next backward pass writes into the memory of the last one's gradients. A group is not needed, and allowed."""
     model = nn.parallel.DistributedDataParallel(build(), gradient_as_bucket_view=True)
-    return Spread(model, lambda x: _rows(x, world, rank), {"group": dist.group.WORLD, "plain": "replicated"})
+    return Run(model, _chunk(world, rank), Sharding(dist.group.WORLD, "replicate"))
 
 
-def fsdp2(rank: int, world: int) -> Spread:
+def fsdp1(rank: int, world: int) -> Run:
+    """Every rank has flat parts of some parameters, and nothing of others."""
+    model = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
+    return Run(model, _chunk(world, rank), Sharding(dist.group.WORLD, "shard"))
+
+
+def fsdp2(rank: int, world: int) -> Run:
     model, mesh = build(), init_device_mesh("cpu", (world,))
     for module in (model.up, model.down, model.head):
         fully_shard(module, mesh=mesh)
-    return Spread(fully_shard(model, mesh=mesh), lambda x: _rows(x, world, rank), {})
+    return Run(fully_shard(model, mesh=mesh), _chunk(world, rank))
 
 
-def hsdp(rank: int, world: int) -> Spread:
+def hsdp(rank: int, world: int) -> Run:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     model = build()
     fully_shard(model.up, mesh=mesh)
-    return Spread(fully_shard(model, mesh=mesh), lambda x: _rows(x, world, rank), {})
+    return Run(fully_shard(model, mesh=mesh), _chunk(world, rank))
 
 
 def _parallelize(model: Net, mesh) -> Net:
@@ -112,37 +117,42 @@ def _parallelize(model: Net, mesh) -> Net:
     return parallelize_module(model, mesh, plan)
 
 
-def tp(rank: int, world: int) -> Spread:
+def tp(rank: int, world: int) -> Run:
     model = _parallelize(build(), init_device_mesh("cpu", (world,)))
-    return Spread(model, lambda x: x, {"group": dist.group.WORLD, "plain": "replicated"})
+    return Run(model, lambda x: x, Sharding(dist.group.WORLD, "replicate"))
 
 
-def fsdp2_tp(rank: int, world: int) -> Spread:
+def fsdp2_tp(rank: int, world: int) -> Run:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
     model = _parallelize(build(), mesh["tp"])
     fully_shard(model.up, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
-    return Spread(model, lambda x: _rows(x, 2, mesh.get_local_rank("dp")), {"plain": "replicated"})
+    return Run(model, _chunk(2, mesh.get_local_rank("dp")), Sharding(placement="replicate"))
 
 
-WAYS = {w.__name__: w for w in (ddp, ddp_bucket_view, fsdp2, hsdp, tp, fsdp2_tp)}
+WAYS = {w.__name__: w for w in (ddp, ddp_bucket_view, fsdp1, fsdp2, hsdp, tp, fsdp2_tp)}
 
 
-def train(spread: Spread, method, steps: int = 5, directions: int = 2) -> list[list[Tensor]]:
-    """Projected gradients of every step (in gradient space), and the parameters at the end, as whole tensors."""
-    model, part, arguments = spread
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-    opt = gradproj.ProjectedOptimizer(optimizer, method=method, directions=directions, **arguments)
+def train(run: Run, method, space: str = "gradient", steps: int = 5) -> list[list[Tensor]]:
+    """Projected gradients of every step (in gradient space), and the parameters at the end, as this rank holds them."""
+    parameters = list(run.model.parameters())
+    inner = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    opt = ProjectedOptimizer(inner, Directions(2, method, space=space), sharding=run.sharding)
     history = []
     for step in range(steps):
         if step % 2 == 0:
             with opt.protect():
-                loss(model(part(batch(step, 1))), 1).backward()
-        loss(model(part(batch(step, 0))), 0).backward()
-        if opt.projector.space == "gradient":
+                run.backward(step, 1)
+        run.backward(step, 0)
+        if space == "gradient":
             opt.project()
             history.append([whole(p.grad) for p in parameters if p.grad is not None])
         opt.step()
         opt.zero_grad()
     return [*history, [whole(p) for p in parameters]]
+
+
+@functools.cache
+def train_alone(method, space: str = "gradient") -> list[list[Tensor]]:
+    """The run of a single process, which no rank may be: it would be compared with the others."""
+    return train(Run(build(), lambda x: x), method, space)

@@ -1,45 +1,53 @@
-"""Processes with a process group that run many checks: starting them costs more than all the checks together."""
+"""Processes that run many checks: starting them costs more than all the checks together."""
 
 import queue
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120
+IMPORTED_ONCE = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
 
 
 class Pool:
-    """``world`` processes over gloo. ``pool(check, *args)`` runs ``check(rank, *args)`` on all and returns the results.
+    """``size`` processes. ``pool(world, check, *args)`` runs ``check(rank, world, *args)`` over gloo on the first ``world`` of them.
 
     A check that fails leaves ranks that wait for each other: the processes are ended, and the next check starts new ones.
     """
 
-    def __init__(self, world: int):
-        self.world = world
+    def __init__(self, size: int):
+        self.size = size
+        self._world = self._group = 0  # how many ranks the present group has, and its number: it is new if they change
         self._processes: list = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_ONCE)
         self._folder = tempfile.TemporaryDirectory()
-        self._tasks = [context.SimpleQueue() for _ in range(self.world)]
+        self._tasks = [context.SimpleQueue() for _ in range(self.size)]
         self._results = context.Queue()
-        for rank in range(self.world):
-            args = (rank, self.world, str(Path(self._folder.name) / "store"), self._tasks[rank], self._results)
+        for rank, tasks in enumerate(self._tasks):
+            args = (rank, self._folder.name, tasks, self._results)
             self._processes.append(context.Process(target=_serve, args=args, daemon=True))
             self._processes[-1].start()
 
-    def __call__(self, check: Callable, *args) -> list:
+    def __call__(self, world: int, check: Callable, *args) -> list:
         if not self._processes:
             self._start()
-        for tasks in self._tasks:
-            tasks.put((check, args))
-        results = [None] * self.world
-        for _ in range(self.world):
+        if world != self._world:
+            self._world, self._group = world, self._group + 1
+        for tasks in self._tasks[:world]:
+            tasks.put((world, self._group, check, args))
+        results = [None] * world
+        for _ in range(world):
             try:
                 rank, result, error = self._results.get(timeout=TIMEOUT_S)
             except queue.Empty:
@@ -47,7 +55,7 @@ class Pool:
                 raise TimeoutError(f"{check.__name__}: a rank waits for a collective that others do not make") from None
             if error:
                 self.close()
-                raise AssertionError(f"rank {rank} of {self.world}: {error}")
+                raise AssertionError(f"rank {rank} of {world}: {error}")
             results[rank] = result
         return results
 
@@ -57,15 +65,20 @@ class Pool:
             process.join()
         if self._processes:
             self._folder.cleanup()
-        self._processes = []
+        self._processes, self._world = [], 0
 
 
-def _serve(rank: int, world: int, store: str, tasks, results) -> None:
+def _serve(rank: int, folder: str, tasks, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    present = 0
     while True:
-        check, args = tasks.get()
+        world, group, check, args = tasks.get()
         try:
-            results.put((rank, check(rank, *args), None))
-        except Exception:  # noqa: BLE001  whatever it is, the test process must hear of it
+            if group != present:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                dist.init_process_group("gloo", init_method=f"file://{folder}/{group}", rank=rank, world_size=world)
+                present = group
+            results.put((rank, check(rank, world, *args), None))
+        except BaseException:  # noqa: BLE001  whatever it is, the test process must hear of it
             results.put((rank, None, traceback.format_exc()))

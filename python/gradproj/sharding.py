@@ -1,0 +1,190 @@
+"""Sharded rows: what this rank holds of them, how much of it counts, and the one collective of a projection.
+
+Kernels run on local shards and nothing is gathered. A tensor that several ranks hold is counted by each of them with weight
+1 / holders, so that the sum over the group counts it once.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradproj.dtensors import Layouts, PartialGradient, Rows, dtensor_types, infer_group, is_dtensor, local_tensor
+
+_NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
+
+
+class Sharding(NamedTuple):
+    """What the other ranks hold, as far as the tensors do not say it themselves. DTensors on a mesh that covers the world do.
+
+    Attributes:
+        group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns nothing
+            included. None: the world, if there are DTensors or a placement, else this rank alone.
+        placement: what the other ranks of the group hold of a plain tensor: ``"replicate"``, the same (DDP), or ``"shard"``,
+            other elements (FSDP1, ZeRO, pipeline stages). None: there are no plain tensors, or no other ranks.
+        owned: one bool per parameter (per entry of the lists), False for what another rank counts already, such as a tied
+            parameter on two pipeline stages: left out of the inner products, but written. None: all are owned.
+    """
+
+    group: Any = None
+    placement: Literal["replicate", "shard"] | None = None
+    owned: Sequence[bool] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Sharding":
+        return self  # a process group cannot be copied
+
+
+class Local(NamedTuple):
+    """What this rank has of the rows of a call.
+
+    Attributes:
+        rows: plain tensors in this rank's memory.
+        weights: per column, the weight of this rank's inner products; 0 leaves the column out of them.
+        group: the ranks over which inner products are summed; None if no rank but this one takes part.
+        dtensors: the gradients that are DTensors, if they will be written.
+        partial: the gradients that are Partial, if they will be written.
+    """
+
+    rows: list[list[Tensor | None]]
+    weights: list[float]
+    group: Any = None
+    dtensors: Sequence[Tensor] = ()
+    partial: Sequence[PartialGradient] = ()
+
+
+def localize(
+    op: str,
+    rows: Rows,
+    names: Sequence[str],
+    index: Sequence[int],
+    written: bool,
+    sharding: Sharding | None,
+    products: bool = True,
+) -> Local:
+    """What this rank has of ``rows``.
+
+    Args:
+        op: the public function's name, for messages.
+        rows: lists of the same length.
+        names: how the user knows each row.
+        index: the user's index of each column.
+        written: row 0 is going to be modified.
+        sharding: None with DTensors is ``Sharding()``.
+        products: there will be inner products; without, nothing is asked about other ranks.
+    Raises:
+        ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
+    Communicates only to reduce Partial tensors: one all_reduce each.
+    """
+    kinds = dtensor_types(chain(*rows))
+    if sharding is None and not kinds:
+        return Local([list(row) for row in rows], [1.0] * len(index))
+    sharding = sharding or Sharding()
+    _check_sharding(op, sharding)
+    layouts = Layouts(op, rows, names, index, kinds)
+    weights, group, owned = [1.0] * len(index), None, sharding.owned
+    if products:
+        group = _group(op, sharding, layouts.meshes)
+        weights = layouts.weights(group, sharding.placement)
+    if owned is not None:
+        weights = [w if owned[i] else 0.0 for w, i in zip(weights, index, strict=True)]
+    local = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in rows]  # type: ignore[arg-type]
+    partial = layouts.reduce_partial(local, written)
+    dtensors = [t for t in rows[0] if t is not None and type(t) in kinds] if written else []
+    return Local(local, weights, group, dtensors, partial)
+
+
+def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
+    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be missing."""
+    kinds = dtensor_types(tensors)
+    if sharding is None and not kinds:
+        return None
+    sharding = sharding or Sharding()
+    meshes = {id(t.device_mesh): t.device_mesh for t in tensors if type(t) in kinds}  # type: ignore[union-attr]
+    return sharding._replace(group=_group(op, sharding, [*meshes.values()]))
+
+
+def reduce(gram: Tensor, group) -> Tensor:
+    """Sum of the ranks' [R, R] or [P, R, R] Grams: one collective of P R (R + 1) / 2 float64 numbers, in place."""
+    if group is not None:
+        i, j = torch.triu_indices(gram.shape[-1], gram.shape[-1], device=gram.device)
+        gram[..., i, j] = gram[..., j, i] = all_reduce(gram[..., i, j], group)
+    return gram
+
+
+def finish(local: Local, weights: Tensor) -> None:
+    """To call after ``local.rows[0]`` was combined with ``weights``: brings the result to the caller's own tensors.
+
+    The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
+    average): the gradient stays Partial and stands for the projected one, without another rounding.
+    """
+    if local.partial:
+        untouched = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
+        for memory, value, holds_result in local.partial:
+            result = value if holds_result else torch.zeros_like(value)
+            memory.copy_(torch.where(untouched.to(memory.device), memory, result))
+    if local.dtensors:
+        torch.autograd.graph.increment_version(local.dtensors)
+
+
+def device_of(group, preferred: torch.device | None = None) -> torch.device:
+    """The device on which ``group`` communicates, ``preferred`` if it can."""
+    types = dist.distributed_c10d._device_capability(group)
+    if preferred is not None and preferred.type in types:
+        return preferred
+    return torch.device("cpu" if "cpu" in types else types[0])
+
+
+def all_reduce(numbers: Tensor, group) -> Tensor:
+    """Sum of n float64 numbers over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
+
+    The numbers travel on a device that the group communicates on, if theirs is not. A device without float64 carries their
+    bits, 8 n bytes per rank, and every rank adds them up in the same order.
+    """
+    device = device_of(group, numbers.device)
+    if _carries_float64(device):
+        total = numbers.to(device, copy=True)
+        dist.all_reduce(total, group=group)
+        return total.to(numbers.device)
+    bits = numbers.reshape(-1).view(torch.int32).to(device)
+    gathered = [torch.empty_like(bits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, bits, group=group)
+    return torch.stack(gathered).to(numbers.device).view(torch.float64).view(-1, *numbers.shape).sum(0)
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, DTensors as this rank's memory."""
+    return [local_tensor(t) if is_dtensor(t) else t for t in tensors]  # type: ignore[arg-type]
+
+
+def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
+    if sharding.group is not None:
+        return sharding.group
+    if meshes:
+        return infer_group(op, meshes)
+    distributed = dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if distributed and sharding.placement is not None else None
+
+
+def _check_sharding(op: str, sharding: Sharding) -> None:
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"{op}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
+    group, placement, _ = sharding
+    if placement not in (None, "replicate", "shard"):
+        raise ValueError(f'{op}: placement must be "replicate" or "shard", got {placement!r}')
+    if group is None:
+        return
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{op}: Sharding has a group but torch.distributed is not initialised; call init_process_group() first"
+        )
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
+
+
+def _carries_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type not in _NO_FLOAT64

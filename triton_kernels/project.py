@@ -1,0 +1,27 @@
+"""A Gram, its weights, and the combination, on one table."""
+
+from torch import Tensor
+
+from gradproj.methods import Rule
+from gradproj.triton_kernels.combine import combine
+from gradproj.triton_kernels.gram import products
+from gradproj.triton_kernels.table import Table, implement, small
+from gradproj.triton_kernels.weights import weights
+
+
+@implement
+def project_(
+    grads: list[Tensor], directions: list[Tensor | None], method: str, gamma: float, eps: float,
+    gram_dd: Tensor | None = None, parts: tuple[int, ...] = (), num_parts: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op ``project_``; see ``gradproj.ops``. Up to 8 directions take three launches: Gram, its finish with the weights,
+    combine."""
+    table = Table.to_write(grads, directions, parts, num_parts)
+    count = table.num_rows - 1
+    gram, found = products(
+        table, small(gram_dd, (*table.lead, count, count), table, "gram_dd"), Rule(method, gamma, eps)
+    )
+    if found is None:
+        found = weights(gram, method, gamma, eps)
+    combine(table, found)
+    return gram, found
