@@ -1,107 +1,81 @@
-// The op combine_: row 0 <- a weighted sum of the rows.
-#include "combine.h"
-
-#include "arguments.h"
-#include "walk.h"
+// Row 0 <- sum_r weights[part, r] row r, rounded once. Reads the rows whose weight is not 0, writes N bytes; weights
+// (1, 0, .., 0) read and write nothing.
+#include "ops.h"
+#include "rows.h"
 
 namespace gradproj::cpu {
 namespace {
 
-// The rows of a part that have to be read.
-std::vector<int> used_rows(const double* weights, int rows) {
-  std::vector<int> used;
-  for (int r = 0; r < rows; ++r)
-    if (weights[r] != 0.0) used.push_back(r);
-  return used;
-}
+// Of a column: the rows that have to be read, and their weights.
+struct Terms {
+  std::vector<int> rows;
+  std::vector<double> weights;
 
-bool unchanged(const double* weights, const std::vector<int>& used) {
-  return used.size() == 1 && used[0] == 0 && weights[0] == 1.0;
-}
-
-// Writes one chunk.
-template <typename T>
-class ChunkCombine {
- public:
-  ChunkCombine(const Plan& plan, const Chunks& chunks, const double* weights)
-      : plan_(plan), tile_(chunks.tile), weights_(weights), reader_(plan) {}
-
-  // Elements start to start + n of a segment: where they lie if a kernel takes them so, else through tiles.
-  void write(size_t segment, int64_t start, int64_t n) {
-    take_part(plan_.segments[segment].part);
-    if (unchanged_) return;
-    in_place_.take(plan_, segment, used_, start, true);
-    const RowView& row0 = plan_.row_views(segment)[0];
-    if (in_place_.kernels) {
-      char* out = const_cast<char*>(row0.data) + start * element_size(row0.dtype);
-      return in_place_.kernels->combine(out, in_place_.rows.data(), scale_.data(), static_cast<int>(used_.size()), n);
-    }
-    for_each_tile(tile_, start, n, [&](int64_t at, int64_t count) { write_tile(segment, at, count); });
+  void take(const RowView* views, const double* w, int num_rows) {
+    rows.clear();
+    weights.clear();
+    for (int r = 0; r < num_rows; ++r)
+      if (w[r] != 0.0 && views[r].data) {
+        rows.push_back(r);
+        weights.push_back(w[r]);
+      }
   }
-
- private:
-  void take_part(int part) {
-    if (part == part_) return;
-    part_ = part;
-    const double* w = weights_ + int64_t{part} * plan_.rows;
-    used_ = used_rows(w, plan_.rows);
-    unchanged_ = unchanged(w, used_);
-    scale_.clear();
-    for (int r : used_) scale_.push_back(w[r]);
-  }
-
-  void write_tile(size_t segment, int64_t at, int64_t count) {
-    rows_.clear();
-    present_.clear();
-    for (size_t i = 0; i < used_.size(); ++i) {
-      if (!plan_.row_views(segment)[used_[i]].data) continue;
-      rows_.push_back(reader_.read(segment, used_[i], at, count));
-      present_.push_back(scale_[i]);
-    }
-    T* out = reader_.buffer(0);
-    tile_kernels<T>().combine(out, rows_.data(), present_.data(), static_cast<int>(rows_.size()), count);
-    reader_.write(segment, out, at, count);
-  }
-
-  const Plan& plan_;
-  const int64_t tile_;
-  const double* weights_;
-  int part_ = -1;
-  bool unchanged_ = false;
-  std::vector<int> used_;
-  std::vector<double> scale_, present_;
-  std::vector<const void*> rows_;
-  InPlace in_place_;
-  TileReader<T> reader_;
+  bool leave_row_0() const { return rows.size() == 1 && rows[0] == 0 && weights[0] == 1.0; }
 };
 
 template <typename T>
-void combine_typed(const Plan& plan, const double* weights) {
-  bool nothing = true;
-  for (int p = 0; p < plan.parts && nothing; ++p) {
-    const double* w = weights + int64_t{p} * plan.rows;
-    nothing = unchanged(w, used_rows(w, plan.rows));
+void combine_chunk(const Plan& plan, const Chunks& chunks, int64_t chunk, const double* weights) {
+  Terms terms;
+  std::vector<const void*> rows;
+  TileReader<T> reader(plan);
+  for (Slice s = chunks.first(chunk); s.n > 0; s = chunks.next(s, chunk)) {
+    const RowView* views = plan.row_views(s.segment);
+    terms.take(views, weights + int64_t{plan.segments[s.segment].part} * plan.rows, plan.rows);
+    if (terms.leave_row_0()) continue;
+    const int count = static_cast<int>(terms.rows.size());
+    if (const RowKernels* kernels = in_place(plan, s, terms.rows, rows)) {
+      char* out = const_cast<char*>(views[0].data) + s.start * element_size(views[0].dtype);
+      kernels->combine(out, rows.data(), terms.weights.data(), count, s.n);
+      continue;
+    }
+    rows.resize(terms.rows.size());
+    for (int64_t done = 0; done < s.n; done += kTile) {
+      const int64_t n = std::min<int64_t>(kTile, s.n - done);
+      for (size_t i = 0; i < rows.size(); ++i) rows[i] = reader.read(s.segment, terms.rows[i], s.start + done, n);
+      T* out = reader.buffer(0);
+      reader.kernels_of_t().combine(out, rows.data(), terms.weights.data(), count, n);
+      reader.write(s.segment, out, s.start + done, n);
+    }
   }
-  if (nothing) return;
-  const Chunks chunks = make_chunks(plan, 0);
-  for_each_chunk(chunks, true, [&](int64_t chunk) {
-    ChunkCombine<T> rows(plan, chunks, weights);
-    for_each_run_of_chunk(plan, chunks, chunk, [&](size_t segment, int64_t start, int64_t n) { rows.write(segment, start, n); });
-  });
 }
 
-void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, StableListHandle parts, int64_t num_parts) {
-  const Rows rows(grads, directions, {parts, num_parts});
-  const Plan plan = plan_to_write(rows);
-  combine(plan, small(weights, int64_t{plan.parts} * plan.rows, "weights"));
+bool all_leave_row_0(const Plan& plan, const double* weights) {
+  for (int64_t i = 0; i < int64_t{plan.parts} * plan.rows; ++i)
+    if (weights[i] != (i % plan.rows == 0 ? 1.0 : 0.0)) return false;
+  return true;
 }
 
 }  // namespace
 
+// Walks backwards: the tail of what a Gram pass has read is still in cache.
 void combine(const Plan& plan, const double* weights) {
-  plan.any_f64 ? combine_typed<double>(plan, weights) : combine_typed<float>(plan, weights);
+  if (all_leave_row_0(plan, weights)) return;
+  const Chunks chunks(plan, 0);
+  parallel(chunks.count(), [&](int64_t i) {
+    const int64_t chunk = chunks.count() - 1 - i;
+    plan.any_f64 ? combine_chunk<double>(plan, chunks, chunk, weights) : combine_chunk<float>(plan, chunks, chunk, weights);
+  });
 }
 
+namespace {
+
+void combine_op(StableListHandle grads, StableListHandle directions, Tensor weights, StableListHandle parts, int64_t num_parts) {
+  const Rows rows(grads, directions, {parts, num_parts});
+  const Plan plan = plan_to_write(rows);
+  combine(plan, elements(weights, int64_t{plan.parts} * plan.rows, "weights"));
+}
+
+}  // namespace
 }  // namespace gradproj::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gradproj, CPU, m) { m.impl("combine_", TORCH_BOX(&gradproj::cpu::combine_op)); }

@@ -55,9 +55,6 @@ inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin,
     }
 }
 
-// Where the pair of rows i <= j stands in the upper triangle of num_rows rows.
-inline int pair(int num_rows, int i, int j) { return i * num_rows - i * (i - 1) / 2 + j - i; }
-
 // Up to kBlock rows: each is read once, and the sums stay in registers for as long as a chain may be.
 template <typename T, typename S, int kRows>
 void gram_one_block(const S* const* rows, int64_t n, PairSum* sums) {
@@ -91,33 +88,19 @@ inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_
   }
 }
 
-// Sums in the order of add_blocks, added to those in the order of pairs.
-inline void add_in_order(const PairSum* blocks, int num_rows, PairSum* sums) {
-  for (int i = 0; i < num_rows; i += kBlock)
-    for (int j = i; j < num_rows; j += kBlock)
-      for (int a = i; a < num_rows && a < i + kBlock; ++a)
-        for (int b = i == j ? a : j; b < num_rows && b < j + kBlock; ++b, ++blocks)
-          for (int l = 0; l < kLanes; ++l) sums[pair(num_rows, a, b)].lanes[l] += blocks->lanes[l];
-}
-
-// More rows than a block. Both kinds of sums that it needs are kept in the order of the blocks: to look a pair up while rows
-// are read costs a tenth of the time.
 template <typename T, typename S>
 void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   using Row = Step<T, S, false>;
   constexpr int64_t kRun = kChain / Row::kVectors * Row::kElements, kTileElements = kBlockTile / static_cast<int64_t>(sizeof(S));
   const int pairs = num_rows * (num_rows + 1) / 2;
-  PairSum* widened = sums + pairs;
-  auto* vectors = reinterpret_cast<typename Row::V*>(widened + pairs);
-  for (int p = 0; p < pairs; ++p) widened[p] = {};
+  auto* vectors = reinterpret_cast<typename Row::V*>(sums + pairs);
   for (int64_t at = 0; at < n;) {
     const int64_t stop = at + at_most(n - at, kRun);
     for (int p = 0; p < pairs; ++p) vectors[p] = typename Row::V{};
     for (; at < stop; at += kTileElements) add_blocks<T, S>(rows, num_rows, at, at_most(stop - at, kTileElements), vectors);
     at = stop;
-    for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], widened[p]);
+    for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], sums[p]);
   }
-  add_in_order(widened, num_rows, sums);
 }
 
 template <typename T, typename S>
@@ -130,7 +113,7 @@ void gram_full(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   for (int64_t at = whole; at < n; ++at)
     for (int i = 0; i < num_rows; ++i)
       for (int j = i; j < num_rows; ++j)
-        sums[pair(num_rows, i, j)].lanes[0] += static_cast<double>(decode(rows[i][at]) * decode(rows[j][at]));
+        sums[pair_place(kBlock, num_rows, i, j)].lanes[0] += static_cast<double>(decode(rows[i][at]) * decode(rows[j][at]));
 }
 
 // Directions that walk in step with the gradient: what 16 registers hold.

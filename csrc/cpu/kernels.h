@@ -3,6 +3,7 @@
 // before it is used, is taken a tile at a time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../plan.h"
@@ -24,14 +25,24 @@ struct F16 {
   uint16_t bits;
 };
 
+// Sums are kept in the order in which kernels go through them: of blocks of `block` rows with such blocks, upper triangle of
+// blocks row by row, and inside a block its pairs row by row. To look a pair up while rows are read costs a tenth of the time.
+inline int pair_place(int block, int num_rows, int i, int j) {
+  const int top = i / block * block, left = j / block * block, height = std::min(block, num_rows - top);
+  const int before = top * num_rows - top * (top - 1) / 2, diagonal = height * (height + 1) / 2, a = i - top, b = j - left;
+  if (top == left) return before + a * height - a * (a - 1) / 2 + b - a;
+  return before + diagonal + height * (left - top - block) + a * std::min(block, num_rows - left) + b;
+}
+
 // Kernels that read and write rows where they lie. Row 0 is the gradient; rows 1.. share a dtype, which may be another.
 struct RowKernels {
-  // Adds the products of rows i <= j (only those of row 0 if row_only) to sums, pairs in row-major order of the upper
-  // triangle; behind them sums has room for two more of each, as scratch. Reads R n elements.
+  // Adds the products of all rows to sums, pair i <= j at pair_place; or if row_only those of row 0 and row j, at j. Behind
+  // the pairs sums has as many elements of scratch. Reads R n elements.
   void (*gram)(const void* const* rows, int num_rows, int64_t n, bool row_only, PairSum* sums);
   // out = sum_r weights[r] rows[r], rounded once; out has the dtype of row 0 and may be one of the rows. Reads R n elements,
   // writes n.
   void (*combine)(void* out, const void* const* rows, const double* weights, int num_rows, int64_t n);
+  bool mixed;  // the directions have another dtype: gram has row_only alone
 };
 
 // Between what a row stores and T, for rows that go through a buffer.
@@ -44,9 +55,10 @@ struct Converters {
 struct Kernels {
   RowKernels f32, f64;
   RowKernels bf16;                         // in registers: half the bytes are only worth something if nothing else is moved
-  RowKernels f32_with_bf16, f32_with_f16;  // directions decoded in registers; gram has row_only alone
+  RowKernels f32_with_bf16, f32_with_f16;  // directions decoded in registers
   Converters<float> to_f32;
   Converters<double> to_f64;
+  int block;  // see pair_place
 };
 
 const Kernels& portable_kernels();

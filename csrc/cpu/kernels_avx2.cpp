@@ -13,11 +13,14 @@
 #define GRADPROJ_ISA avx2
 #define GRADPROJ_VECTOR_BYTES 32
 #include "kernels_impl.h"
-GRADPROJ_DEFINE_KERNELS(avx2_kernels)
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+namespace gradproj::cpu {
+const Kernels& avx2_kernels() { return avx2::table; }
+}  // namespace gradproj::cpu
 #endif

@@ -13,11 +13,14 @@
 #define GRADPROJ_ISA avx512
 #define GRADPROJ_VECTOR_BYTES 64
 #include "kernels_impl.h"
-GRADPROJ_DEFINE_KERNELS(avx512_kernels)
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
+
+namespace gradproj::cpu {
+const Kernels& avx512_kernels() { return avx512::table; }
+}  // namespace gradproj::cpu
 #endif

@@ -9,17 +9,24 @@
 #include "convert_kernel.h"
 #include "gram_kernel.h"
 
-#define GRADPROJ_DEFINE_KERNELS(function)                                                                         \
-  namespace gradproj::cpu {                                                                                       \
-  const Kernels& function() {                                                                                     \
-    using namespace GRADPROJ_ISA;                                                                                 \
-    static constexpr Kernels table = {{gram<float, float, float>, combine<float, float, float>},                  \
-                                      {gram<double, double, double>, combine<double, double, double>},            \
-                                      {gram<float, BF16, BF16>, combine<float, BF16, BF16>},                      \
-                                      {gram<float, float, BF16>, combine<float, float, BF16>},                    \
-                                      {gram<float, float, F16>, combine<float, float, F16>},                      \
-                                      {load<float>, store<float>},                                                \
-                                      {load<double>, store<double>}};                                             \
-    return table;                                                                                                 \
-  }                                                                                                               \
-  }
+namespace gradproj::cpu::GRADPROJ_ISA {
+namespace {
+
+template <typename T, typename G, typename S>
+constexpr RowKernels row_kernels() {
+  return {gram<T, G, S>, combine<T, G, S>, !std::is_same_v<G, S>};
+}
+
+constexpr Kernels table = {
+    .f32 = row_kernels<float, float, float>(),
+    .f64 = row_kernels<double, double, double>(),
+    .bf16 = row_kernels<float, BF16, BF16>(),
+    .f32_with_bf16 = row_kernels<float, float, BF16>(),
+    .f32_with_f16 = row_kernels<float, float, F16>(),
+    .to_f32 = {load<float>, store<float>},
+    .to_f64 = {load<double>, store<double>},
+    .block = kBlock,
+};
+
+}  // namespace
+}  // namespace gradproj::cpu::GRADPROJ_ISA

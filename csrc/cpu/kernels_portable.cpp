@@ -3,4 +3,7 @@
 #define GRADPROJ_ISA portable
 #define GRADPROJ_VECTOR_BYTES 16
 #include "kernels_impl.h"
-GRADPROJ_DEFINE_KERNELS(portable_kernels)
+
+namespace gradproj::cpu {
+const Kernels& portable_kernels() { return portable::table; }
+}  // namespace gradproj::cpu

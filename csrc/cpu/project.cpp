@@ -1,8 +1,5 @@
-// The op project_: a Gram, its weights, and the combination, on one plan.
-#include "arguments.h"
-#include "combine.h"
-#include "gram.h"
-#include "weights.h"
+// The whole projection of row 0: gram, weights, combine. Moves (R + R + 1) N bytes: 5 N for one direction.
+#include "ops.h"
 
 namespace gradproj::cpu {
 namespace {
@@ -12,11 +9,11 @@ std::tuple<Tensor, Tensor> project_op(StableListHandle grads, StableListHandle d
   const Rows rows(grads, directions, {parts, num_parts});
   const Rule rule = parse_rule(method, gamma, eps);
   const Plan plan = plan_to_write(rows);
-  Tensor products = new_tensor(rows.shape(2)), weights = new_tensor(rows.shape(1));
-  gram(plan, small_gram_dd(gram_dd, rows.layout()), data(products));
-  solve_parts(rule, data(products), plan.parts, plan.rows, data(weights));
-  combine(plan, data(weights));
-  return {products, weights};
+  Tensor products = new_tensor(rows.shape(2)), chosen = new_tensor(rows.shape(1));
+  gram(plan, gram_dd_elements(gram_dd, plan), data(products));
+  weights(rule, data(products), plan.parts, plan.rows, data(chosen));
+  combine(plan, data(chosen));
+  return {products, chosen};
 }
 
 }  // namespace

@@ -89,12 +89,12 @@ static void neighbours_merge() {
   Plan p = plan_of({dense({4, 2}, 4096), dense({8}, 4128), dense({2}, 4160),  //
                     dense({4, 2}, 8192), dense({8}, 8224), dense({2}, 9000)},
                    2);
-  CHECK(p.pieces.size() == 2);
-  CHECK(p.pieces[0].numel == 16 && p.pieces[1].numel == 2);
+  CHECK(p.segments.size() == 2);
+  CHECK(p.segments[0].numel == 16 && p.segments[1].numel == 2);
   CHECK(p.row_views(1)[1].data == reinterpret_cast<const char*>(9000));
   // Adjacent in bytes, but of another dtype.
   p = plan_of({dense({4}, 4096), dense({4}, 4112, DType::bf16), dense({4}, 4120)}, 1);
-  CHECK(p.pieces.size() == 3);
+  CHECK(p.segments.size() == 3);
 }
 
 static void empties_and_absent_rows() {
@@ -103,42 +103,42 @@ static void empties_and_absent_rows() {
   std::vector<Buffer> buffers;
   for (const Tensor& x : t) buffers.push_back(x.buffer());
   Plan p = make_plan(buffers, {1});
-  CHECK(p.pieces.size() == 1 && p.pieces[0].numel == 4);  // an empty tensor in the last slot ends nothing
+  CHECK(p.segments.size() == 1 && p.segments[0].numel == 4);  // an empty tensor in the last slot ends nothing
   std::vector<Buffer> two = {buffers[1], buffers[2], none, none};
   p = make_plan(two, {2});
-  CHECK(p.pieces.size() == 1 && p.row_views(0)[1].data == nullptr);
+  CHECK(p.segments.size() == 1 && p.row_views(0)[1].data == nullptr);
   two[3] = buffers[1];
   two[3].sizes = buffers[2].sizes;
   two[3].strides = buffers[2].strides;
   two[3].ndim = 0;
   two[3].numel = 1;
-  CHECK(make_plan(two, {2}).pieces.size() == 2);  // present in one column, absent in the other
-  CHECK(make_plan({none, none}, {2}).pieces.empty());
-  CHECK(make_plan({}, {1}).pieces.empty());
+  CHECK(make_plan(two, {2}).segments.size() == 2);  // present in one column, absent in the other
+  CHECK(make_plan({none, none}, {2}).segments.empty());
+  CHECK(make_plan({}, {1}).segments.empty());
 }
 
-static void strided_pieces() {
+static void strided_segments() {
   // Channels-last in both rows is dense; against a contiguous row it is not.
   Tensor last{{2, 3, 4, 5}, {60, 1, 15, 3}, 4096};
-  CHECK(plan_of({last, {{2, 3, 4, 5}, {60, 1, 15, 3}, 8192}}, 2).pieces[0].ndim == 0);
+  CHECK(plan_of({last, {{2, 3, 4, 5}, {60, 1, 15, 3}, 8192}}, 2).segments[0].ndim == 0);
   Plan p = plan_of({last, dense({2, 3, 4, 5}, 8192)}, 2);
-  CHECK(p.pieces.size() == 1 && p.pieces[0].ndim == 3);
-  const Piece& piece = p.pieces[0];
-  CHECK(p.sizes(piece)[0] == 2 && p.sizes(piece)[1] == 20 && p.sizes(piece)[2] == 3);
-  CHECK(p.strides(piece, 0)[0] == 60 && p.strides(piece, 0)[1] == 3 && p.strides(piece, 0)[2] == 1);
-  CHECK(p.strides(piece, 1)[0] == 60 && p.strides(piece, 1)[1] == 1 && p.strides(piece, 1)[2] == 20);
+  CHECK(p.segments.size() == 1 && p.segments[0].ndim == 3);
+  const Segment& segment = p.segments[0];
+  CHECK(p.sizes(segment)[0] == 2 && p.sizes(segment)[1] == 20 && p.sizes(segment)[2] == 3);
+  CHECK(p.strides(segment, 0)[0] == 60 && p.strides(segment, 0)[1] == 3 && p.strides(segment, 0)[2] == 1);
+  CHECK(p.strides(segment, 1)[0] == 60 && p.strides(segment, 1)[1] == 1 && p.strides(segment, 1)[2] == 20);
   // Size-1 dimensions say nothing, whatever their stride.
-  CHECK(plan_of({{{1, 7, 1}, {99, 1, 5}, 4096}}, 1).pieces[0].ndim == 0);
+  CHECK(plan_of({{{1, 7, 1}, {99, 1, 5}, 4096}}, 1).segments[0].ndim == 0);
   // Every second element: one dimension, but not of stride 1.
-  CHECK(plan_of({{{6}, {2}, 4096}}, 1).pieces[0].ndim == 1);
-  // Strided pieces never merge.
-  CHECK(plan_of({{{6}, {2}, 4096}, {{6}, {2}, 4096 + 48}}, 1).pieces.size() == 2);
+  CHECK(plan_of({{{6}, {2}, 4096}}, 1).segments[0].ndim == 1);
+  // Strided segments never merge.
+  CHECK(plan_of({{{6}, {2}, 4096}, {{6}, {2}, 4096 + 48}}, 1).segments.size() == 2);
 }
 
 static void large_counts() {
   const int64_t huge = int64_t{3} << 31;
   Plan p = plan_of({dense({huge}, 4096, DType::bf16), dense({huge}, 4096 + 2 * huge, DType::bf16)}, 1);
-  CHECK(p.pieces.size() == 1 && p.pieces[0].numel == 2 * huge);
+  CHECK(p.segments.size() == 1 && p.segments[0].numel == 2 * huge);
 }
 
 static void refusals() {
@@ -148,43 +148,19 @@ static void refusals() {
   CHECK(refuses([] { make_plan({}, {0}); }));
 }
 
-static void parts_and_base() {
+static void parts() {
   std::vector<Tensor> t = {dense({4}, 4096), dense({4}, 4112), dense({4}, 4128), dense({4}, 4144)};
   std::vector<Buffer> buffers;
   for (const Tensor& x : t) buffers.push_back(x.buffer());
-  // Neighbours merge within a part only; pieces are in the order of parts, columns of one part in theirs.
-  Plan p = make_plan(buffers, {1, false, {1, 1, 0, 1}, 3});
-  CHECK(p.parts == 3 && p.pieces.size() == 3);
-  CHECK(p.pieces[0].part == 0 && p.row_views(0)[0].data == buffers[2].data);
-  CHECK(p.pieces[1].part == 1 && p.pieces[1].numel == 8 && p.row_views(1)[0].data == buffers[0].data);
-  CHECK(p.pieces[2].part == 1 && p.pieces[2].numel == 4 && p.row_views(2)[0].data == buffers[3].data);
-  // A base is a row like the others, but not of the Gram.
-  p = make_plan(buffers, {2, true, {}, 1});
-  CHECK(p.rows == 2 && p.gram_rows() == 1 && p.pieces.size() == 1 && p.pieces[0].numel == 8);
-  CHECK(refuses([&] { make_plan(buffers, {1, true, {}, 1}); }));             // a base and nothing that it is the base of
-  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0}, 1}); }));     // a column without a part
-  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0, 1}, 1}); }));  // a part that does not exist
-  CHECK(refuses([&] { make_plan(buffers, {1, false, {0, 0, 0, -1}, 1}); }));
-  buffers[2] = Buffer();
-  CHECK(refuses([&] { make_plan(buffers, {2, true, {}, 1}); }));  // a base without its row 0's buffer
-}
-
-static void scaled_rows() {
-  static const float scales[3] = {1, 2, 3};
-  auto pair = [&](int64_t first, const float* second_scale) {
-    std::vector<Tensor> t = {dense({first}, 4096), dense({7}, 4096 + 4 * first), dense({first}, 65536, DType::f8),
-                             dense({7}, 65536 + first, DType::f8)};
-    std::vector<Buffer> buffers;
-    for (const Tensor& x : t) buffers.push_back(x.buffer());
-    buffers[2].scale = scales;
-    buffers[3].scale = second_scale;
-    return make_plan(buffers, {2}).pieces.size();
-  };
-  CHECK(pair(1024, scales + 2) == 1);  // the blocks of scales go on where the elements do
-  CHECK(pair(1024, scales + 1) == 2);
-  CHECK(pair(1000, scales + 2) == 2);  // the next buffer starts within a block
-  const Tensor codes = dense({5}, 4096, DType::f8);
-  CHECK(refuses([&] { check_writable({codes.buffer()}, 1); }));
+  // Neighbours merge within a part only; segments are in the order of parts, columns of one part in theirs.
+  Plan p = make_plan(buffers, {1, {1, 1, 0, 1}, 3});
+  CHECK(p.parts == 3 && p.segments.size() == 3);
+  CHECK(p.segments[0].part == 0 && p.row_views(0)[0].data == buffers[2].data);
+  CHECK(p.segments[1].part == 1 && p.segments[1].numel == 8 && p.row_views(1)[0].data == buffers[0].data);
+  CHECK(p.segments[2].part == 1 && p.segments[2].numel == 4 && p.row_views(2)[0].data == buffers[3].data);
+  CHECK(refuses([&] { make_plan(buffers, {1, {0, 0, 0}, 1}); }));     // a column without a part
+  CHECK(refuses([&] { make_plan(buffers, {1, {0, 0, 0, 1}, 1}); }));  // a part that does not exist
+  CHECK(refuses([&] { make_plan(buffers, {1, {0, 0, 0, -1}, 1}); }));
 }
 
 // Random small views in a small arena: the verdict of check_writable must be that of the sets of bytes.
@@ -241,11 +217,10 @@ static void writable() {
 int main() {
   neighbours_merge();
   empties_and_absent_rows();
-  strided_pieces();
+  strided_segments();
   large_counts();
   refusals();
-  parts_and_base();
-  scaled_rows();
+  parts();
   overlap_is_exact();
   writable();
   std::printf("%d checks passed\n", checks);
