@@ -64,7 +64,7 @@ def switch(name: str, default: str) -> bool:
 
 
 def check_setuptools() -> None:
-    if numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
+    if (ROOT / "pyproject.toml").exists() and numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
         refuse(
             f"setuptools {setuptools.__version__} cannot read the licence field of pyproject.toml; upgrade it with: "
             'pip install "setuptools>=77,<82"'

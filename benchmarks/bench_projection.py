@@ -14,6 +14,7 @@ CASES = [
     Case("GPT-2 124M float32", lists.gpt2_124m()),
     Case("GPT-2 124M bfloat16", lists.gpt2_124m(), torch.bfloat16),
     Case("GPT-2 124M float32, K = 8", lists.gpt2_124m(), directions=8, rounds=3),
+    Case("decoder 35M float32, K = 8", lists.decoder_35m(), directions=8, rounds=5),
     Case("small net, 300 tensors", lists.small_net(), rounds=21),
     Case("600 x 64", lists.uniform(600, 64), rounds=21),
     Case("300 x 64", lists.uniform(300, 64), rounds=21),

@@ -41,6 +41,12 @@ def small_net() -> Shapes:
     return [(64, 64, 3, 3) if i % 5 == 0 and i < 200 else (64,) for i in range(300)]
 
 
+def decoder_35m() -> Shapes:
+    """A 6-layer decoder, 50 tensors, 35.7 million elements: 143 MB in float32, between what caches hold and a large model."""
+    block = [(512,), (1536, 512), (512, 512), (512,), (2048, 512), (512, 2048), (2048,), (512,)]
+    return [(32768, 512), *(block * 6), (512,)]
+
+
 def ten_million() -> Shapes:
     """10 million elements: two rows of it in float32 are 80 MB, in bfloat16 40 MB."""
     return [(1000, 500)] * 20
