@@ -29,7 +29,10 @@ COMPAT = ROOT / "build" / "compat"
 VERSIONS = ("2.10.0", "2.11.0")  # and the newest release
 NEWEST_BELOW = (2, 15)  # the first release that nobody has tried yet
 FAST_TESTS = [
-    *(f"tests/test_{name}.py" for name in ("gram", "combine", "project", "ops", "methods", "optim")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("gram", "combine", "project", "parts", "ops", "methods", "optim", "nullspace")
+    ),
     *("-m", "not gpu", "-k", "not triton"),
 ]
 START = time.monotonic()
@@ -40,12 +43,14 @@ CHECK = """
 import json, pathlib, torch, gradproj
 from gradproj.ops import SCHEMAS
 folder = pathlib.Path(gradproj.__file__).parent
-found = {"torch": torch.__version__, "cuda": torch.version.cuda, "folder": str(folder), "ops": len(SCHEMAS)}
+native = gradproj.backends()["cpu"]
+names = [name for s in SCHEMAS if native.has(name := s.split("(")[0])]
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "folder": str(folder), "ops": len(names)}
 for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
     if (folder / f"_{name}.so").exists():
         torch.ops.load_library(folder / f"_{name}.so")
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        found[name] = [s.split("(")[0] for s in SCHEMAS if has("gradproj::" + s.split("(")[0], key)]
+        found[name] = [op for op in names if has("gradproj::" + op, key)]
 print("found " + json.dumps(found))
 """
 
@@ -166,7 +171,7 @@ def environment(version: str) -> Path:
     python = home / "bin" / "python"
     downloads = r"^\s*(Downloading|Processing|Using cached) .*\.(whl|gz)( |$)|^Installing"
     torch = [*pip_install(python), f"torch=={version}", "setuptools>=77,<82"]
-    tools = [*pip_install(python), "numpy", "pytest", "hypothesis", "scipy"]
+    tools = [*pip_install(python), "numpy", "pytest", "hypothesis", "scipy", "safetensors"]
     if not python.exists():
         run(version, f"environment {home.relative_to(ROOT)}", [sys.executable, "-m", "venv", str(home)])
     run(version, "torch, 3 to 6 GB where it is not there yet", torch, downloads)
