@@ -1,7 +1,4 @@
-"""Gram -> weights: one program a part, the tableau in registers. csrc/weights.h says what is computed, and why.
-
-One direction goes the same way as many; the closed form that csrc has for it differs by rounding only.
-"""
+"""Gram -> weights: one program a part, the tableau in registers. csrc/weights.h says what is computed, and why."""
 
 import torch
 import triton
@@ -33,7 +30,10 @@ def solve(gram, weights, num_rows, gamma, eps, method: tl.constexpr, block: tl.c
     else:
         gg, gd, dd = tl.where(finite, gg, 0.0), tl.where(finite, gd, 0.0), tl.where(finite, dd, 0.0)
         dd += tl.where((i == j) & within, tl.full([], eps, tl.float64), 0.0)
-        w = solve_finite(gg, gd, dd, k, 10 * num_rows, method, block)
+        if block == 1:
+            w = solve_one(gd, diagonal_of(dd, k), method)
+        else:
+            w = solve_finite(gg, gd, dd, k, 10 * num_rows, method, block)
     tl.store(weights, tl.full([], 1.0, tl.float64))
     tl.store(weights + 1 + k, tl.where(finite, w, 0.0), mask=inside)
 
@@ -41,6 +41,15 @@ def solve(gram, weights, num_rows, gamma, eps, method: tl.constexpr, block: tl.c
 @triton.jit
 def is_wrong(x):
     return tl.where(tl.abs(x) < float("inf"), 0, 1).to(tl.int32)
+
+
+@triton.jit
+def solve_one(gd, length2, method: tl.constexpr):
+    """Weight of the only direction, in closed form."""
+    applies = length2 > 0.0
+    if method == "conflict":
+        applies = applies & (gd < 0.0)
+    return tl.where(applies, -gd / tl.where(applies, length2, 1.0), 0.0)
 
 
 @triton.jit
