@@ -2,6 +2,7 @@
 // and a captured graph owns its copy. 32,764 bytes of parameters need CUDA 12.1 and compute capability 7.0.
 #pragma once
 
+#include "../plan.h"
 #include "elements.cuh"
 
 namespace gradproj::cuda {

@@ -122,8 +122,10 @@ class Worker {
   int thread = 0;
   Index block{0}, grid{0};
 
-  void block_barrier() { wait_at(block_, thread); }
-  // What all lanes of the warp put in.
+  // Barriers that also order what was written before them.
+  void block_barrier() { order(block_); }
+  void warp_barrier() { order(warps_[thread / 32]); }
+  // What all lanes of the warp put in. Orders nothing else: neither do votes and shuffles on a device.
   GRADPROJ_UNSANITIZED const double* exchange(double value) {
     Barrier& warp = warps_[thread / 32];
     double* const lanes = warp.lanes[warp.generation % 2];
@@ -140,16 +142,20 @@ class Worker {
     bool running = false;
   };
 
+  GRADPROJ_UNSANITIZED void order(Barrier& barrier) {
+    char* const sync = &barrier.sync[barrier.generation % 2];
+    release(sync);
+    wait_at(barrier, thread);
+    acquire(sync);
+  }
   GRADPROJ_UNSANITIZED void wait_at(Barrier& barrier, int fiber) {
     const unsigned generation = barrier.generation;
-    release(&barrier.sync[generation % 2]);
     progress_ = true;
     if (++barrier.arrived == barrier.threads) {
       barrier.arrived = 0;
       ++barrier.generation;
     }
     while (barrier.generation == generation) yield(fiber);
-    acquire(&barrier.sync[generation % 2]);
   }
   GRADPROJ_UNSANITIZED void yield(int fiber) {
     switch_context(fibers_[fiber].context, own_);
@@ -277,7 +283,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline void __syncthreads() {
   if (!emulation::without_barriers) emulation::worker->block_barrier();
 }
-inline void __syncwarp() { emulation::worker->exchange(0.0); }
+inline void __syncwarp() { emulation::worker->warp_barrier(); }
 inline double __shfl_xor_sync(unsigned, double value, int mask) {
   return emulation::worker->exchange(value)[threadIdx.x % 32 ^ static_cast<unsigned>(mask)];
 }
