@@ -101,9 +101,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture
-def inductor():
-    """For tests that compile: torch.compile links CPU code with unquoted paths."""
+def inductor(inductor_cache, monkeypatch):
+    """For tests that compile. Their own cache, since the user's may know an op by a schema that it had before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", inductor_cache)
+    # torch.compile links CPU code with unquoted paths.
     if " " in torch.__file__ and not torch.cuda.is_available():
         pytest.skip("torch.compile does not link CPU code where torch's own path has a space")
 

@@ -236,7 +236,9 @@ def pin_(
     if others:
         some = [k for k in others if k in bias_of]
         squares[others] = torch_backend.pin_(
-            *([row[k] for k in others] for row in (weights, bases, targets)),
+            [weights[k] for k in others],
+            [bases[k] for k in others],
+            [targets[k] for k in others],
             [bias_of[k] for k in some],
             [others.index(k) for k in some],
         )

@@ -44,15 +44,6 @@ class Call(NamedTuple):
     part: Sequence[int] = ()
     num_parts: int = 0
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading dimensions of Gram and weights."""
-        return (self.num_parts,) if self.num_parts else ()
-
-    @property
-    def gram_shape(self) -> tuple[int, ...]:
-        return (*self.lead, len(self.rows), len(self.rows))
-
     def columns(self, wanted: Sequence[int]) -> "Call":
         """The same call on some of the columns."""
         return self._replace(
@@ -60,6 +51,12 @@ class Call(NamedTuple):
             indices=[self.indices[i] for i in wanted],
             part=[self.part[i] for i in wanted] if self.part else (),
         )
+
+
+def weights_shape(call: Call) -> tuple[int, ...]:
+    """(R,) or (P, R). A function: Dynamo of torch 2.10 cannot trace a property of a named tuple."""
+    rows = len(call.rows)
+    return (call.num_parts, rows) if call.num_parts else (rows,)
 
 
 def unpack(
@@ -109,7 +106,7 @@ def run(call: Call, name: str, *arguments):
 
 def gram(call: Call, weights: Sequence[float], gram_dd: Tensor | None, device: torch.device) -> Tensor:
     """[R, R] or [P, R, R]: this rank's inner products, columns counted with ``weights``, with a copy of ``gram_dd``."""
-    total = torch.zeros(call.gram_shape, dtype=torch.float64, device=device)
+    total = torch.zeros((*weights_shape(call), len(call.rows)), dtype=torch.float64, device=device)
     for weight, columns in _alike(call, weights):
         if weight:
             total += weight * run(columns, "gram", _beside(columns, gram_dd)).to(device)

@@ -79,7 +79,7 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
 def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int) -> None:
     """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each column's."""
     call = _written("combine_", grads, directions, part, num_parts)
-    expected = (*call.lead, len(call.rows))
+    expected = calls.weights_shape(call)
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
