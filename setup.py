@@ -7,6 +7,7 @@ CXX, CXXFLAGS, LDFLAGS as usual; NVCC_CCBIN is nvcc's own C++ compiler.
 Torch must be installed already: pip install --no-build-isolation .
 """
 
+import functools
 import os
 import re
 import shlex
@@ -33,23 +34,15 @@ DEFINE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 # A symbol that no library has is an error here, not first when the library is loaded.
 SHARED = ["-shared", "-Wl,-z,defs"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # --threads: the architectures at the same time. --split-compile: the kernels of one file too, into the same machine code.
-NVCC_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-DNDEBUG",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "--threads=0",
-    "--split-compile=0",
-]
+NVCC_FLAGS += ["--threads=0", "--split-compile=0"]
+say = functools.partial(print, flush=True)
 
 
 def numbers(version: str) -> tuple[int, ...]:
     """``"2.11.0+cu130"`` -> ``(2, 11, 0)``."""
     return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
-
-
-# --- what is asked for and what is there, before anything is compiled -------------------------------------------------------
 
 
 def refuse(problem: str) -> NoReturn:
@@ -72,10 +65,7 @@ def check_setuptools() -> None:
 
 
 class Torch(NamedTuple):
-    """The torch that is installed."""
-
     version: str
-    cuda: str | None
     folder: Path
 
 
@@ -91,7 +81,7 @@ def find_torch() -> Torch:
         refuse(
             f'torch {torch.__version__} is older than 2.10; upgrade it with: pip install "torch>=2.10", then: {INSTALL}'
         )
-    return Torch(torch.__version__, torch.version.cuda, Path(torch.__file__).parent)
+    return Torch(torch.__version__, Path(torch.__file__).parent)
 
 
 def environment_words(name: str) -> list[str]:
@@ -130,7 +120,7 @@ def find_nvcc(torch: Torch) -> Nvcc:
             f"GRADPROJ_CUDA=1 needs a CUDA build of torch, and torch {torch.version} has no libtorch_cuda.so; install one with: "
             "pip install --force-reinstall torch, or unset GRADPROJ_CUDA"
         )
-    release = re.search(r"release (\d+\.\d+)", ask([found, "--version"]).stdout)
+    release = re.search(r"release (\d+\.\d+)", ask(found, "--version").stdout)
     if not release:
         refuse(
             f"{found} --version names no release; is it nvcc? Set CUDA_HOME to the CUDA toolkit, or unset GRADPROJ_CUDA"
@@ -143,12 +133,12 @@ def find_nvcc(torch: Torch) -> Nvcc:
     return Nvcc(found, version, architectures(found, version), toolkit(found))
 
 
-def ask(command: list[str]) -> subprocess.CompletedProcess:
+def ask(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def dry_run(nvcc: str, *flags: str) -> subprocess.CompletedProcess:
-    return ask([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull, *flags])
+    return ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull, *flags)
 
 
 def toolkit(nvcc: str) -> Path:
@@ -170,7 +160,7 @@ def architectures(nvcc: str, version: str) -> list[str]:
         number = match[1] + match[2] if match else ""
         target = f"-gencode=arch=compute_{number},code=sm_{number}"
         if not match or dry_run(nvcc, target).returncode != 0:
-            listed = re.findall(r"compute_(\d+)(\d)", ask([nvcc, "--list-gpu-arch"]).stdout)
+            listed = re.findall(r"compute_(\d+)(\d)", ask(nvcc, "--list-gpu-arch").stdout)
             known = sorted((int(major), int(minor)) for major, minor in listed)
             refuse(
                 f"TORCH_CUDA_ARCH_LIST: nvcc {version} knows no architecture {arch}; it knows "
@@ -192,9 +182,6 @@ def gpus() -> list[str]:
             f'TORCH_CUDA_ARCH_LIST="8.0 9.0" GRADPROJ_CUDA=1 {INSTALL}'
         )
     return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-
-
-# --- the libraries ----------------------------------------------------------------------------------------------------------
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
@@ -245,9 +232,6 @@ def libraries() -> list[Library]:
     return found
 
 
-# --- compiling --------------------------------------------------------------------------------------------------------------
-
-
 class Job(NamedTuple):
     """One source file to compile. ``key`` is all that its object file depends on besides files of csrc/."""
 
@@ -265,10 +249,6 @@ class Job(NamedTuple):
         if not self.target.exists() or not self.key_file.exists() or self.key_file.read_text() != self.key:
             return False
         return self.target.stat().st_mtime > max(newest_header, os.path.getmtime(self.source))
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def compile_all(jobs: list[Job], workers: int) -> None:
@@ -361,10 +341,7 @@ def describe(library: Library) -> str:
     if not nvcc:
         return f"torch {torch.version}"
     targets = " ".join(dict.fromkeys(re.findall(r",code=(\w+)", " ".join(nvcc.targets))))
-    drivers = ""
-    if torch.cuda and numbers(torch.cuda)[0] != numbers(nvcc.version)[0]:
-        drivers = f" (torch's CUDA is {torch.cuda}; the GPU's driver has to serve both)"
-    return f"torch {torch.version}, nvcc {nvcc.version} for {targets}{drivers}"
+    return f"torch {torch.version}, nvcc {nvcc.version} for {targets}"
 
 
 if __name__ == "__main__":
