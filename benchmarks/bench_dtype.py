@@ -8,6 +8,7 @@ import torch
 import gradproj
 import harness
 import parameter_lists as lists
+import timing
 from gradproj import functional, methods
 from harness import Case
 
@@ -41,10 +42,10 @@ def test_dtype(tables, benchmark):
         held = sum(t.numel() * t.element_size() for t in rows[0]) / 1e6
         cells[dtype] = f"{held:.0f} MB", f"{cosine(directions[0], rows[0]):.5f} | {cosine(wanted, copy):.5f}"
         runs[dtype] = functools.partial(project, grads, rows, gram_dd)
-    seconds = harness.in_turns(runs, CASE.rounds, "cpu")
+    seconds = timing.in_turns(runs, CASE.rounds, "cpu")
     lines = tables.setdefault(TITLE, [HEAD, "| --- | ---: | ---: | ---: | ---: | ---: |"])
     for dtype, (held, exactness) in cells.items():
         time = harness.duration(statistics.median(seconds[dtype]))
-        speed = harness.ratio(seconds[torch.float32], seconds[dtype])
+        speed = timing.ratio(seconds[torch.float32], seconds[dtype])
         lines.append(f"| {str(dtype).removeprefix('torch.')} | {held} | {time} | {speed:.2f} | {exactness} |")
     benchmark.pedantic(runs[torch.bfloat16], rounds=3)

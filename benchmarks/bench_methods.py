@@ -10,6 +10,7 @@ import torch
 
 import gradproj
 import harness
+import timing
 
 TITLE = "weights of K directions from their Gram: the solver alone"
 METHODS = ("orthogonal", "conflict", "pcgrad")
@@ -39,7 +40,7 @@ def test_weights(k, tables, benchmark):
     np.testing.assert_allclose(op(gram, "orthogonal", 0.0, 0.0)[1:], expected, rtol=1e-6, atol=1e-9)
     contenders = {name: lambda name=name: op(gram, name, 0.0, 0.0) for name in METHODS}
     contenders["scipy nnls"] = lambda: nnls(gram)
-    seconds = harness.in_turns(contenders, 11, "cpu")
+    seconds = timing.in_turns(contenders, 11, "cpu")
     lines = tables.setdefault(
         TITLE, ["| K | " + " | ".join(contenders) + " |", "| ---: " * (1 + len(contenders)) + "|"]
     )

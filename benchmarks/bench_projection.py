@@ -8,7 +8,8 @@ import torch
 
 import parameter_lists as lists
 import peers
-from harness import Case, fused, in_turns, make_rows, measure
+from harness import Case, fused, make_rows, measure
+from timing import in_turns
 
 CASES = [
     Case("GPT-2 124M float32", lists.gpt2_124m()),

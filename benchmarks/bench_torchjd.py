@@ -10,6 +10,7 @@ import torch
 import gradproj
 import harness
 import parameter_lists as lists
+import timing
 from harness import Case
 
 aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
@@ -34,7 +35,7 @@ class Result(NamedTuple):
             return f"wrong result | | {self.error:.0e}"
         time = harness.duration(statistics.median(self.seconds))
         if fused is not None and fused.seconds is not None:
-            time += f", {harness.ratio(self.seconds, fused.seconds):.1f} x"
+            time += f", {timing.ratio(self.seconds, fused.seconds):.1f} x"
         return f"{time} | {self.extra_bytes / 2**20:.1f} MiB | {self.error:.0e}"
 
 
@@ -96,10 +97,10 @@ def contest(case: Case) -> dict[str, Result]:
     }
     extra = {}
     for name, run in timed.items():
-        extra[name] = harness.extra_memory(run, "cpu")
+        extra[name] = timing.extra_memory(run, "cpu")
         for p in parameters:
             p.grad = None
-    times = harness.in_turns(timed, case.rounds, "cpu")
+    times = timing.in_turns(timed, case.rounds, "cpu")
     return {name: Result(errors[name], times.get(name), extra.get(name)) for name in RUNS}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gradproj
 import harness
+import timing
 from gradproj import reference
 from gradproj.backends import select
 from harness import Row
@@ -95,19 +96,19 @@ def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> R
     if "fused" in wrong:
         return row
     timed = {name: functools.partial(run, layers) for name, run in runs.items() if name not in wrong}
-    extra = harness.extra_memory(timed["fused"], device)
+    extra = timing.extra_memory(timed["fused"], device)
     share = None
     if device == "cuda":
         timed["limit"], share = harness.copy_limit(case.minimal_bytes)
-    seconds = harness.in_turns(timed, case.rounds, device)
-    ratios = {name: harness.ratio(seconds[name], seconds["fused"]) for name in seconds}
+    seconds = timing.in_turns(timed, case.rounds, device)
+    ratios = {name: timing.ratio(seconds[name], seconds["fused"]) for name in seconds}
     return row._replace(
         seconds=statistics.median(seconds["fused"]),
-        host_seconds=harness.host_seconds(timed["fused"]) if device == "cuda" else None,
+        host_seconds=timing.host_seconds(timed["fused"]) if device == "cuda" else None,
         times_naive=ratios.get("formula"),
         times_best_torch=ratios.get("mm + addmm_"),
         best_torch="mm + addmm_",
         share_of_limit=None if share is None else share * ratios["limit"],
         extra_bytes=extra,
-        naive_extra_bytes=harness.extra_memory(timed["formula"], device) if "formula" in timed else None,
+        naive_extra_bytes=timing.extra_memory(timed["formula"], device) if "formula" in timed else None,
     )

@@ -18,6 +18,7 @@ import gpu_measure
 import gpu_stages
 import harness
 import pinned
+import timing
 
 
 def told_rows(capsys):
@@ -167,4 +168,4 @@ def test_time_is_between_events_around_calls_in_a_queue(pretended_gpu):
 
 @pytest.mark.parametrize(("once", "calls"), [(1e-5, 20), (5e-3, 20), (2e-2, 5), (1.0, 3)])
 def test_calls_in_a_queue(once, calls):
-    assert harness._queued_calls(once) == calls
+    assert timing._queued_calls(once) == calls
