@@ -2,7 +2,6 @@
 
 from gradproj import reference
 from gradproj.backends import backends, use_backend
-from gradproj.diagnostics import log_to
 from gradproj.directions import Directions
 from gradproj.functional import combine_, gram, orthogonal_gradient_projection, pin_, project_
 from gradproj.nullspace import NullSpace
@@ -21,7 +20,6 @@ __all__ = [
     "backends",
     "combine_",
     "gram",
-    "log_to",
     "orthogonal_gradient_projection",
     "pin_",
     "project_",

@@ -77,14 +77,21 @@ def make_bases(
     widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
     for number, rank in zip(numbers, ranks, strict=True):
         widest[number] = max(rank, widest.get(number, 0))
-    # Eigenvectors lie one after the other, so that a layer's leading ones are the same memory layout, shared or not.
-    vectors = {n: pairs[n][1][:, :rank].T.to(gather.moments[n].sum.dtype).contiguous() for n, rank in widest.items()}
+    vectors = {n: spaced(pairs[n][1][:, :rank].to(gather.moments[n].sum.dtype)) for n, rank in widest.items()}
     bases = {}
     for layer, number, rank, curvature in zip(layers, numbers, ranks, curvatures, strict=True):
-        basis = vectors[number][:rank].T
+        basis = vectors[number][:, :rank]
         target = None if layer.to_zero else _product(layer, basis)
         bases[layer.name] = Basis(basis, target, curvature, gather.moments[number].tokens)
     return bases
+
+
+def spaced(vectors: Tensor) -> Tensor:
+    """Columns [inputs, r] one after the other in memory, so that the leading ones of a shared matrix lie as a matrix of their
+    own does, each from a 16-byte boundary on: with a bias, inputs are odd."""
+    inputs, rank = vectors.shape
+    memory = vectors.new_zeros(rank, -(-inputs // 4) * 4)[:, :inputs].T
+    return memory.copy_(vectors)
 
 
 def _checked(gather: Gather, l: int, layer: Layer) -> int:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gradproj.allocation import Curvature
-from gradproj.basis import Basis
+from gradproj.basis import Basis, spaced
 from gradproj.layers import Layer
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 def pack(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, dict[str, Any]]:
@@ -39,17 +39,24 @@ def unpack(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, Basis]:
 
 
 def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float) -> None:
-    tensors, numbers = {}, {}
-    for name, entry in pack(layers, bases).items():
-        numbers[name] = entry["numbers"]
-        for kind in ("vectors", "target", "values"):
-            if entry[kind] is not None:
-                t = entry[kind].T if kind == "vectors" else entry[kind]  # as they lie in memory: one after the other
-                tensors[f"{name}.{kind}"] = t.detach().cpu().contiguous()
+    packed = pack(layers, bases)
+    # Of eigenpairs that layers with the same inputs share: the layer that keeps most of them.
+    owners: dict[tuple, str] = {}
+    for name, basis in sorted(bases.items(), key=lambda item: -item[1].rank):
+        owners.setdefault(_identity(basis), name)
+    tensors, facts = {}, {}
+    for name, entry in packed.items():
+        owner = owners[_identity(bases[name])]
+        facts[name] = {"numbers": entry["numbers"], "rank": bases[name].rank, "eigenpairs_of": owner}
+        if owner == name:
+            tensors[f"{name}.values"] = entry["values"]
+            tensors[f"{name}.vectors"] = entry["vectors"].T  # as they lie in memory: one after the other
+        if entry["target"] is not None:
+            tensors[f"{name}.target"] = entry["target"]
     import gradproj
 
-    metadata = {"format": FORMAT, "gradproj": gradproj.__version__, "share": str(share), "layers": json.dumps(numbers)}
-    _safetensors().save_file(tensors, path, metadata)
+    metadata = {"format": FORMAT, "gradproj": gradproj.__version__, "share": str(share), "layers": json.dumps(facts)}
+    _safetensors().save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
 
 
 def load(path) -> tuple[dict[str, Basis], float]:
@@ -62,19 +69,25 @@ def load(path) -> tuple[dict[str, Basis], float]:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT or "layers" not in metadata:
             raise ValueError(
-                f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by NullSpace.save()"
+                f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by this version's NullSpace.save()"
             )
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     packed = {
         name: {
-            "numbers": numbers,
-            "vectors": tensors[f"{name}.vectors"].T,
+            "numbers": fact["numbers"],
+            "vectors": tensors[f"{fact['eigenpairs_of']}.vectors"][: fact["rank"]].T,
             "target": tensors.get(f"{name}.target"),
-            "values": tensors[f"{name}.values"],
+            "values": tensors[f"{fact['eigenpairs_of']}.values"],
         }
-        for name, numbers in json.loads(metadata["layers"]).items()
+        for name, fact in json.loads(metadata["layers"]).items()
     }
     return unpack(packed), float(metadata["share"])
+
+
+def _identity(basis: Basis) -> tuple:
+    """Equal for layers whose eigenvectors are leading columns of one matrix. Without any, eigenvalues tell layers apart."""
+    tensors = (basis.vectors, basis.curvature.values)
+    return (*(t.untyped_storage().data_ptr() for t in tensors), basis.vectors.shape[0])
 
 
 def whole(layer: Layer, target: Tensor) -> Tensor:
@@ -90,17 +103,26 @@ def whole(layer: Layer, target: Tensor) -> Tensor:
     ).full_tensor()
 
 
-def on_rank(layer: Layer, basis: Basis) -> Basis:
-    """On the device of the layer's weight, with this rank's rows of the target."""
-    weight: Any = layer.weight
-    target = basis.target
-    if target is not None and hasattr(weight, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+def on_rank(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, Basis]:
+    """On the devices of the layers' weights, with this rank's rows of the targets. Eigenvectors that layers share stay shared."""
+    vectors: dict[tuple, Tensor] = {}
+    for layer in sorted(layers, key=lambda layer: -bases[layer.name].rank):
+        key = layer.weight.device, *_identity(bases[layer.name])
+        if key not in vectors:
+            vectors[key] = spaced(bases[layer.name].vectors.to(layer.weight.device))
+    found = {}
+    for layer in layers:
+        weight: Any = layer.weight
+        basis = bases[layer.name]
+        key, target = (weight.device, *_identity(basis)), basis.target
+        if target is not None:
+            if hasattr(weight, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
 
-        target = distribute_tensor(target, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-    return basis._replace(
-        vectors=basis.vectors.to(weight.device), target=None if target is None else target.to(weight.device)
-    )
+                target = distribute_tensor(target, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+            target = target.to(weight.device)
+        found[layer.name] = basis._replace(vectors=vectors[key][:, : basis.rank], target=target)
+    return found
 
 
 def _safetensors(module: str = "safetensors.torch"):

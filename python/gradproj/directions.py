@@ -2,7 +2,6 @@
 
 import operator
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from gradproj import checkpoint, functional, methods, sharding
 from gradproj.capture import Direction
 from gradproj.functional import Row
 from gradproj.kept_gram import KeptGram
-from gradproj.projected import OnHost, Projected
+from gradproj.projected import OnHost, ProjectedGradients
 from gradproj.projection import Projection
 from gradproj.protection import Closure, Protection
 
@@ -84,6 +83,7 @@ class Directions(Protection):
         if dtype not in DTYPES:
             raise ValueError(f"Directions: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         self._rule = methods.parse(method, eps)
+        self._repeatable = method in ("orthogonal", "conflict")
         self.count, self.method, self.eps, self.per, self.space, self.dtype = count, method, eps, per, space, dtype
         self._rows: deque[Direction] = deque(maxlen=count)
         self._lists: list[Row] | None = None  # the same in the order of _owners, made when needed
@@ -91,8 +91,7 @@ class Directions(Protection):
         self._loaded: list[Direction] = []  # what came from checkpoints since the last protect() block
         self._gram_dd = KeptGram()
         self._lengths: OnHost | None = None  # of the last projection's directions
-        self._projected: Projected | None = None  # by project(), or for the first of several optimizers
-        self._step_began: tuple[weakref.ref[Tensor], int] | None = None  # a gradient, its version after the projection
+        self._projected = ProjectedGradients()
         self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
         self._stepping = False  # _before is to be compared with the parameters
 
@@ -107,7 +106,7 @@ class Directions(Protection):
         self._keep(())
         self._owners, self._loaded, self._lengths = [], [], None
         self._before, self._stepping = {}, False
-        self._forget_projected()
+        self._projected.forget()
 
     def rows(self) -> list[list[Tensor | None]]:
         """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
@@ -124,8 +123,7 @@ class Directions(Protection):
         self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
         self._gram_dd.added()
         self._owners, self._lists, self._loaded = parameters, None, []
-        if self._projected is not None:
-            self._projected.outdated = True
+        self._projected.outdated = True
 
     def _as_kept(self, t: Tensor) -> Tensor:
         if t.is_complex():
@@ -146,19 +144,17 @@ class Directions(Protection):
         # Not in a function of its own: from opt.step() to the op there are six frames.
         parameters = self.parameters()
         grads = [p.grad for p in parameters]
-        if self._rows and not self._is_projected(parameters, grads):
+        if self._rows and not self._projected.holds(parameters, grads, self._repeatable):
             for call in self._calls(parameters, grads):
                 self.last = functional.project_rows(*call)
-            self._remember(parameters, grads, watch=len(self._optimizers) > 1)
+            self._projected.remember(parameters, grads, watch=len(self._optimizers) > 1)
         return None
 
     def after_step(self) -> None:
-        self._forget_projected()
+        self._projected.forget()
         if self._stepping:
             self._stepping = False
             self._project_update()
-        for observer in self._observers:
-            observer(self.last if self._rows else None)
 
     def project(self) -> Projection | None:
         if self.space == "update":
@@ -170,7 +166,7 @@ class Directions(Protection):
         grads = [p.grad for p in parameters]
         for call in self._calls(parameters, grads):
             self.last = functional.project_rows(*call)
-        self._remember(parameters, grads, watch=True)
+        self._projected.remember(parameters, grads, watch=True)
         return self.last
 
     def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
@@ -185,34 +181,6 @@ class Directions(Protection):
             self._lengths = OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
-
-    # --- gradients that are projected already ---------------------------------------------------------------------------
-
-    def _is_projected(self, parameters: list[Tensor], grads: list[Tensor | None]) -> bool:
-        if self._projected is not None:
-            return self._projected.holds(
-                parameters, grads, getattr(self._rule, "name", "") in ("orthogonal", "conflict")
-            )
-        if self._step_began is None:
-            return False
-        # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a step that
-        # raised would count too.
-        grad, version = self._step_began[0](), self._step_began[1]
-        return grad is not None and grad._version == version and any(g is grad for g in grads)
-
-    def _remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
-        self._forget_projected()
-        if watch:
-            self._projected = Projected(parameters, grads)
-        else:
-            some = next((g for g in grads if g is not None), None)
-            self._step_began = None if some is None else (weakref.ref(some), some._version)
-
-    def _forget_projected(self) -> None:
-        self._step_began = None
-        if self._projected is not None:
-            self._projected.unwatch()
-            self._projected = None
 
     # --- update space ---------------------------------------------------------------------------------------------------
 
@@ -346,12 +314,12 @@ class Directions(Protection):
 
     def release(self) -> None:
         super().release()
-        self._forget_projected()
+        self._projected.forget()
         self._before, self._stepping = {}, False
 
     def __getstate__(self) -> dict[str, Any]:
         mine = {"_before": {}, "_gram_dd": KeptGram(), "_lists": None, "_stepping": False}
-        return {**super().__getstate__(), **mine, "_projected": None, "_step_began": None, "_lengths": None}
+        return {**super().__getstate__(), **mine, "_projected": ProjectedGradients(), "_lengths": None}
 
 
 def _reads_for_free(t: Tensor) -> bool:

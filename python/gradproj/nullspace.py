@@ -166,8 +166,6 @@ class NullSpace(Protection):
             self._since_pin += 1
             if self._since_pin >= self.every:
                 self.pin()
-        for observer in self._observers:
-            observer(self.last if self.bases else None)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
@@ -330,7 +328,7 @@ class NullSpace(Protection):
                     f"{basis.curvature.outputs} x {basis.vectors.shape[0]}"
                 )
         self.layers = [by_name[name] for name in found]
-        self.bases = {name: basis_file.on_rank(by_name[name], basis) for name, basis in found.items()}
+        self.bases = basis_file.on_rank(self.layers, found)
         self._since_pin = 0
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:

@@ -4,24 +4,41 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 
-class Projected:
-    """Gradients that have been projected, and whether something was added to them, or protected, since."""
+class ProjectedGradients:
+    """The gradients of the last projection, and whether something was added to them, or protected, since."""
 
-    def __init__(self, parameters: list[Tensor], grads: list[Tensor | None]):
-        pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        self._grads = {p: weakref.ref(g) for p, g in pairs}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p, _ in pairs if p.requires_grad]
+    def __init__(self) -> None:
+        self._grads: dict[Tensor, weakref.ref[Tensor]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._first: tuple[weakref.ref[Tensor], int] | None = None  # a gradient, and its version after the projection
         self.outdated = False
+
+    def remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
+        """To call after a projection.
+
+        Args:
+            watch: there may be further backward passes before the step.
+        """
+        self.forget()
+        if watch:
+            pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+            self._grads = {p: weakref.ref(g) for p, g in pairs}
+            self._hooks = [p.register_post_accumulate_grad_hook(self._notice) for p, _ in pairs if p.requires_grad]
+        else:
+            some = next((g for g in grads if g is not None), None)
+            self._first = None if some is None else (weakref.ref(some), some._version)
+
+    def forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._grads, self._hooks, self._first, self.outdated = {}, [], None, False
 
     def _notice(self, p: Tensor) -> None:
         if p.grad is self._grads[p]():
             self.outdated = True
-
-    def unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
         """Whether these gradients are projected.
@@ -31,6 +48,13 @@ class Projected:
         Raises:
             RuntimeError: it is, but may not.
         """
+        if self._first is not None:
+            # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a step
+            # that raised would count too.
+            grad, version = self._first[0](), self._first[1]
+            return grad is not None and grad._version == version and any(g is grad for g in grads)
+        if not self._grads:
+            return False
         there = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         done = sum(1 for p, g in there if p in self._grads and self._grads[p]() is g)
         if not done:  # all of them are new

@@ -37,7 +37,6 @@ class Protection(abc.ABC):
         self._optimizers: Sequence[weakref.ref[Optimizer]] = ()  # weak, as they own the hooks that own this
         self._capturing = self._in_closure = False
         self._ranks_agree = RanksAgree()
-        self._observers: list[Callable[[Projection | None], None]] = []  # called after each step
 
     # --- what a protection answers ------------------------------------------------------------------------------------
 
@@ -173,14 +172,6 @@ class Protection(abc.ABC):
 
     # --- for those who implement one ------------------------------------------------------------------------------------
 
-    def observe(self, observer: Callable[[Projection | None], None]) -> Callable[[], None]:
-        """Call ``observer`` with the projection of every step, None if it had none. Returns what ends that.
-
-        Observers do not go with a copy or a pickle, as an optimizer's hooks do not.
-        """
-        self._observers.append(observer)
-        return lambda: self._observers.remove(observer)
-
     def _check_step(self) -> None:
         """Refuse a step at a wrong time."""
         if self._capturing:
@@ -210,8 +201,8 @@ class Protection(abc.ABC):
         return guarded
 
     def __getstate__(self) -> dict[str, Any]:
-        # The owner binds a copy to its own optimizer; references to gradients and sinks of a log do not survive one.
-        return {**self.__dict__, "_optimizers": (), "_observers": [], "_ranks_agree": RanksAgree()}
+        # The owner binds a copy to its own optimizer.
+        return {**self.__dict__, "_optimizers": (), "_ranks_agree": RanksAgree()}
 
 
 class CaptureBlock:
