@@ -3,7 +3,8 @@
 Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the extra memory does not grow with N.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -92,48 +93,54 @@ def _cut(column: Column, limit: int) -> Iterator[Column]:
 def pin_(weights, bases, targets, biases, biased) -> Tensor:
     """Two matrix products per block of a weight's rows, so that the second finds the block in cache. Holds a block's W U."""
     bias_of = dict(zip(biased, biases, strict=True))
-    squares = []
+    squares: list[Tensor] = []  # of all blocks
+    counts = []
     for k, (weight, basis, target) in enumerate(zip(weights, bases, targets, strict=True)):
-        squares.append(_pin(weight, basis, target, bias_of.get(k)))
-    return torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64)
+        before = len(squares)
+        if weight.shape[0] and basis.shape[1]:
+            squares += _pin(weight, basis, target, bias_of.get(k))
+        counts.append(len(squares) - before)
+    device = weights[0].device if weights else None
+    found = torch.stack(squares).double() if squares else torch.zeros(0, dtype=torch.float64, device=device)
+    return found if counts == [1] * len(weights) else torch.stack([part.sum() for part in found.split(counts)])
 
 
 def _pin_rows(weight: Tensor, rank: int, dtype: torch.dtype) -> int:
     """How many rows to take at a time: W U takes memory, and so does a 16-bit block in float32."""
-    outputs, inputs = weight.shape
-    held = rank + (0 if weight.dtype == dtype else inputs)
-    return max(1, min(outputs, _PIN_BYTES // (dtype.itemsize * held)))
+    held = rank + (0 if weight.dtype == dtype else weight.shape[1])
+    return max(1, _PIN_BYTES // (dtype.itemsize * held))
 
 
-def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-    outputs, inputs = weight.shape
-    rank = basis.shape[1]
-    square = torch.zeros((), dtype=torch.float64, device=weight.device)
-    if not rank or not outputs:
-        return square
+def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Iterator[Tensor]:
+    """|W U - B|^2 of one block of rows after the other."""
+    inputs = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     basis = basis.to(dtype)
-    of_inputs, of_bias = basis[:inputs], basis[inputs:]
-    rows = _pin_rows(weight, rank, dtype)
-    moved = torch.empty(rows, rank, dtype=dtype, device=weight.device)
-    for start in range(0, outputs, rows):
-        block = weight[start : start + rows]
-        here = moved[: len(block)]
+    of_inputs = basis[:inputs]
+    rows = _pin_rows(weight, basis.shape[1], dtype)
+    for block, goal, shift in zip(_blocks(weight, rows), _blocks(target, rows), _blocks(bias, rows), strict=False):
         wide = block.to(dtype)
-        torch.mm(wide, of_inputs, out=here)
-        if bias is not None:
-            here.addr_(bias[start : start + rows].to(dtype), of_bias[0])
-        if target is not None:
-            here.sub_(target[start : start + rows])
-        flat = here.view(-1)
-        square += torch.dot(flat, flat)
-        wide.addmm_(here, of_inputs.T, alpha=-1.0)
+        if goal is None:
+            moved = torch.mm(wide, of_inputs)
+        else:
+            moved = torch.addmm(goal.to(dtype), wide, of_inputs, beta=-1.0)
+        if shift is not None:
+            wide_shift = shift.to(dtype)
+            moved.addr_(wide_shift, basis[inputs])
+            wide_shift.addmv_(moved, basis[inputs], alpha=-1.0)
+            if wide_shift is not shift:
+                shift.copy_(wide_shift)
+        flat = moved.view(-1)
+        yield torch.dot(flat, flat)
+        wide.addmm_(moved, of_inputs.T, alpha=-1.0)
         if wide is not block:
             block.copy_(wide)
-        if bias is not None:
-            part = bias[start : start + rows]
-            part.copy_(part.to(dtype) - here @ of_bias[0])
-    return square
+
+
+def _blocks(t: Tensor | None, rows: int) -> Iterable[Any]:
+    if t is None:
+        return repeat(None)
+    return t.split(rows) if rows < len(t) else (t,)
 
 
 for _function in (gram, combine_, project_, pin_):
