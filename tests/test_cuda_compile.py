@@ -112,6 +112,13 @@ def test_machine_code_moves_16_bytes_at_a_time(machine_code):
         assert re.search(r"STG\.E\.128", code), name
 
 
+def test_combine_starts_while_gram_ends_and_waits_for_it(machine_code):
+    """Programmatic dependent launch. Nothing is read from global memory before the wait."""
+    assert all("PREEXIT" in code for code in machine_code["gram"].values())
+    for name, code in machine_code["combine"].items():
+        assert 0 <= code.find("ACQBULK") < code.find("LDG"), name
+
+
 def loads_in_flight(code):
     """How many vector loads follow one another, here and there in a function, with nothing between them that could wait for
     the first: no branch, no arithmetic on floats, no conversion, no store."""

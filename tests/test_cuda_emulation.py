@@ -152,9 +152,15 @@ def test_64_directions_of_every_form(driver, tmp_path):
 
 
 def test_many_rows_without_known_products(driver, tmp_path):
-    """Every row against eight others at a time; directions in float64, then rows 1.. alone have another instance."""
-    rows = dense_rows(12, [300, 7], torch.float32, torch.bfloat16)
-    verified(driver, [Case(GRAM, rows), Case(GRAM, [[t.double() for t in row] for row in rows])], tmp_path)
+    """Every group of four rows with every other: K = 11 is 3 passes, K = 32 is 36, which read 264 N. A group without row 0 has
+    another instance where that is of another type."""
+    for num_rows, passes in ((12, 3), (33, 36)):
+        rows = dense_rows(num_rows, [300, 7], torch.float32, torch.bfloat16)
+        rows[1][0] = rows[-1][1] = None
+        doubles = [[t if t is None else t.double() for t in row] for row in rows]
+        parts = [Case(GRAM, rows, parts=[1, 0])]
+        results = verified(driver, [Case(GRAM, rows), Case(GRAM, doubles), *parts], tmp_path)
+        assert results[1].launches == 2 * passes
 
 
 @pytest.mark.parametrize("method", METHODS)

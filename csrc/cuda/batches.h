@@ -9,14 +9,17 @@
 
 namespace gradproj::cuda {
 
-// The rows that a launch takes: `leading`, then `next` and those behind it, `count` in all. needs_leading: everything is a
-// product with the leading row, or is added to it, so segments in which it is absent are left out.
+// The rows that a launch takes: `heads` rows from `first` on and those from `second` on, `count` in all. needs_first: everything
+// is a product with the first of them, or is added to it, so segments in which it is absent are left out.
 struct Pass {
-  int32_t leading, next, count;
-  bool needs_leading;
+  int32_t first, heads, second, count;
+  bool needs_first;
 
-  __host__ __device__ int32_t row(int r) const { return r == 0 ? leading : next + r - 1; }
+  __host__ __device__ int32_t row(int r) const { return r < heads ? first + r : second + r - heads; }
 };
+
+// Row 0 and `count` - 1 others.
+inline Pass row_0_and(int32_t second, int32_t count, bool needs_first) { return {0, 1, second, count, needs_first}; }
 
 // What a segment's rows store: row 0 of the pass, and all others. Whatever has no pair goes element by element.
 enum class Kind : uint8_t { absent, f32, f64, f16, bf16, f32_f16, f32_bf16, elementwise };
@@ -54,8 +57,8 @@ inline Kind kind_of(DType g, DType d) {
 
 inline Kind kind_of(const Plan& plan, size_t segment, const Pass& pass) {
   const RowView* views = plan.row_views(segment);
-  const RowView& leading = views[pass.leading];
-  if (!leading.data && pass.needs_leading) return Kind::absent;
+  const RowView& leading = views[pass.first];
+  if (!leading.data && pass.needs_first) return Kind::absent;
   const RowView* other = nullptr;  // the first that is there
   bool mixed = plan.segments[segment].ndim > 0;
   for (int r = 1; r < pass.count; ++r) {
@@ -99,7 +102,7 @@ inline void append(Segments& p, const Plan& plan, size_t s, const Pass& pass) {
   const auto& segment = plan.segments[s];
   const RowView* views = plan.row_views(s);
   for (int r = 0; r < p.rows; ++r) p.address[p.count * p.rows + r] = views[pass.row(r)].data;
-  const RowView& leading = views[pass.leading];
+  const RowView& leading = views[pass.first];
   const int64_t positions = segment.numel + lead_of(leading.data, element_size(leading.dtype));
   p.numel[p.count] = segment.numel;
   p.part[p.count] = segment.part;

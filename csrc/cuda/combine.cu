@@ -6,15 +6,16 @@ namespace {
 
 void launch_all(const Device& device, const Plan& plan, const WeightSource& source) {
   check_launchable(plan);
+  const bool early = source.count > 0;  // behind a Gram pass, which lets it
   for_each_launch(
-      device, plan, Pass{0, 1, plan.rows, true},
+      device, plan, row_0_and(1, plan.rows, true),
       [&](Kind kind, const Segments& p, int64_t blocks) {
         with_types(kind, [&]<typename G, typename D>(Types<G, D>) {
-          launch("launch of combine", combine_dense<G, D>, blocks, device.stream, p, source);
+          launch("launch of combine", combine_dense<G, D>, blocks, device, early, p, source);
         });
       },
       [&](const StridedSegment& p, int64_t blocks) {
-        launch("launch of combine", combine_strided, blocks, device.stream, p, source);
+        launch("launch of combine", combine_strided, blocks, device, early, p, source);
       });
 }
 

@@ -216,6 +216,7 @@ __global__ __launch_bounds__(kThreads, kCombineBlocks<G>)
 void combine_dense(const __grid_constant__ Segments p, WeightSource source) {
   __shared__ double solved[2];
   __shared__ typename Combine<G, D>::List lists[kWarps];
+  wait_for_last_kernel();
   const double* weights = find_weights(source, solved);
   const int warp = static_cast<int>(threadIdx.x) / 32, first = static_cast<int>(blockIdx.x) * p.per_block;
   Combine<G, D> combine(lists[warp]);
@@ -232,6 +233,7 @@ void combine_dense(const __grid_constant__ Segments p, WeightSource source) {
 // The same for one strided segment, an element per thread, in double.
 __global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
   __shared__ double solved[2];
+  wait_for_last_kernel();
   const double* weights = find_weights(source, solved) + int64_t{p.part} * p.rows;
   bool unchanged = weights[0] == 1.0;
   for (int r = 1; r < p.rows; ++r) unchanged = unchanged && (!p.address[r] || weights[r] == 0.0);

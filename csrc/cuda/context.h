@@ -12,14 +12,14 @@ namespace gradproj::cuda {
 
 using torch::stable::Tensor;
 
-// The largest grid for a device, which must be one that the kernels run on. Asked once.
-inline int64_t grid_limit(int index) {
+// What the kernels have to know of a device, which must be one that they run on; without a stream. Asked once.
+inline Device properties_of(int index) {
   static std::mutex mutex;
-  static std::vector<int64_t> found;
+  static std::vector<Device> found;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (found.size() <= static_cast<size_t>(index)) found.resize(static_cast<size_t>(index) + 1, 0);
-  int64_t& blocks = found[static_cast<size_t>(index)];
-  if (blocks == 0) {
+  if (found.size() <= static_cast<size_t>(index)) found.resize(static_cast<size_t>(index) + 1, Device{});
+  Device& device = found[static_cast<size_t>(index)];
+  if (device.most_blocks == 0) {
     int processors = 0, major = 0, driver = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
@@ -27,9 +27,10 @@ inline int64_t grid_limit(int index) {
     if (major < 7 || driver < 12010)
       throw PlanError("gradproj: the CUDA kernels need compute capability 7.0 and a driver for CUDA 12.1 or later");
     // Four blocks of 256 threads fill a multiprocessor to the half that the kernels are compiled for.
-    blocks = std::min<int64_t>(kMaxBlocks, 4 * processors);
+    device.most_blocks = std::min<int64_t>(kMaxBlocks, 4 * processors);
+    device.starts_early = major >= 9 && driver >= 12030;  // 12.3: in a captured graph too
   }
-  return blocks;
+  return device;
 }
 
 inline double* data(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
@@ -41,7 +42,8 @@ class Context {
     if (where.type != aoti_torch_device_type_cuda()) throw PlanError("gradproj: the first buffer is not on a CUDA device");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.index, &stream));
-    device = {static_cast<cudaStream_t>(stream), grid_limit(where.index)};
+    device = properties_of(where.index);
+    device.stream = static_cast<cudaStream_t>(stream);
   }
   Tensor doubles(std::vector<int64_t> shape) const {
     return torch::stable::empty(shape, torch::headeronly::ScalarType::Double, std::nullopt,

@@ -4,24 +4,26 @@
 namespace gradproj::cuda {
 namespace {
 
-int32_t pairs_of(const Pass& pass) { return pass.needs_leading ? pass.count : pass.count * (pass.count + 1) / 2; }
+int32_t pairs_of(const Pass& pass) { return pass.needs_first ? pass.count : pass.count * (pass.count + 1) / 2; }
 
-Pass all_rows(const Plan& plan) { return {0, 1, plan.rows, false}; }
+Pass all_rows(const Plan& plan) { return row_0_and(1, plan.rows, false); }
+
+constexpr int kGroup = kPassRows / 2;  // of more rows than a pass takes, so many at a time: two groups a pass
 
 template <typename G, typename D>
 void launch_dense(const Device& device, const Segments& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device.stream, p, slots); };
+  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device, false, p, slots); };
   if (pass.count <= 2) return run(gram_dense<G, D, 2, false>);  // the pairs of a row with one other come first
-  if (pass.needs_leading) return run(gram_dense<G, D, kPassRows, true>);
+  if (pass.needs_first) return run(gram_dense<G, D, kPassRows, true>);
   if constexpr (sizeof(G) < 8)
     if (pass.count <= 5) return run(gram_dense<G, D, 5, false>);
   run(gram_dense<G, D, kPassRows, false>);
 }
 
 void launch_strided(const Device& device, const StridedSegment& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device.stream, p, slots); };
+  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device, false, p, slots); };
   if (pass.count <= 2) return run(gram_strided<2, false>);
-  if (pass.needs_leading) return run(gram_strided<kPassRows, true>);
+  if (pass.needs_first) return run(gram_strided<kPassRows, true>);
   run(gram_strided<kPassRows, false>);
 }
 
@@ -46,7 +48,7 @@ int32_t launch_slots(const Device& device, const Plan& plan, const Pass& pass, d
 void launch_parts(const Device& device, const Plan& plan, const Pass& pass, double* scratch, Target target) {
   const Slots slots{scratch, pairs_of(pass), 0};
   auto finish = [&](int32_t count, int32_t part, int64_t parts) {
-    launch("launch of gram", gram_finish, parts, device.stream, slots, count, pass, target, part);
+    launch("launch of gram", gram_finish, parts, device, false, slots, count, pass, target, part);
   };
   finish(0, 0, plan.parts);  // zeros, and gram_dd
   target.gram_dd = nullptr;
@@ -56,7 +58,7 @@ void launch_parts(const Device& device, const Plan& plan, const Pass& pass, doub
       [&](Kind kind, const Segments& p, int64_t blocks) {
         with_types(kind, [&]<typename G, typename D>(Types<G, D>) { launch_dense<G, D>(device, p, pass, slots, blocks); });
         const int64_t parts = int64_t{p.part[p.count - 1]} - p.part[0] + 1;
-        launch("launch of gram", gram_finish_parts, parts, device.stream, p, slots, pass, target);
+        launch("launch of gram", gram_finish_parts, parts, device, false, p, slots, pass, target);
       },
       [&](const StridedSegment& p, int64_t blocks) {
         launch_strided(device, p, pass, slots, blocks);
@@ -68,14 +70,15 @@ void launch_pass(const Device& device, const Plan& plan, const Pass& pass, doubl
   if (plan.parts != 1) return launch_parts(device, plan, pass, scratch, target);
   const int32_t count = launch_slots(device, plan, pass, scratch);
   const Slots slots{scratch, pairs_of(pass), count};
-  launch("launch of gram", gram_finish, 1, device.stream, slots, count, pass, target, 0);
+  launch("launch of gram", gram_finish, 1, device, false, slots, count, pass, target, 0);
 }
 
 }  // namespace
 
 int64_t gram_scratch(const Device& device, const Plan& plan) {
   const int64_t slots = device.most_blocks + (plan.parts > 1 ? plan.parts : 0);
-  return slots * (plan.rows <= kPassRows ? plan.rows * (plan.rows + 1) / 2 : kPassRows);
+  const int rows = std::min(plan.rows, kPassRows);
+  return slots * rows * (rows + 1) / 2;
 }
 
 int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratch) {
@@ -83,17 +86,23 @@ int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratc
   return launch_slots(device, plan, all_rows(plan), scratch);
 }
 
-// Up to nine rows in one pass. More, or known products of the directions: every row with itself and up to eight rows behind it.
+// Up to nine rows in one pass. More: every group of rows with every group behind it, R^2 / 8 reads of N in all. With known
+// products of the directions: row 0 with eight others at a time.
 void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, double* scratch, double* gram) {
   check_launchable(plan);
   const int R = plan.rows;
   Target target{gram, gram_dd, R, false};
-  if (!gram_dd && R <= kPassRows) return launch_pass(device, plan, all_rows(plan), scratch, target);
-  for (int i = 0; i < (gram_dd ? 1 : R); ++i)
-    for (int next = i + 1; next < R || next == i + 1; next += kPassRows - 1) {
-      launch_pass(device, plan, {i, next, 1 + std::min(R - next, kPassRows - 1), true}, scratch, target);
+  if (gram_dd)
+    for (int second = 1; second < R || second == 1; second += kPassRows - 1) {
+      launch_pass(device, plan, row_0_and(second, 1 + std::min(R - second, kPassRows - 1), true), scratch, target);
       target.gram_dd = nullptr;  // copied by the first pass
     }
+  else if (R <= kPassRows)
+    launch_pass(device, plan, all_rows(plan), scratch, target);
+  else
+    for (int first = 0; first + kGroup < R; first += kGroup)
+      for (int second = first + kGroup; second < R; second += kGroup)
+        launch_pass(device, plan, {first, kGroup, second, kGroup + std::min(R - second, kGroup), false}, scratch, target);
 }
 
 }  // namespace gradproj::cuda

@@ -1,4 +1,4 @@
-// The Gram of up to nine rows in one pass: every block leaves float64 sums of its products in slots, a second kernel adds the
+// The Gram of up to nine rows in one pass, of more in several: every block leaves float64 sums of its products in slots, a second kernel adds the
 // slots up. No kernel here knows of torch.
 #pragma once
 
@@ -137,6 +137,7 @@ template <typename G, typename D, int kRows, bool kRowOnly>
 __global__ __launch_bounds__(kThreads, gram_blocks<G>(kRows, kRowOnly))
 void gram_dense(const __grid_constant__ Segments p, Slots slots) {
   using Rows = ChunkRows<G, D, kRows>;
+  let_next_kernel_start();
   int first = static_cast<int>(blockIdx.x) * p.per_block;
   const int last = min(first + p.per_block, p.chunks());
   int s = p.segment_of(first);
@@ -168,6 +169,7 @@ void gram_dense(const __grid_constant__ Segments p, Slots slots) {
 template <int kRows, bool kRowOnly>
 __global__ __launch_bounds__(kThreads, 1) void gram_strided(const __grid_constant__ StridedSegment p, Slots slots) {
   Sums<double, kRows, kRowOnly> sums;
+  let_next_kernel_start();
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.numel; i += int64_t{gridDim.x} * kThreads) {
     const Element element(p, i);
     double column[kRows];
@@ -193,7 +195,7 @@ __device__ inline void add_up(const Slots& slots, int64_t first, int32_t count, 
   double* gram = target.gram + part * R * R;
   for (int p = static_cast<int>(threadIdx.x) / 32; p < slots.pairs; p += kWarps) {
     int i = p, j = 0;
-    if (pass.needs_leading)
+    if (pass.needs_first)
       i = 0, j = p;
     else
       while (i > j) i -= ++j;

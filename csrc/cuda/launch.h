@@ -8,11 +8,6 @@
 
 namespace gradproj::cuda {
 
-struct Device {
-  cudaStream_t stream;
-  int64_t most_blocks;  // of a grid; fixed for a device, because the order of sums depends on it
-};
-
 // Doubles of scratch that the Gram of a plan needs.
 int64_t gram_scratch(const Device& device, const Plan& plan);
 
@@ -24,7 +19,7 @@ void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, 
 int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratch);
 
 // Gram [parts, R, R] -> weights [parts, R].
-void launch_weights(cudaStream_t stream, Rule rule, const double* gram, int64_t parts, int R, double* weights);
+void launch_weights(const Device& device, Rule rule, const double* gram, int64_t parts, int R, double* weights);
 
 // Row 0 of every part from weights [parts, R].
 void launch_combine(const Device& device, const Plan& plan, const double* weights);

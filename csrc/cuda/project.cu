@@ -12,7 +12,7 @@ void launch_project(const Device& device, const Plan& plan, Rule rule, const dou
     return;
   }
   launch_gram(device, plan, gram_dd, scratch, gram);
-  launch_weights(device.stream, rule, gram, plan.parts, plan.rows, weights);
+  launch_weights(device, rule, gram, plan.parts, plan.rows, weights);
   launch_combine(device, plan, weights);
 }
 

@@ -34,20 +34,45 @@ inline void check(cudaError_t status, const char* what) {
                              "; the device's context may be unusable, restart the process");
 }
 
-// what: for the error message. The arguments are copied once, by the driver: they may be 32 KB.
+struct Device {
+  cudaStream_t stream;
+  int64_t most_blocks;  // of a grid; fixed for a device, because the order of sums depends on it
+  bool starts_early;    // has programmatic dependent launch
+};
+
+// Programmatic dependent launch: blocks of the next kernel start while the last ones of this kernel run, and wait for its end
+// in front of everything that one of the two writes. Without it, or between kernels that were not launched so, both do nothing.
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// early: may start before the last kernel on the stream has ended, for which it waits by itself. what: for the error message.
+// The arguments are copied once, by the driver: they may be 32 KB.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
+void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, const Device& device, bool early,
             const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...), "the kernel would read other bytes");
 #ifdef GRADPROJ_EMULATION
   emulation::launch(blocks, [&] { kernel(arguments...); });
-  (void)what, (void)stream;
+  (void)what, (void)device, (void)early;
 #else
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
-  config.stream = stream;
+  config.stream = device.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early && device.starts_early ? 1 : 0;
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), what);
 #endif
 }

@@ -4,11 +4,11 @@
 
 namespace gradproj::cuda {
 
-void launch_weights(cudaStream_t stream, Rule rule, const double* gram, int64_t parts, int R, double* weights) {
+void launch_weights(const Device& device, Rule rule, const double* gram, int64_t parts, int R, double* weights) {
   if (R > kMaxRows)
     throw PlanError("gradproj: " + std::to_string(R - 1) + " directions; the CUDA kernels take up to " +
                     std::to_string(kMaxRows - 1));
-  if (parts > 0) launch("launch of weights", weights_kernel, parts, stream, rule, gram, R, weights);
+  if (parts > 0) launch("launch of weights", weights_kernel, parts, device, false, rule, gram, R, weights);
 }
 
 }  // namespace gradproj::cuda
@@ -23,7 +23,7 @@ Tensor weights_op(Tensor gram, std::string method, double gamma, double eps) {
   const auto [parts, rows] = gram_shape(gram);
   const Context context({aoti_torch_device_type_cuda(), gram.get_device_index()});
   Tensor weights = gram.dim() == 2 ? context.doubles({rows}) : context.doubles({parts, rows});
-  launch_weights(context.device.stream, parse_rule(method, gamma, eps), context.small(gram, parts * rows * rows, "gram"), parts,
+  launch_weights(context.device, parse_rule(method, gamma, eps), context.small(gram, parts * rows * rows, "gram"), parts,
                  rows, data(weights));
   return weights;
 }

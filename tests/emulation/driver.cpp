@@ -65,7 +65,7 @@ struct Case {
     operation = static_cast<Operation>(in.word());
     layout.rows = static_cast<int>(in.word());
     layout.parts = static_cast<int>(in.word());
-    device = {nullptr, in.word()};
+    device = {nullptr, in.word(), false};
     rule = {static_cast<Method>(in.word()), 0.25, 0.0};
     for (int64_t count = in.word(); count > 0; --count) storage.push_back(in.block());
     const int64_t count = in.word();
@@ -80,7 +80,7 @@ struct Case {
   void run() {
     if (operation == kWeights) {  // of the Grams in buffer 1 into buffer 0
       const Buffer &out = buffers[0], &grams = buffers[1];
-      return cuda::launch_weights(nullptr, rule, reinterpret_cast<const double*>(grams.data), grams.sizes[0],
+      return cuda::launch_weights(device, rule, reinterpret_cast<const double*>(grams.data), grams.sizes[0],
                                   static_cast<int>(grams.sizes[1]), reinterpret_cast<double*>(const_cast<char*>(out.data)));
     }
     const Plan plan = make_plan(buffers, layout);
