@@ -25,7 +25,7 @@ def randn(*shape, seed=0, **kwargs):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs).to(DEVICE)
 
 
-def table_of(*lists, parts=(), threads=32 * table.WARPS, written=False):
+def table_of(*lists, parts=(), threads=None, written=False):
     """For a test of borders few threads: 4 have a chunk of 16 float32 elements."""
     flat = [t for row in lists for t in row]
     return table.Table.of(flat, len(lists), parts, max(parts) + 1 if parts else 0, written, threads)

@@ -97,7 +97,10 @@ def test_sums_stay_in_their_threads_until_all_rows_are_read(built, name):
 
 @pytest.mark.parametrize("name", WIDE)
 def test_registers_suffice(built, name):
+    """For two programs on a multiprocessor, whatever the number of rows."""
     assert int(re.search(r"STACK:(\d+)", built[name].usage)[1]) <= 32, built[name].usage
+    registers, threads = re.search(r"REG:(\d+)", built[name].usage), re.search(r"\.reqntid (\d+)", built[name].ptx)
+    assert 2 * int(registers[1]) * int(threads[1]) <= 1 << 16, built[name].usage
 
 
 @pytest.mark.parametrize("name", [name for name in WIDE if "bf16" in name and name.endswith("combine_kernel")])

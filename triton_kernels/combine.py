@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.triton_kernels.table import WARPS, Table, check_small, implement
+from gradproj.triton_kernels.table import Table, check_small, implement
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
 
 GROUP = tl.constexpr(8)  # rows whose loads are in flight together
@@ -86,7 +86,13 @@ def combine(table: Table, weights: Tensor) -> None:
     with torch.cuda.device_of(weights):
         for launch in table.launches:
             combine_kernel[(launch.grid,)](
-                *launch.arguments, weights, table.num_rows, launch.rows, launch.dtypes, launch.instance, num_warps=WARPS
+                *launch.arguments,
+                weights,
+                table.num_rows,
+                launch.rows,
+                launch.dtypes,
+                launch.instance,
+                num_warps=launch.warps,
             )
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.methods import Rule
-from gradproj.triton_kernels.table import WARPS, Table, check_small, implement
+from gradproj.triton_kernels.table import Table, check_small, implement
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row
 from gradproj.triton_kernels.weights import solve, solves
 
@@ -149,7 +149,7 @@ def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> 
                     dtypes = (None,) * count  # nothing to multiply
                 gram_kernel[(launch.grid,)](
                     *launch.arguments, partial, launch.position(heads.start), launch.position(others.start), len(heads),
-                    dtypes, only_first, launch.instance, num_warps=WARPS,
+                    dtypes, only_first, launch.instance, num_warps=launch.warps,
                 )  # fmt: skip
             gram_finish_kernel[(max(1, table.num_parts),)](
                 partial, table.bounds, gram, gram_dd if others.start <= 1 else None, weights, num_rows, heads.start,

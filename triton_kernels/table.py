@@ -26,7 +26,9 @@ from torch import Tensor
 from gradproj import ops, validate
 
 CACHE_BYTES = 1 << 20
-WARPS = 8  # of a program that walks rows
+FEW_ROWS = (
+    5  # of more, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor
+)
 IN_FLIGHT = 1 << 16  # bytes per multiprocessor, enough for 8 TB/s
 MAX_PROGRAMS = 2048  # of an op: their sums, 45 doubles each at most, stay under 768 KiB
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -69,6 +71,10 @@ class Launch(NamedTuple):
     @property
     def grid(self) -> int:
         return len(self.programs) - 1
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.instance.threads // 32)
 
     @property
     def arguments(self) -> tuple:
@@ -122,16 +128,17 @@ class Table(NamedTuple):
         parts: Sequence[int],
         num_parts: int,
         written: bool,
-        threads: int = 32 * WARPS,
+        threads: int | None = None,
     ) -> "Table":
         """The table of one op's buffers; see ``gradproj.ops``. On the device when the current stream comes to use it.
 
         Args:
             written: whether row 0 will be.
-            threads: of a program; tests take few.
+            threads: of a program; tests take few. None: 256, or 128 for more than ``FEW_ROWS``.
         Raises:
             RuntimeError: what the kernels do not take, saying what and where.
         """
+        threads = threads or (256 if num_rows <= FEW_ROWS else 128)
         present = [t for t in rows if t is not None]
         if not present:
             raise RuntimeError("gradproj: no tensor among the buffers")
@@ -185,13 +192,13 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _programs_for(device: torch.device, num_rows: int) -> int:
+def _programs_for(device: torch.device, num_rows: int, threads: int) -> int:
     """Programs whose loads, 16 bytes a thread and row, keep ``IN_FLIGHT`` bytes of a multiprocessor on their way; a number of
     its own for a device, so that sums are in the same order."""
     if device.type == "cpu":
         return 4  # interpreted
-    each = IN_FLIGHT // (16 * 32 * WARPS * num_rows)
-    return min(8, max(2, each)) * torch.cuda.get_device_properties(device).multi_processor_count
+    each = min(8, max(2, IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
@@ -205,7 +212,7 @@ def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
             "graph is captured; run one step with the same buffers before the capture"
         )
     found = _columns(rows, num_rows, parts)
-    most = max(1, min(_programs_for(device, num_rows), MAX_PROGRAMS // max(1, len(found))))
+    most = max(1, min(_programs_for(device, num_rows, threads), MAX_PROGRAMS // max(1, len(found))))
     facts, segments, programs = [], [], []
     for (present, torch_dtypes, ndim), columns in found.items():
         widths = np.array([d.itemsize for d in torch_dtypes])
@@ -248,7 +255,7 @@ def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list
         tensors = list(column.values())
         if not tensors or not tensors[0].numel():
             continue
-        sizes, strides = coalesce(tensors)
+        sizes, strides = validate.coalesce(tensors)
         dense = len(sizes) == 1 and all(s == [1] for s in strides)
         if dense:
             sizes, strides = [], [[]] * len(tensors)
@@ -326,24 +333,3 @@ def _upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, lis
             memory = memory.pin_memory().to(device, non_blocking=True)
             ready = torch.cuda.current_stream(device).record_event()
     return memory, [memory[s : s + a.size].view(a.shape) for s, a in zip(starts, arrays, strict=False)], ready
-
-
-def coalesce(tensors: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and strides of a column with mergeable dimensions merged, outermost first in the first tensor's order."""
-    first = tensors[0]
-    if all(map(Tensor.is_contiguous, tensors)):
-        return [first.numel()], [[1]] * len(tensors)
-    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride, reverse=True)
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
-    for d in order:
-        size = first.shape[d]
-        if sizes and all(s[-1] == t.stride(d) * size for s, t in zip(strides, tensors, strict=True)):
-            sizes[-1] *= size
-            for s, t in zip(strides, tensors, strict=True):
-                s[-1] = t.stride(d)
-        else:
-            sizes.append(size)
-            for s, t in zip(strides, tensors, strict=True):
-                s.append(t.stride(d))
-    return (sizes, strides) if sizes else ([1], [[1]] * len(tensors))

@@ -27,3 +27,11 @@ __all__ = [
     "use_backend",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "hf":  # imports transformers
+        import importlib
+
+        return importlib.import_module("gradproj.hf")
+    raise AttributeError(f"module 'gradproj' has no attribute {name!r}")

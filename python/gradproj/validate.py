@@ -80,7 +80,7 @@ def check(
                     f"move it there first"
                 )
         if first is not None and first[1].dim() > MAX_DIMS.get(backend, first[1].dim()):
-            dims = merged_dims([t for t in column if t is not None])
+            dims = len(coalesce([t for t in column if t is not None])[0])
             if dims > MAX_DIMS[backend]:
                 raise NotImplementedError(
                     f"{op}: {_name(names, first[0], i)} {_what(first[1])} needs {dims} dimensions after merging; backend "
@@ -90,16 +90,25 @@ def check(
         _check_overlap(op, rows, names, indices)
 
 
-def merged_dims(column: Sequence[Tensor]) -> int:
-    """Dimensions that are left of a column when those that every tensor walks as one are merged."""
-    first = column[0]
-    merged: list[int] = []
-    for d in sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride, reverse=True):
-        if not merged or any(t.stride(merged[-1]) != t.stride(d) * t.shape[d] for t in column):
-            merged.append(d)
+def coalesce(tensors: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and strides of a column with mergeable dimensions merged, outermost first in the first tensor's order."""
+    first = tensors[0]
+    if all(map(Tensor.is_contiguous, tensors)):
+        return [first.numel()], [[1]] * len(tensors)
+    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride, reverse=True)
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for d in order:
+        size = first.shape[d]
+        if sizes and all(s[-1] == t.stride(d) * size for s, t in zip(strides, tensors, strict=True)):
+            sizes[-1] *= size
+            for s, t in zip(strides, tensors, strict=True):
+                s[-1] = t.stride(d)
         else:
-            merged[-1] = d
-    return len(merged)
+            sizes.append(size)
+            for s, t in zip(strides, tensors, strict=True):
+                s.append(t.stride(d))
+    return (sizes, strides) if sizes else ([1], [[1]] * len(tensors))
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""One small file for each framework that owns the training loop."""
