@@ -107,6 +107,40 @@ def test_an_adapter(tmp_path):
     assert (model(**batches(1, seed=3)[0]).logits - base).abs().max() > 1e-3
 
 
+def character_tokenizer():
+    """Made here, so that nothing is downloaded."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "<eos>", "<unk>", *map(chr, range(97, 123)), " ", "."]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), behavior="isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl(tmp_path, kind):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, (anchor,) = language_model(), batches(1, seed=2)
+    before = model(**anchor).logits.detach()
+    texts = {"text": ["hello there. how are you", "what is this"]}
+    pairs = {"prompt": ["how are you ", "what is "], "chosen": ["fine.", "this."], "rejected": ["bad.", "that was."]}
+    settings = {"SFT": (trl.SFTConfig, texts, {}), "DPO": (trl.DPOConfig, pairs, {"ref_model": language_model()})}
+    make_arguments, examples, more = settings[kind]
+    arguments = make_arguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=1, use_cpu=True,
+        bf16=False, report_to=[], save_strategy="no",
+    )  # fmt: skip
+    made = getattr(trl, f"{kind}Trainer")(
+        model, args=arguments, train_dataset=datasets.Dataset.from_dict(examples), processing_class=character_tokenizer(),
+        callbacks=[gradproj.hf.Protect(gradproj.NullSpace(model, share=0.9), [anchor])], **more,
+    )  # fmt: skip
+    made.train()
+    assert (model(**anchor).logits - before)[:, :-1].abs().max() < 1e-4
+    assert (weights(model) - weights(language_model())).abs().max() > 1e-3
+    assert [entry["gradproj/moved"] > 0 for entry in made.state.log_history if "loss" in entry] == [True] * 3
+
+
 @pytest.mark.parametrize("kind", ["directions", "null space"])
 def test_ranks_stay_equal_under_ddp(tmp_path, kind):
     """The model that a callback is given is the one inside DDP, through which no gradient is averaged."""
