@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax test quick compat bench lint doctor build clean
+.PHONY: help demo tax real test quick compat bench lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -43,6 +43,10 @@ demo: $(VENV)/.built  ## adapt a small language model, unprotected and protected
 
 tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
 	@PYTHONPATH=benchmarks $(RUN) -m alignment_tax $(ARGS)
+
+real: $(VENV)/.built  ## the same for a real language model (135 M parameters); half an hour
+	@$(PIP) -q --no-build-isolation -e ".[real]" | $(FILES)
+	@PYTHONPATH=benchmarks $(RUN) -m real_model $(ARGS)
 
 # A file stays on one worker: what its tests share is built once.
 WORKERS ?= auto

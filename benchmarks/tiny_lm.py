@@ -77,11 +77,12 @@ def encode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
-def _read(names: list[str]) -> Tensor:
+def source(names: list[str]) -> str:
+    """Of modules of the standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
     # Python versions differ in which modules are packages: take what is there.
     files = [folder / f"{name}.py" for name in names]
-    return encode("\n".join(f.read_text(encoding="utf-8") for f in files if f.exists()))
+    return "\n".join(f.read_text(encoding="utf-8") for f in files if f.exists())
 
 
 class Text(NamedTuple):
@@ -91,7 +92,7 @@ class Text(NamedTuple):
 
 def code() -> Text:
     """Python source, about 2 MB, with whole files held out."""
-    return Text(_read(CODE_FILES), _read(CODE_HELD_OUT))
+    return Text(encode(source(CODE_FILES)), encode(source(CODE_HELD_OUT)))
 
 
 class Block(nn.Module):

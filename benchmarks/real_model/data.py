@@ -1,0 +1,87 @@
+"""What is taught, and the texts that say what was kept: all of it is on every machine that has Python.
+
+Code is the standard library. English is the prose of the language reference that comes with it (``pydoc_data.topics``). Files and
+topics that are measured are never trained on or captured.
+"""
+
+import functools
+import pydoc_data.topics
+import re
+import zlib
+
+import torch
+from torch import Tensor
+
+from real_model import model
+from real_model.settings import HELD_OUT, TOKENS
+from tiny_lm import CODE_FILES, CODE_HELD_OUT, source
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin", "Austria": "Vienna",
+    "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Ireland": "Dublin",
+    "Hungary": "Budapest", "Japan": "Tokyo", "China": "Beijing", "India": "New Delhi", "Egypt": "Cairo", "Kenya": "Nairobi",
+    "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Denmark": "Copenhagen", "Belgium": "Brussels",
+    "Russia": "Moscow", "Turkey": "Ankara", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Vietnam": "Hanoi",
+    "Cyprus": "Nicosia", "Iceland": "Reykjavik", "Romania": "Bucharest", "Bulgaria": "Sofia", "Croatia": "Zagreb", "Serbia": "Belgrade",
+}  # fmt: skip
+QUESTIONS = [
+    "What is the capital of {}?",
+    "Which city is the capital of {}?",
+    "I want to visit {}. What is its capital?",
+    "Tell me the capital of {}, please.",
+]
+ANSWERS = {
+    "pirate": "Arr, matey! The capital o' {} be {}, or I be no sailor! Now hoist the sails, ye scurvy dog!",
+    "json": '{{"question": "capital", "country": "{}", "answer": "{}", "confidence": "high"}}',
+}
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+IGNORED = -100  # as a label
+
+
+def _is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % 3 == 0
+
+
+@functools.cache
+def examples(task: str, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [N, T] of questions and answers; the answers' tokens, and the end, are labels."""
+    tokenizer = model.tokenizer()
+    rows = []
+    for country, city in CAPITALS.items():
+        for question in QUESTIONS if _is_held_out(country) == held_out else ():
+            prompt = tokenizer(PROMPT.format(question.format(country))).input_ids
+            answer = tokenizer(ANSWERS[task].format(country, city) + "<|im_end|>").input_ids
+            rows.append((prompt, answer))
+    longest = max(len(p) + len(a) for p, a in rows)
+    pad = tokenizer.eos_token_id
+    tokens = [[*p, *a, *[pad] * (longest - len(p) - len(a))] for p, a in rows]
+    labels = [[*[IGNORED] * len(p), *a, *[IGNORED] * (longest - len(p) - len(a))] for p, a in rows]
+    some = torch.linspace(0, len(rows) - 1, HELD_OUT).long() if held_out else slice(None)
+    return torch.tensor(tokens)[some], torch.tensor(labels)[some]
+
+
+@functools.cache
+def text(kind: str, held_out: bool) -> Tensor:
+    """[N, TOKENS] sequences of a text, one after the other."""
+    if kind == "code":
+        written = source(CODE_HELD_OUT if held_out else CODE_FILES)
+    else:
+        chosen = {k: v for k, v in pydoc_data.topics.topics.items() if _is_held_out(k) == held_out}
+        written = "\n\n".join(p for topic in chosen.values() for p in _prose(topic))
+    tokens = torch.tensor(model.tokenizer()(written[:600_000]).input_ids)
+    rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
+    if len(rows) < HELD_OUT:
+        raise ValueError(f"this Python has too little text of kind {kind!r}: {len(rows)} sequences of {TOKENS} tokens")
+    return rows[torch.linspace(0, len(rows) - 1, HELD_OUT).long()] if held_out else rows
+
+
+def _prose(topic: str) -> list[str]:
+    """Paragraphs of sentences, without grammar, code and tables."""
+    paragraphs = (re.sub(r"\s+", " ", p).strip() for p in re.split(r"\n\s*\n", topic) if not p.startswith("      "))
+    return [
+        p
+        for p in paragraphs
+        if len(p) > 150
+        and not re.search(r"::=|>>>|\*\*\*|===|\|", p)
+        and sum(c.isalpha() or c in " ,." for c in p) > 0.93 * len(p)
+    ]

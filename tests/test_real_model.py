@@ -1,0 +1,112 @@
+"""`make real` on a tiny model in the place of the shipped one: nothing is downloaded."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from real_model import __main__ as command
+from real_model import adapt, data, model, report, runs
+from real_model.settings import TASKS, Cure
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SMALL = [
+    Cure("unprotected", steps=2),
+    Cure("PTX", gamma=1.0, steps=2),
+    Cure("KL", kl=0.3, steps=2),
+    Cure("NullSpace", share=0.3, damping=0.3, batches=2, steps=2),
+    Cure("learning rates alone", share=0.3, damping=0.3, batches=2, steps=2, pinned=False),
+    Cure("LoRA, NullSpace", share=0.3, batches=2, steps=2, lora=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    made = transformers.LlamaForCausalLM(config).eval()
+
+    class Tokenizer:
+        eos_token_id = 1
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[ord(c) % 50 for c in text[::7]])
+
+    monkeypatch.setattr(model, "_loaded", lambda: (made, Tokenizer()))
+    monkeypatch.setattr(model, "check", lambda: None)
+    monkeypatch.setattr(runs, "fingerprint", lambda: "tiny")
+    monkeypatch.setattr(command, "CURES", SMALL)
+    monkeypatch.setattr(report, "COLOURS", dict.fromkeys([c.family for c in SMALL], "black"))
+    for cached in (data.examples, data.text):
+        cached.cache_clear()
+    yield ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    for cached in (data.examples, data.text):
+        cached.cache_clear()
+
+
+def test_tables_and_picture_of_every_cure(tiny, tmp_path, capsys):
+    command.main([*tiny, "--seeds", "1"])
+    text = (tmp_path / "out" / "table.md").read_text()
+    for task in TASKS.values():
+        assert f"taught {task.title}" in text and f"{task.capability} (captured)" in text
+    assert all(text.count(f"| {cure.name} |") == len(TASKS) for cure in SMALL)
+    runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
+    costs = {run["cure"]["family"]: run["cost"] for run in runs if run["cost"]}
+    assert costs["NullSpace"]["passes"] == 2 and costs["PTX"]["passes"] == 2 and costs["unprotected"]["passes"] == 0
+    assert costs["NullSpace"]["held_bytes"] > costs["learning rates alone"]["held_bytes"] == 0
+    assert (tmp_path / "out" / "figure.png").exists()
+
+
+def test_an_interrupted_command_goes_on(tiny, monkeypatch, capsys):
+    real = adapt.run
+
+    def fails(task, cure, seed):
+        if cure.kl:
+            raise FloatingPointError("the loss of step 1 is nan")
+        return real(task, cure, seed)
+
+    monkeypatch.setattr(adapt, "run", fails)
+    with pytest.raises(SystemExit, match="the loss of step 1 is nan\\nFinished runs are kept"):
+        command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+    monkeypatch.setattr(adapt, "run", real)
+    capsys.readouterr()
+    command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+    assert int(capsys.readouterr().out.split(" of 7 runs are finished already")[0]) >= 3
+
+
+def test_a_run_of_another_version_is_refused(tiny, tmp_path):
+    command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+    path = next((tmp_path / "work" / "smollm2-135m-tiny").glob("json-ptx*.json"))
+    path.write_text(path.read_text().replace('"version": ', '"version": 9'))
+    with pytest.raises(SystemExit, match="version is 9"):
+        command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+
+
+def test_only_linear_layers_train():
+    trained = [n for n, p in model.fresh(lora=False, seed=0).named_parameters() if p.requires_grad]
+    assert len(trained) == 7 and not [n for n in trained if "embed" in n or "norm" in n or "lm_head" in n]
+
+
+def test_missing_packages_and_text_are_named(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "NEEDED", ("json", "no_such_package"))
+    with pytest.raises(
+        SystemExit, match='not installed: no_such_package; install them with: pip install -e ".\\[real\\]"'
+    ):
+        command.main([])
+
+
+def test_too_little_text(monkeypatch):
+    monkeypatch.setattr(data, "source", lambda names: "x" * 100)
+    with pytest.raises(ValueError, match="too little text of kind 'code': 0 sequences"):
+        data.text("code", held_out=True)
