@@ -1,6 +1,6 @@
 """Which settings are reported: chosen on some seeds, measured again on others."""
 
-from alignment_tax.cures import CURES, GRIDS, NONE, SLIDER
+from alignment_tax.cures import GRIDS, NONE, SLIDER
 from alignment_tax.points import Point
 from alignment_tax.settings import OBJECTIVES, Cure
 
@@ -32,7 +32,7 @@ def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
             for level in LEVELS
         ]
         chosen |= {p.cure for p in best if p} or {max(mine, key=lambda p: p.target).cure}
-    return [c for c in CURES if c in chosen]
+    return [p.cure for p in of if p.cure in chosen]
 
 
 def grid(seeds: int) -> list[tuple[str, Cure, int]]:
