@@ -5,7 +5,7 @@ from alignment_tax.points import Point
 from alignment_tax.settings import OBJECTIVES, Cure
 
 FIRST_REPORTED = 1_000  # seeds from here on are reported, those below choose
-LEVELS = (0.97, 0.9, 0.75)  # of what the best setting learns of the target
+LEVELS = (0.97, 0.9)  # of what the best setting learns of the target
 
 
 def reached(start: float, of: list[Point], level: float) -> float:
@@ -14,7 +14,7 @@ def reached(start: float, of: list[Point], level: float) -> float:
 
 
 def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
-    """For each of three levels of target quality, each family's setting that reaches it and forgets least; of a family that reaches
+    """For each of two levels of target quality, each family's setting that reaches it and forgets least; of a family that reaches
     none, the one that learns most.
 
     Without a cure, and of the page's slider, all settings are taken: they are what others are compared with.
