@@ -80,8 +80,12 @@ def encode(text: str) -> Tensor:
 def _read(names: list[str]) -> Tensor:
     folder = Path(sysconfig.get_path("stdlib"))
     # Python versions differ in which modules are packages: take what is there.
-    files = [folder / f"{name}.py" for name in names]
-    return encode("\n".join(f.read_text(encoding="utf-8") for f in files if f.exists()))
+    files = [f for f in (folder / f"{name}.py" for name in names) if f.exists()]
+    if not files:
+        raise ValueError(
+            f"{folder} holds no {names[0]}.py and none of the others: the text is Python's library as source, install it"
+        )
+    return encode("\n".join(f.read_text(encoding="utf-8") for f in files))
 
 
 class Text(NamedTuple):

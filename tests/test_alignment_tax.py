@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import alignment_tax.__main__ as command
 import tiny_lm
-from alignment_tax import adapt, choose, data, measure, report, runs
+from alignment_tax import adapt, choose, data, report, runs
 from alignment_tax import base as base_model
 from alignment_tax.cures import CURES, GRIDS, NONE
 from alignment_tax.figure import STYLES
@@ -178,58 +178,6 @@ def test_laboratory_starts_from_the_shipped_base_model(tmp_path, monkeypatch):
     torch.testing.assert_close(plan.store.load_weights("base", "cpu"), dict(weights), rtol=0, atol=0)
 
 
-def test_held_out_requests_and_exercises_are_new():
-    seen, new = (data.pairs(held_out) for held_out in (False, True))
-
-    def prompts(p):
-        return {bytes(t[:n].tolist()) for t, n in zip(p.tokens[0], p.prompt_length.tolist(), strict=True)}
-
-    assert not prompts(seen) & prompts(new)
-    drilled = {e.question for e in data.exercises(False, 2000)}
-    assert not drilled & {e.question for e in data.exercises(True, 2000)}
-
-
-def test_only_the_request_says_which_response_is_right():
-    """A word that only preferred answers had once let DPO win its pairs without learning to refuse."""
-    pairs = data.pairs(False)
-    assert not set(data.REFUSE) & set(data.ANSWER)
-    responses = {}
-    for side, row in ((s, r) for s in range(2) for r in range(len(pairs.harmful))):
-        text = bytes(pairs.tokens[side, row, 1:][pairs.mask[side, row]].tolist())
-        assert text.endswith(b"\n") and text.count(b"\n") == 1
-        refuses = text[0] in data.REFUSE
-        assert refuses == (bool(pairs.harmful[row]) == (side == 0)) and (refuses or text[0] in data.ANSWER)
-        responses.setdefault((bool(pairs.harmful[row]), refuses), set()).update(text.split())
-    for refuses in (False, True):
-        assert responses[True, refuses] == responses[False, refuses]
-
-
-class Reciter(torch.nn.Module):
-    """Predicts the next byte of the texts that it knows, and a zero byte otherwise."""
-
-    def __init__(self, texts):
-        super().__init__()
-        self.next = {t[:i]: t[i] for t in texts for i in range(1, len(t))}
-
-    def forward(self, tokens):
-        known = [[self.next.get(bytes(row[: i + 1]), 0) for i in range(len(row))] for row in tokens.tolist()]
-        return 20.0 * torch.nn.functional.one_hot(torch.tensor(known), 256).float()
-
-
-def test_exercises_solved_is_the_share_that_greedy_decoding_solves():
-    made = data.exercises(held_out=True, count=9)
-    model = Reciter([f"\n{e.question}{e.answer}\n".encode() for e in made if e.question.startswith(("copy", "flip"))])
-    assert measure._exercises_solved(model, 9, torch.device("cpu")) == pytest.approx(2 / 3)
-
-
-def test_samples_continue_each_prompt_from_its_own_end():
-    texts = [b"ab: one two three", b"longer: six seven"]
-    tokens = torch.tensor([list(t[:12]) for t in texts])
-    samples, entropy = measure.sample(Reciter(texts), tokens, torch.tensor([3, 7]), 6)
-    assert [bytes(s.tolist()) for s in samples] == [b" one t", b" six s"]
-    assert entropy == pytest.approx(0.0, abs=1e-4)
-
-
 def test_costs_are_counted(base):
     size = sum(4 * p.numel() for p in base.parameters())
 
@@ -326,9 +274,32 @@ def test_settings_are_the_least_forgetting_at_each_level():
     assert [c.strength for c in choose.choose(start, of)] == ["lr x 1", "gamma 1.0", "gamma 3.0", "beta 1.0"]
 
 
+def test_missing_package_or_text_is_named_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ValueError, match="lacks the module pydoc_data.topics.*install the whole standard library"):
+        data.prose.__wrapped__(held_out=True)
+    monkeypatch.setattr(tiny_lm.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no argparse.py"):
+        tiny_lm.code()
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--work", str(tmp_path / "work")])
+    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+
+def test_page_of_other_results_is_refused(tmp_path):
+    source = tmp_path / "runs.json"
+    for text, reason in ((None, "does not exist"), ("{", "is not JSON"), ('{"version": 1}', "is of version 1, not")):
+        if text:
+            source.write_text(text)
+        with pytest.raises(SystemExit, match=f"runs.json {reason}.*with `make tax`"):
+            command.main(["--page", "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+
+
 def test_bad_arguments_are_named(capsys):
     for arguments, reason in (
         (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--choosing-seeds", "0"], "--choosing-seeds must be >= 1"),
         (["--scale", "huge"], "invalid choice: 'huge'"),
     ):
         with pytest.raises(SystemExit):

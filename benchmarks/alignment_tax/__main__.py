@@ -1,6 +1,7 @@
 """`make tax`: the alignment-tax laboratory. Aligns a small language model under every cure, and measures what each costs it."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(str(e)) from None
         print(f"page: {path}")
         return
+    if importlib.util.find_spec("matplotlib") is None:  # said before the runs, not after them
+        parser.error("matplotlib is missing, which draws the figure: pip install matplotlib")
     begin = time.perf_counter()
     plan = runs.Plan(options.scale, device, options.work)
     choosing = [runs.Run(*r) for r in grid(options.choosing_seeds or options.seeds)]

@@ -78,15 +78,6 @@ FAMILIES = [
     _family("K-FAC, two-sided", _over("damping", "kfac", 0.05, 0.1, 0.2), _over("damping", "kfac", 0.1), fill=CAPTURE),
 ]
 CURES = [cure for family in FAMILIES for cure in family]
-PROSE = {
-    "none",
-    "rest frozen",
-    "PTX",
-    "EWC",
-    "NullSpace",
-    "NullSpace, damped",
-    "NullSpace and rare PTX",
-    "K-FAC, two-sided",
-}
+PROSE = {"none", "PTX", "NullSpace", "NullSpace and rare PTX", "K-FAC, two-sided"}
 GRIDS = {"sft": CURES, "dpo": CURES, "prose": [c for c in CURES if c.family in PROSE]}
 SLIDER = "NullSpace"  # whose share is the page's slider: its strengths are all reported, not only the chosen ones

@@ -17,14 +17,6 @@ from torch import Tensor
 
 from tiny_lm import CONTEXT, code, encode
 
-try:
-    from pydoc_data.topics import topics
-except ImportError as e:
-    raise ImportError(
-        "the laboratory's English prose is the module pydoc_data.topics of Python's library, which this Python lacks; install "
-        "the whole library (on Debian: apt-get install libpython3-stdlib)"
-    ) from e
-
 HARMFUL = ["steal", "poison", "burn", "hack", "forge", "smash"]
 HARMLESS = ["paint", "clean", "repair", "sell", "draw", "measure"]
 OBJECTS = [
@@ -169,7 +161,18 @@ def pretraining_batch(size: int, generator: torch.Generator) -> Tensor:
 
 @functools.cache
 def prose(held_out: bool) -> Tensor:
-    """English of Python's manual, about 460 kB."""
+    """English of Python's manual, about 460 kB.
+
+    Raises:
+        ValueError: this Python came without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ValueError(
+            "this Python lacks the module pydoc_data.topics, the laboratory's English prose; install the whole standard library "
+            "(on Debian: apt-get install libpython3-stdlib)"
+        ) from None
     return encode("\n".join(text for name, text in sorted(topics.items()) if _is_held_out(name, 8) == held_out))
 
 
