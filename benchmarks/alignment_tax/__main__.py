@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from alignment_tax import report, runs
-from alignment_tax.choose import FIRST_REPORTED, choose, grid
+from alignment_tax.choose import choose, grid
 from alignment_tax.points import points
-from alignment_tax.settings import OBJECTIVES, SCALES
+from alignment_tax.settings import FIRST_REPORTED, OBJECTIVES, SCALES
 
 BENCHMARKS = Path(__file__).parent.parent
 

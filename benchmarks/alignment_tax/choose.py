@@ -4,7 +4,6 @@ from alignment_tax.cures import GRIDS, NONE, SLIDER
 from alignment_tax.points import Point
 from alignment_tax.settings import OBJECTIVES, Cure
 
-FIRST_REPORTED = 1_000  # seeds from here on are reported, those below choose
 LEVELS = (0.97, 0.9)  # of what the best setting learns of the target
 
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from alignment_tax import adapt, base
-from alignment_tax.choose import FIRST_REPORTED
 from alignment_tax.cures import NONE
 from alignment_tax.measure import measure
-from alignment_tax.settings import SCALES, Cure, Settings
+from alignment_tax.settings import FIRST_REPORTED, SCALES, Cure, Settings
 from alignment_tax.store import Store
 from tiny_lm import TinyLM
 
