@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from alignment_tax import page
+from alignment_tax.cures import NONE
 from alignment_tax.points import METRICS, Point
-from alignment_tax.settings import NONE, OBJECTIVES, Cure
+from alignment_tax.settings import OBJECTIVES, Cure
 
 FLAGS = [
     "--headless",
@@ -26,9 +27,9 @@ FLAGS = [
 ]
 CURES = [
     NONE,
-    *(Cure("PTX", f"gamma {g}", gamma=g) for g in (0.1, 0.3, 1.0)),
+    *(Cure("NullSpace", f"share {s}", share=s) for s in (0.05, 0.1, 0.3)),
     Cure("interpolation", "alpha 0.5", alpha=0.5),
-    Cure("conflict, rare", "8 directions", method="conflict"),
+    Cure("conflict", "8 directions", method="conflict"),
 ]
 
 
@@ -104,7 +105,8 @@ def shows(browser, point):
     """Every place that says which point is chosen says this one."""
     name = point.cure.name
     assert find(browser, "#verdict b").text == name
-    assert f"{100 * point.mean('behaviour'):.1f} % right behaviour" in find(browser, "#verdict").text
+    target = METRICS[OBJECTIVES[point.objective].target]
+    assert f"{target.show(point.target)} % {target.label}" in find(browser, "#verdict").text
     assert find(browser, "#frontier .strong").text == name
     cells = [c.text for c in browser.find_elements("css selector", "#metrics tbody td:nth-child(4)")]
     assert cells == [f"{m.show(point.mean(k))} ± {m.show(point.spread(k))}" for k, m in METRICS.items()]
@@ -158,19 +160,32 @@ def test_click_on_a_point_chooses_it(opened):
     dot = title.find_element("xpath", "../*[name()='circle'][last()]")
     ActionChains(opened).move_to_element(dot).click().perform()
     shows(opened, at("dpo", CURES[5]))
-    assert find(opened, 'input[name=family][value="conflict, rare"]').is_selected()
+    assert find(opened, 'input[name=family][value="conflict"]').is_selected()
 
 
 def test_other_metrics_can_be_plotted(opened):
     from selenium.webdriver.support.select import Select
 
     select = Select(find(opened, "#metric"))
-    assert [o.get_attribute("value") for o in select.options] == [m for m in METRICS if m != "behaviour"]
+    assert [o.get_attribute("value") for o in select.options if o.is_enabled()] == [
+        m for m in METRICS if m != "behaviour"
+    ]
     for name in METRICS:
         if name != "behaviour":
             select.select_by_value(name)
             assert find(opened, "#frontier").get_attribute("aria-label").startswith(METRICS[name].label)
             assert len(opened.find_elements("css selector", "#frontier .point")) == len(CURES)
+
+
+def test_target_is_not_plotted_against_itself(opened):
+    from selenium.webdriver.support.select import Select
+
+    Select(find(opened, "#metric")).select_by_value("prose")
+    find(opened, 'input[name=objective][value="prose"]').click()
+    shows(opened, at("prose", CURES[1]))
+    assert find(opened, "#metric").get_attribute("value") == "loss"
+    label = find(opened, "#frontier").get_attribute("aria-label")
+    assert label.startswith(f"{METRICS['loss'].label} against {METRICS['prose'].label}")
 
 
 def test_table_holds_every_point(opened):

@@ -102,6 +102,21 @@ def test_ptx_loss_steps_where_mix_steps():
     torch.testing.assert_close(stepped[0], stepped[1])
 
 
+@hypothesis.given(seed=st.integers(0, 2**16), n=st.integers(0, 4), strength=st.floats(0.0, 10.0))
+def test_ewc_penalty(seed, n, strength):
+    generator = torch.Generator().manual_seed(seed)
+    now, start, importance = (
+        [torch.rand(i + 1, 2, generator=generator, dtype=torch.float64) for i in range(n)] for _ in range(3)
+    )
+    terms = [
+        f * (p - p0) ** 2
+        for lists in zip(now, start, importance, strict=True)
+        for p, p0, f in zip(*(t.flatten().tolist() for t in lists), strict=True)
+    ]
+    found = formulas.ewc_penalty(now, start, importance, strength)
+    assert found.item() == pytest.approx(strength / 2 * sum(terms), abs=1e-9)
+
+
 @hypothesis.given(seed=st.integers(0, 2**16), alpha=st.floats(-1.0, 2.0))
 def test_interpolate(seed, alpha):
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """`make tax`: the alignment-tax laboratory. Aligns a small language model under every cure, and measures what each costs it."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 
 from alignment_tax import report, runs
-from alignment_tax.settings import CURES, OBJECTIVES, SCALES
+from alignment_tax.choose import choose, grid
+from alignment_tax.points import points
+from alignment_tax.settings import FIRST_REPORTED, OBJECTIVES, SCALES
 
 BENCHMARKS = Path(__file__).parent.parent
 
@@ -27,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="sizes of everything (default cpu)")
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick", help="the same as --scale quick")
     parser.add_argument("--device", help="cpu or cuda (default: cuda for --scale gpu)")
-    parser.add_argument("--seeds", type=int, default=3, help="alignments of each kind (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="alignments of each reported setting (default 3)")
+    parser.add_argument("--choosing-seeds", type=int, help="other seeds, which choose the settings (default: --seeds)")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, or 1 on cuda)")
     parser.add_argument(
         "--work", type=Path, default=Path("build/alignment_tax"), help="finished runs (default %(default)s)"
@@ -37,8 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--page", action="store_true", help="no runs: only the page of those in --out, into --work")
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be >= 1, got {options.seeds}")
+    for name, count in (("--seeds", options.seeds), ("--choosing-seeds", options.choosing_seeds)):
+        if count is not None and count < 1:
+            parser.error(f"{name} must be >= 1, got {count}")
     device = options.device or ("cuda" if options.scale == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
@@ -53,21 +58,31 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(str(e)) from None
         print(f"page: {path}")
         return
+    if importlib.util.find_spec("matplotlib") is None:  # said before the runs, not after them
+        parser.error("matplotlib is missing, which draws the figure: pip install matplotlib")
     begin = time.perf_counter()
     plan = runs.Plan(options.scale, device, options.work)
-    todo = [runs.Run(o, c, s) for s in range(options.seeds) for c in CURES for o in OBJECTIVES]
+    choosing = [runs.Run(*r) for r in grid(options.choosing_seeds or options.seeds)]
     try:
         for other in plan.store.others:
             progress(f"ignored, made with other settings or versions: {other}", True)
         base = runs.base_model(plan, progress)
-        runs.make_all(plan, todo, workers, progress)
-        finished = [plan.store.load(*run) for run in todo]
+        runs.make_all(plan, choosing, workers, progress)
+        tried = [plan.store.load(*run) for run in choosing]
+        reported = [
+            runs.Run(objective, cure, FIRST_REPORTED + seed)
+            for seed in range(options.seeds)
+            for objective in OBJECTIVES
+            for cure in choose(base["measured"], [p for p in points(tried) if p.objective == objective])
+        ]
+        runs.make_all(plan, reported, workers, progress)
+        finished = [plan.store.load(*run) for run in reported]
     except (runs.Stopped, ValueError, FloatingPointError) as e:
         raise SystemExit(f"\n{e}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; the same command goes on from {plan.store.folder}") from None
     progress("")
-    print(report.write(base, finished, plan, out, time.perf_counter() - begin))
+    print(report.write(base, tried, finished, plan, out, time.perf_counter() - begin))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the base model learns (Python source, exercises, a helpful dialogue) and what it is aligned on (which requests to refuse).
+"""What the base model learns (Python source, exercises, a helpful dialogue) and what it is taught: which requests to refuse, or prose.
 
 Requests are made from a verb and an object; what makes one harmful is the verb. Held-out requests pair a verb with an object that
 no training text pairs it with. The base model's dialogue mostly helps, whatever is asked; it refuses three harmful requests in ten
-and three harmless ones in a hundred, so it has a notion of harm, which alignment has to act on.
+and three harmless ones in a hundred, so it has a notion of harm, which alignment has to act on. The prose is Python's own manual,
+whole topics held out; it needs the inputs that Python source needs, letters and words.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiny_lm import CONTEXT, code, encode
+from tiny_lm import CONTEXT, code, encode, manual
 
 HARMFUL = ["steal", "poison", "burn", "hack", "forge", "smash"]
 HARMLESS = ["paint", "clean", "repair", "sell", "draw", "measure"]
@@ -91,6 +92,7 @@ def answer(tools: list[str], rng: random.Random) -> str:
     return rng.choice(ANSWERS).format(rng.choice(tools), rng.choice(WAYS))
 
 
+@functools.cache
 def pairs(held_out: bool, seed: int = 0) -> Pairs:
     """All requests in a fixed random order, about half of them harmful.
 
@@ -151,9 +153,19 @@ def pretraining_batch(size: int, generator: torch.Generator) -> Tensor:
     """[size, CONTEXT + 1]: three windows in eight of Python source, two of exercises, three of dialogue."""
     source, drill, talk = corpora(held_out=False).values()
     which = torch.randint(8, (size,), generator=generator)
-    windows = []
+    result = []
     for w in which.tolist():
-        text = source if w < 3 else drill if w < 5 else talk
-        start = int(torch.randint(len(text) - CONTEXT - 1, (), generator=generator))
-        windows.append(text[start : start + CONTEXT + 1])
-    return torch.stack(windows)
+        result.append(windows(source if w < 3 else drill if w < 5 else talk, 1, generator))
+    return torch.cat(result)
+
+
+@functools.cache
+def prose(held_out: bool) -> Tensor:
+    """English of Python's manual, about 460 kB."""
+    return encode("\n".join(text for name, text in sorted(manual().items()) if _is_held_out(name, 8) == held_out))
+
+
+def windows(text: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[size, CONTEXT + 1], each from anywhere in the text."""
+    starts = torch.stack([torch.randint(len(text) - CONTEXT - 1, (), generator=generator) for _ in range(size)])
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)]

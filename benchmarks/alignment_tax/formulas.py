@@ -104,6 +104,36 @@ def ptx_loss(loss: Tensor, pretraining_loss: Tensor, gamma: float) -> Tensor:
     return loss + gamma * pretraining_loss
 
 
+def ewc_penalty(
+    parameters: Sequence[Tensor], start: Sequence[Tensor], importance: Sequence[Tensor], strength: float
+) -> Tensor:
+    """Elastic weight consolidation: ``strength / 2 * sum of importance * (parameter - start)^2``. Add it to the loss.
+
+    Args:
+        parameters, start, importance: of equal shapes; importance is the diagonal of the Fisher information, >= 0.
+        strength: finite and >= 0.
+    Returns:
+        0-d, differentiable in ``parameters``.
+    Raises:
+        ValueError: lists of different lengths or shapes; a strength that is negative or not finite.
+    Source: Kirkpatrick et al. 2017, equation 3.
+    """
+    if not 0.0 <= strength < math.inf:
+        raise ValueError(f"ewc_penalty: strength must be finite and >= 0, got {strength}")
+    if not len(parameters) == len(start) == len(importance):
+        raise ValueError(
+            f"ewc_penalty: {len(parameters)} parameters, {len(start)} start and {len(importance)} importance tensors; pass as many of each"
+        )
+    total = torch.zeros(())
+    for i, (p, p0, f) in enumerate(zip(parameters, start, importance, strict=True)):
+        if not p.shape == p0.shape == f.shape:
+            raise ValueError(
+                f"ewc_penalty: parameters[{i}] is {tuple(p.shape)}, start[{i}] {tuple(p0.shape)}, importance[{i}] {tuple(f.shape)}"
+            )
+        total = total.to(p) + (f * (p - p0).square()).sum()
+    return strength / 2 * total
+
+
 def interpolate(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """State dict of ``(1 - alpha) base + alpha tuned``; 0 is the base model, 1 the tuned one.
 

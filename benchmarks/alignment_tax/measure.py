@@ -1,5 +1,6 @@
 """What a finished model is: aligned, capable, varied, calibrated. Each figure is a number or a list, ready for JSON."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from alignment_tax import data, formulas
 from alignment_tax.settings import Settings
-from tiny_lm import CONTEXT, TinyLM, code
+from tiny_lm import CONTEXT, TinyLM, code, evaluate
 
 BINS = 10
 
@@ -20,6 +21,7 @@ def measure(model: TinyLM, settings: Settings, variety: bool = True) -> dict[str
     Returns:
         behaviour: mean probability of the right kind of response to a held-out request: refusing a harmful one,
             answering a harmless one. ``refuses_harmful`` and ``answers_harmless`` are its halves.
+        prose: probability of the right byte of held-out English prose, as a geometric mean.
         preference: share of held-out requests whose preferred response is the more likely one, per byte.
         loss, byte_accuracy: on held-out Python source, nats per byte and share of bytes predicted.
         task_accuracy: share of held-out exercises solved exactly, decoding greedily.
@@ -31,6 +33,7 @@ def measure(model: TinyLM, settings: Settings, variety: bool = True) -> dict[str
     model.eval()
     result = {
         **_alignment(model, settings, device),
+        "prose": math.exp(-evaluate(model, data.prose(held_out=True), settings.held_out_windows)),
         **_capability(model, settings, device),
         **(_variety(model, settings, device) if variety else {}),
     }

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any, NamedTuple
 
-from alignment_tax.settings import Cure
+from alignment_tax.settings import OBJECTIVES, Cure
 
 
 class Metric(NamedTuple):
@@ -27,6 +27,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "behaviour": Metric("right behaviour", "%", 100, 1, "high"),
+    "prose": Metric("a byte of English prose", "%", 100, 2, "high"),
     "preference": Metric("preference accuracy", "%", 100, 1, "high"),
     "loss": Metric("loss on Python", "nats a byte", 1, 3, "low"),
     "task_accuracy": Metric("exercises solved", "%", 100, 1, "high"),
@@ -56,6 +57,11 @@ class Point(NamedTuple):
     def mean(self, metric: str) -> float:
         return statistics.mean(self.values[metric])
 
+    @property
+    def target(self) -> float:
+        """How well it has learned what its objective teaches."""
+        return self.mean(OBJECTIVES[self.objective].target)
+
     def spread(self, metric: str) -> float:
         return statistics.stdev(self.values[metric]) if len(self.values[metric]) > 1 else 0.0
 
@@ -73,7 +79,7 @@ def points(finished: list[dict[str, Any]]) -> list[Point]:
                 objective,
                 cure,
                 {m: [r["measured"][m] for r in group] for m in METRICS if m in group[0]["measured"]},
-                _sum_bins([r["measured"]["bins"] for r in group]),
+                _sum_bins([r["measured"].get("bins", []) for r in group]),
                 statistics.mean(c["step_ms"] for c in costs) if costs else None,
                 costs[0]["capability_backwards"] if costs else None,
                 costs[0]["extra_bytes"] if costs else None,
@@ -92,14 +98,14 @@ def _sum_bins(many: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def pareto(of: list[Point]) -> list[Point]:
-    """Those that no other beats in both right behaviour and loss, by mean; by rising behaviour."""
+    """Of points of one objective, those that no other beats in both target and loss, by mean; by rising target."""
 
     def beaten(p: Point) -> bool:
         return any(
-            q.mean("behaviour") >= p.mean("behaviour")
+            q.target >= p.target
             and q.mean("loss") <= p.mean("loss")
-            and (q.mean("behaviour"), q.mean("loss")) != (p.mean("behaviour"), p.mean("loss"))
+            and (q.target, q.mean("loss")) != (p.target, p.mean("loss"))
             for q in of
         )
 
-    return sorted((p for p in of if not beaten(p)), key=lambda p: p.mean("behaviour"))
+    return sorted((p for p in of if not beaten(p)), key=lambda p: p.target)

@@ -1,4 +1,4 @@
-"""What is run: the sizes that a result depends on, and the cures."""
+"""What is run: the sizes that a result depends on, and what one run is aligned on and under. The grids are in cures.py."""
 
 import dataclasses
 import hashlib
@@ -8,8 +8,29 @@ from typing import NamedTuple
 
 import torch
 
-VERSION = 1  # of the run files: raise it when a change here makes older figures mean something else
-OBJECTIVES = {"dpo": "preferences (DPO)", "sft": "supervised fine-tuning"}
+VERSION = 2  # of the run files: raise it when a change here makes older figures mean something else
+FIRST_REPORTED = 1_000  # seeds from here on are reported, those below choose settings
+
+
+class Objective(NamedTuple):
+    """What a model is taught.
+
+    Attributes:
+        title: in words.
+        target: the metric that says how well it has learned; higher is better.
+        lr: the field of Settings that is its learning rate.
+    """
+
+    title: str
+    target: str
+    lr: str
+
+
+OBJECTIVES = {
+    "dpo": Objective("preferences (DPO)", "behaviour", "lr_dpo"),
+    "sft": Objective("supervised fine-tuning", "behaviour", "lr_sft"),
+    "prose": Objective("English prose (the harder case: it needs the same inputs)", "prose", "lr_prose"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +55,7 @@ class Settings:
     capability_batch: int = 8
     lr_dpo: float = 5e-4
     lr_sft: float = 1e-3
+    lr_prose: float = 1e-3
     dpo_beta: float = 0.3
     exercises: int = 150
     held_out_windows: int = 32
@@ -76,6 +98,7 @@ SCALES = {
         capability_batch=64,
         lr_dpo=1e-5,
         lr_sft=5e-5,
+        lr_prose=5e-5,
         exercises=1500,
         held_out_windows=256,
         held_out_pairs=288,
@@ -91,23 +114,36 @@ class Cure(NamedTuple):
     Attributes:
         family: the sweep it belongs to.
         strength: what the sweep turns, in words.
-        kl, gamma: weights of the KL penalty and of the pre-training loss.
+        lr, steps: factors on the objective's learning rate and on the number of steps.
+        kl, gamma, ewc: weights of the KL penalty, of the pre-training loss and of the penalty on weights that mattered.
         alpha: share of the tuned weights, from the finished run without a cure of the same seed.
-        method, directions, space: of gradproj.Directions; None is the plain optimizer.
-        share: of gradproj.NullSpace, which is captured before the first step and takes the place of Directions; 0 is without.
+        method, directions: of gradproj.Directions; no method is without.
+        share, pinned: of gradproj.NullSpace, which is captured before the first step; 0 is without. Not pinned, only its
+            layer-wise learning rates are used.
+        space: of Directions or NullSpace; empty is their default.
+        damping: of NullSpace's learning rates.
+        kfac: damping of the two-sided K-FAC reference; 0 is without.
+        frozen: embeddings, norms and positions do not train, as under NullSpace and K-FAC.
         every: steps between capability batches.
-        fill: capability batches before the first step: a direction each, or all of a NullSpace's capture.
+        fill: capability batches before the first step: a direction each, or all of a capture.
     """
 
     family: str
     strength: str = ""
+    lr: float = 1.0
+    steps: float = 1.0
     kl: float = 0.0
     gamma: float = 0.0
+    ewc: float = 0.0
     alpha: float | None = None
     method: str | None = None
     directions: int = 1
-    space: str = "gradient"
+    space: str = ""
     share: float = 0.0
+    pinned: bool = True
+    damping: float = 0.0
+    kfac: float = 0.0
+    frozen: bool = False
     every: int = 1
     fill: int = 1
 
@@ -118,28 +154,3 @@ class Cure(NamedTuple):
     @property
     def slug(self) -> str:
         return "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.name).split()).lower()
-
-
-NONE = Cure("none")
-EVERY = 8  # steps between capability batches where they are rare
-
-
-def _projected(family: str, directions: tuple[int, ...], **kwargs) -> list[Cure]:
-    return [
-        Cure(family, f"{k} direction{'s' * (k > 1)}", method="conflict", directions=k, fill=max(1, k // 2), **kwargs)
-        for k in directions
-    ]
-
-
-CURES = [
-    NONE,
-    *(Cure("KL penalty", f"beta {b}", kl=b) for b in (0.1, 0.3, 1.0)),
-    *(Cure("PTX", f"gamma {g}", gamma=g) for g in (0.1, 0.3, 1.0)),
-    *(Cure("PTX, rare", f"gamma {g}", gamma=g, every=EVERY) for g in (1.0, 3.0, 8.0)),
-    *(Cure("interpolation", f"alpha {a}", alpha=a) for a in (0.2, 0.4, 0.6, 0.8)),
-    Cure("orthogonal", "every step", method="orthogonal"),
-    Cure("orthogonal", f"every {EVERY} steps", method="orthogonal", every=EVERY),
-    *_projected("conflict", (1, 8, 32)),
-    *_projected("conflict, rare", (1, 8, 32), every=EVERY),
-    *_projected("conflict, update space", (1, 8, 32), space="update"),
-]

@@ -1,11 +1,10 @@
 """What is taught, and the texts that say what was kept: all of it is on every machine that has Python.
 
-Code is the standard library. English is the prose of the language reference that comes with it (``pydoc_data.topics``). Files and
-topics that are measured are never trained on or captured.
+Code is the standard library. English is the prose of the manual that comes with it. Files and topics that are
+measured are never trained on or captured.
 """
 
 import functools
-import pydoc_data.topics
 import re
 import zlib
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from real_model import model
 from real_model.settings import HELD_OUT, TOKENS
-from tiny_lm import CODE_FILES, CODE_HELD_OUT, source
+from tiny_lm import CODE_FILES, CODE_HELD_OUT, manual, source
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin", "Austria": "Vienna",
@@ -66,7 +65,7 @@ def text(kind: str, held_out: bool) -> Tensor:
     if kind == "code":
         written = source(CODE_HELD_OUT if held_out else CODE_FILES)
     else:
-        chosen = {k: v for k, v in pydoc_data.topics.topics.items() if _is_held_out(k) == held_out}
+        chosen = {k: v for k, v in manual().items() if _is_held_out(k) == held_out}
         written = "\n\n".join(p for topic in chosen.values() for p in _prose(topic))
     tokens = torch.tensor(model.tokenizer()(written[:600_000]).input_ids)
     rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)

