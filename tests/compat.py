@@ -31,7 +31,7 @@ NEWEST_BELOW = (2, 15)  # the first release that nobody has tried yet
 FAST_TESTS = [
     *(
         f"tests/test_{name}.py"
-        for name in ("gram", "combine", "project", "parts", "ops", "methods", "optim", "nullspace")
+        for name in ("gram", "combine", "project", "parts", "ops", "methods", "optim", "attach", "nullspace")
     ),
     *("-m", "not gpu", "-k", "not triton"),
 ]
