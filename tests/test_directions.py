@@ -18,9 +18,11 @@ from training import (
     model_and_batches,
     projected,
     protect,
+    protecting,
     stored,
     train,
     twins,
+    wrapped,
 )
 
 DTYPES = [None, torch.bfloat16, torch.float16]
@@ -47,8 +49,7 @@ def test_without_directions_the_step_is_the_plain_step():
 @pytest.mark.parametrize("method", ["orthogonal", "conflict"])
 def test_the_newest_are_kept_and_their_gram_is_a_fresh_one(method):
     """It is extended, not recomputed: evictions and None patterns must not leave it stale."""
-    model, x = model_and_batches()
-    opt = projected(model, 3, method)
+    model, x, opt, _ = protecting(wrapped, 3, method, blocks=0)
     kept = []
     for i in range(11):
         if i == 8:
@@ -87,8 +88,7 @@ def test_parameters_frozen_or_without_gradients():
 
 
 def test_directions_of_parameters_that_left_are_refused():
-    model, x = model_and_batches()
-    opt = projected(model)
+    model, x, opt, _ = protecting(wrapped, blocks=0)
     model[2].requires_grad_(False)
     protect(model, opt, x[0])
     opt.param_groups[0]["params"] = [*model[2].parameters()]
@@ -99,8 +99,7 @@ def test_directions_of_parameters_that_left_are_refused():
 @pytest.mark.parametrize("method", ["orthogonal", "conflict"])
 @every_dtype
 def test_a_direction_of_zeros_is_ignored_and_reported(dtype, method):
-    model, x = model_and_batches()
-    opt = projected(model, 2, method, dtype=dtype)
+    model, x, opt, _ = protecting(wrapped, 2, method, dtype=dtype, blocks=0)
     protect(model, opt, x[0], scale=0.0)
     protect(model, opt, x[1], scale=-1.0)
     loss(model, x[2], 1.0).backward()
@@ -109,13 +108,30 @@ def test_a_direction_of_zeros_is_ignored_and_reported(dtype, method):
     assert opt.last.weights[1] == 0 and opt.last.finite and opt.last.applied
 
 
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors]).double()
+
+
+def test_last_says_what_happened(wrapping):
+    model, x, opt, protected = protecting(wrapping, 2, blocks=2)
+    loss(model, x[2]).backward()
+    before, rows = flat(gradients(model)), [flat(d.values()) for d in stored(protected)]
+    opt.step()
+    after, last = flat(gradients(model)), protected.last
+    for k, d in enumerate(rows):
+        assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
+    assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
+    rebuilt = last.weights[0] * before + last.weights[1] * rows[0] + last.weights[2] * rows[1]
+    torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
+    assert last.applied and last.finite
+
+
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
 @every_dtype
 def test_a_projection_is_exact_with_respect_to_what_is_stored(dtype):
-    model, x = model_and_batches()
-    opt = projected(model, 3, dtype=dtype)
+    model, x, opt, _ = protecting(wrapped, 3, dtype=dtype, blocks=0)
     for i in range(5):
         exact = direction(model, x[i])
         protect(model, opt, x[i])

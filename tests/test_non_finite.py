@@ -13,6 +13,7 @@ from training import (
     model_and_batches,
     parameters,
     protect,
+    protecting,
     stored,
     train_by_hand,
     twins,
@@ -118,10 +119,7 @@ def test_a_direction_that_is_not_finite_is_dropped(bad, space, others, wrapping)
 
 @pytest.mark.filterwarnings("error")
 def test_a_gradient_that_is_not_finite_drops_no_direction(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model, 2)
-    protect(model, protected, x[0])
-    protect(model, protected, x[1])
+    model, x, opt, protected = protecting(wrapping, 2, blocks=2)
     (loss(model, x[2]) * torch.inf).backward()
     protected.project()
     assert not protected.last.finite and not protected.last.applied
@@ -133,8 +131,7 @@ def test_a_gradient_that_is_not_finite_drops_no_direction(wrapping):
 def test_where_reading_synchronises_it_is_dropped_one_call_later(by, monkeypatch, wrapping):
     """As on a GPU: the projection itself reads nothing and leaves the gradient untouched."""
     monkeypatch.setattr(directions, "_reads_for_free", lambda t: False)
-    model, x = model_and_batches()
-    opt, protected = wrapping(model, 2)
+    model, x, opt, protected = protecting(wrapping, 2, blocks=0)
     protect(model, protected, x[0], scale=torch.inf)
     loss(model, x[1]).backward()
     grads = gradients(model)

@@ -9,7 +9,7 @@ from torch import nn
 
 import gradproj
 from gradproj import NullSpace, ProjectedOptimizer
-from training import WRAPPINGS, adamw, assert_same, parameters
+from training import adamw, assert_same, parameters, wrapped
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -30,7 +30,7 @@ def captured(model, x, **settings):
     return protection
 
 
-def protecting(x, wrapping=WRAPPINGS["wrapped"], optimizer=adamw, model=None, **settings):
+def protecting(x, wrapping=wrapped, optimizer=adamw, model=None, **settings):
     """A model, its optimizer, the protection of what it computes on x, and that."""
     model = network().to(x.dtype) if model is None else model
     protection = captured(model, x, **{"share": 0.9, **settings})

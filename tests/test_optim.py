@@ -21,13 +21,13 @@ from training import (
     loss,
     parameters,
     project_by_hand,
-    projected,
     protect,
     protecting,
     stored,
     train,
     train_by_hand,
     twins,
+    wrapped,
 )
 
 CLASSES = {n: c for n, c in inspect.getmembers(torch.optim, inspect.isclass) if issubclass(c, Optimizer)}
@@ -270,7 +270,7 @@ def test_a_step_during_backward_is_refused(space, wrapping):
 
 def test_six_frames_from_the_step_to_the_op(monkeypatch):
     """Of which one is torch's, which runs the hooks."""
-    model, x, opt, _ = protecting(lambda *given: (projected(*given),) * 2)
+    model, x, opt, _ = protecting(wrapped)
     loss(model, x[1]).backward()
     monkeypatch.setattr(Backend, "op", lambda self, name: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:

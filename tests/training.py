@@ -42,6 +42,9 @@ def adamw(model, lr=0.01, **settings) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr, **settings)
 
 
+wrapped = WRAPPINGS["wrapped"]
+
+
 def model_and_batches(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).to(dtype)
