@@ -35,9 +35,6 @@ from training import (
 both_wraps = pytest.mark.parametrize("wrap", [gradproj.ProjectedOptimizer, gradproj.attach])
 
 
-# --- several optimizers, one projection -----------------------------------------------------------------------------
-
-
 def muon_and_adamw(model):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -126,9 +123,6 @@ def test_checkpoints_of_a_list(order):
     assert [[*map(id, row)] for row in loading.protection.rows()] == [[*map(id, row)] for row in expected]
 
 
-# --- on and off -----------------------------------------------------------------------------------------------------
-
-
 def test_protected_twice_is_refused(wrapping):
     """attach() in a callback, and train() called twice: both projected, and neither said so."""
     model, x, opt, protected = protecting(wrapping, blocks=0)
@@ -205,9 +199,6 @@ def test_stepping_the_inner_optimizer_projects_too(around, wrap):
     assert protected.last.applied
 
 
-# --- state ----------------------------------------------------------------------------------------------------------
-
-
 def test_is_an_optimizer_whose_hooks_run(wrapping):
     model, batches = model_and_batches()
     inner, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
@@ -265,8 +256,6 @@ def test_copy_of_an_attached_optimizer_has_lost_its_hooks(how):
         descend(m, opt, x[1])
     assert_same(parameters(model), parameters(twin))
 
-
-# --- refused --------------------------------------------------------------------------------------------------------
 
 # fmt: off
 WRONG = {

@@ -22,8 +22,6 @@ from training import (
     train,
 )
 
-# --- taken or cloned ------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["", "ddp"])
 def test_gradients_of_their_own_are_taken(ddp, one_rank, wrapping):
@@ -121,9 +119,6 @@ def test_a_gradient_that_the_caller_keeps_is_cloned(view, wrapping):
         g.zero_()
     assert all(t.any() for t in kept)
     assert_same(stored(protected)[0].values(), kept)
-
-
-# --- refused --------------------------------------------------------------------------------------------------------
 
 
 def refused(protected, model, block, error, match):
@@ -238,9 +233,6 @@ def test_optimizer_in_backward_is_refused(does, wrapping):
         assert_same(before, parameters(model))
     if does != "torch's own":
         assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())  # ours are gone again
-
-
-# --- parameters that are replaced -----------------------------------------------------------------------------------
 
 
 def replaced(model):

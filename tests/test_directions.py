@@ -36,9 +36,6 @@ def assert_orthogonal(a, b, tolerance=1e-6):
     assert abs(product) <= tolerance * (squares * sum(float(t.double().square().sum()) for t in b)) ** 0.5
 
 
-# --- taking and keeping -----------------------------------------------------------------------------------------------
-
-
 def test_without_directions_the_step_is_the_plain_step():
     model, twin, x = twins()
     opt = projected(model)
@@ -74,17 +71,6 @@ def test_the_newest_are_kept_and_their_gram_is_a_fresh_one(method):
         )
         opt.step()
         torch.testing.assert_close(opt.last.gram, fresh, rtol=1e-5, atol=1e-9)
-
-
-def test_parameters_frozen_or_without_gradients():
-    model, x = model_and_batches()
-    model[0].weight.requires_grad_(False)
-    opt = projected(model)
-    protect(model, opt, x[0])
-    loss(model, x[1]).backward()
-    model[2].bias.grad = None
-    opt.step()
-    assert opt.last.applied
 
 
 def test_directions_of_parameters_that_left_are_refused():
@@ -124,9 +110,6 @@ def test_last_says_what_happened(wrapping):
     rebuilt = last.weights[0] * before + last.weights[1] * rows[0] + last.weights[2] * rows[1]
     torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
     assert last.applied and last.finite
-
-
-# --- precision --------------------------------------------------------------------------------------------------------
 
 
 @every_dtype
@@ -180,9 +163,6 @@ def test_dtensors_equal_plain_tensors(one_rank, dtype, space):
     assert all(
         t.dtype == (dtype or torch.float32) and hasattr(t, "placements") for t in stored(optimizers[0])[1].values()
     )
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 class Calls(TorchDispatchMode):
@@ -245,9 +225,6 @@ def test_one_collective_whatever_the_parts(one_rank, monkeypatch, per):
     train(model, opt, opt, x[:2])
     assert sizes == [3 * {"model": 1, "group": 2, "tensor": 4}[per]]
     assert opt.last.applied
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

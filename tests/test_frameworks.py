@@ -22,9 +22,6 @@ def package(name):
     return pytest.importorskip(name, reason=f"needs the package {name}: pip install '.[test]'")
 
 
-# --- optimizers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["Lion", "AdaBelief", "Adan", "Lamb"])
 def test_pytorch_optimizer(name, wrapping):
     optimizer = getattr(package("pytorch_optimizer"), name)
@@ -44,9 +41,6 @@ def test_schedulefree(wrapping):
     inner.eval()
     plain.eval()
     assert_same(parameters(model), parameters(twin))
-
-
-# --- transformers and PEFT ---------------------------------------------------------------------------------------------
 
 
 def llama(**settings):
@@ -130,9 +124,6 @@ def test_lora_becomes_blind_to_protected_inputs():
         gradproj.NullSpace(model)
 
 
-# --- Lightning ------------------------------------------------------------------------------------------------------
-
-
 def fit(tmp_path, model, training_step, on_train_batch_start, configure_optimizers, batches, **settings):
     """One epoch of a LightningModule made of these; returns the trainer."""
     lightning = package("lightning")
@@ -199,9 +190,6 @@ def test_lightning_protect_in_training_step_is_refused(wrapping, tmp_path):
 
     with pytest.raises(RuntimeError, match=r"on_train_batch_start\(\)"):
         fit(tmp_path, model, training_step, lambda *_: None, lambda self: opt, batches)
-
-
-# --- Accelerate -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")

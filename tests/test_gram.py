@@ -101,14 +101,10 @@ def test_the_gram_of_the_directions_is_not_computed_again(on):
     assert_gram_close(result, full.cpu().numpy())
 
 
-def test_no_tensor_at_all():
-    assert torch.equal(gradproj.gram([None, None], [None, None]), torch.zeros(2, 2, dtype=torch.float64))
-    assert torch.equal(gradproj.gram([]), torch.zeros(1, 1, dtype=torch.float64))
-
-
-def test_only_empty_tensors(on):
-    empty = [torch.empty(0, 3, device=on.device)]
-    assert torch.equal(gradproj.gram(empty, empty).cpu(), torch.zeros(2, 2, dtype=torch.float64))
+def test_nothing_to_add_up(on):
+    empty = torch.empty(0, 3, device=on.device)
+    for lists in ([[]], [[None, None]] * 2, [[empty]] * 2):
+        assert torch.equal(gradproj.gram(*lists).cpu(), torch.zeros(len(lists), len(lists), dtype=torch.float64))
 
 
 def test_complex_counts_as_its_real_view(on):

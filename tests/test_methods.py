@@ -160,10 +160,6 @@ def test_surgery_between_all_rows(on):
     assert w[0] > 1
 
 
-def test_surgery_without_conflict_is_the_sum(on):
-    assert weights(on, np.ones((4, 4)), "pcgrad").tolist() == [1.0] * 4
-
-
 def test_eps_is_added_to_every_length(on):
     gram = np.array([[4.0, -1.0, 1.0], [-1.0, 2.0, 0.0], [1.0, 0.0, 1.0]])
     np.testing.assert_allclose(weights(on, gram, "orthogonal", eps=2.0), [1.0, 0.25, -1 / 3], rtol=1e-12)

@@ -35,9 +35,6 @@ CLASSES = {n: c for n, c in inspect.getmembers(torch.optim, inspect.isclass) if 
 STEPPED = sorted(CLASSES.keys() - {"Optimizer", "LBFGS", "SparseAdam"})
 
 
-# --- optimizers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", STEPPED)
 def test_every_torch_optimizer(name, wrapping):
     """Equal to projecting by hand in front of the plain optimizer."""
@@ -106,9 +103,6 @@ def test_after_a_step_that_raised(space, wrapping):
     assert_same(parameters(model), parameters(twin))
 
 
-# --- schedules ------------------------------------------------------------------------------------------------------
-
-
 # fmt: off
 SCHEDULERS = {
     "StepLR": (2,), "MultiStepLR": ([1, 3],), "LambdaLR": (lambda e: 0.9**e,), "MultiplicativeLR": (lambda e: 0.9,),
@@ -150,9 +144,6 @@ def test_schedulers_see_the_wrapped_groups(name, wrapping):
         schedules.append(seen)
     assert schedules[0] == schedules[1] and len(set(schedules[0])) > 1
     assert protected.last is not None and protected.last.applied
-
-
-# --- clipping, accumulation, closures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -265,9 +256,6 @@ def test_a_step_during_backward_is_refused(space, wrapping):
     assert_same(before, parameters(model))
 
 
-# --- what a step costs ----------------------------------------------------------------------------------------------
-
-
 def test_six_frames_from_the_step_to_the_op(monkeypatch):
     """Of which one is torch's, which runs the hooks."""
     model, x, opt, _ = protecting(wrapped)
@@ -294,9 +282,6 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch, wrapping):
     for batch in x:
         descend(model, opt, batch)
     assert reads == [] and protected.last.applied and reads == ["__bool__"]
-
-
-# --- compile --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
