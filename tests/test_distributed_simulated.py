@@ -165,6 +165,7 @@ def test_only_a_sum_or_an_average_is_written_back(four_ranks):
 def test_weights_count_the_ranks_of_the_group_only(four_ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     hsdp, inner = on(mesh, [Replicate(), Shard(0)]), on(mesh["shard"], [Shard(0)])
+    copied = on(mesh["shard"], [Replicate()])
     world, half, alone = dist.group.WORLD, mesh.get_group("shard"), dist.new_group([0])
     for t, sharding, weight in [
         (hsdp, Sharding(world), 1 / 2),
@@ -172,6 +173,8 @@ def test_weights_count_the_ranks_of_the_group_only(four_ranks):
         (inner, Sharding(half), 1),
         (inner, Sharding(world, "replicate"), 1 / 2),  # nothing says that the two rows of the mesh hold copies
         (inner, Sharding(world, "shard"), 1),
+        (copied, Sharding(world, "replicate"), 1 / 4),
+        (copied, Sharding(world, "shard"), 1 / 2),  # two hold each element, whatever the others have
         (ones(2), Sharding(world, "replicate"), 1 / 4),
         (ones(2), Sharding(world, "shard"), 1),
         (ones(2), Sharding(alone), 1),

@@ -130,16 +130,9 @@ def fit(tmp_path, model, training_step, on_train_batch_start, configure_optimize
     hooks = {"on_train_batch_start": on_train_batch_start, "configure_optimizers": configure_optimizers}
     module = type("Module", (lightning.LightningModule,), {"training_step": training_step, **hooks})()
     module.model = model
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings |= {"accelerator": "cpu", "max_epochs": 1, **dict.fromkeys(quiet, False)}
+    trainer = lightning.Trainer(default_root_dir=tmp_path, **settings)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return trainer
 
