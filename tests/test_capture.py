@@ -123,10 +123,8 @@ def test_a_gradient_that_the_caller_keeps_is_cloned(view, wrapping):
 
 def refused(protected, model, block, error, match):
     """``block`` inside protect() fails, and has changed neither the directions nor the gradients."""
-    before, kept = (
-        [p.grad for p in model.parameters()],
-        [{p: t.clone() for p, t in d.items()} for d in stored(protected)],
-    )
+    before = [p.grad for p in model.parameters()]
+    kept = [{p: t.clone() for p, t in d.items()} for d in stored(protected)]
     with pytest.raises(error, match=match), protected.protect():
         block()
     for d, e in zip(stored(protected), kept, strict=True):

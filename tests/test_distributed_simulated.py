@@ -66,12 +66,8 @@ def on(mesh, placements, t=None):
 
 
 WORLD = 256
-LAYOUTS = [  # of tensors on a mesh of 32 x 8 ranks
-    (Shard(0), Shard(1)),
-    (Replicate(), Shard(0)),
-    (Shard(0), Replicate()),
-    (Replicate(), Replicate()),
-]
+ALL, PART = Replicate(), Shard(0)
+LAYOUTS = [(PART, Shard(1)), (ALL, PART), (PART, ALL), (ALL, ALL)]  # of tensors on a mesh of 32 x 8 ranks
 
 
 def test_weights_and_counts_of_256_ranks(monkeypatch):
