@@ -28,13 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPAT = ROOT / "build" / "compat"
 VERSIONS = ("2.10.0", "2.11.0")  # and the newest release
 NEWEST_BELOW = (2, 15)  # the first release that nobody has tried yet
-FAST_TESTS = [
-    *(
-        f"tests/test_{name}.py"
-        for name in ("gram", "combine", "project", "parts", "ops", "methods", "optim", "nullspace")
-    ),
-    *("-m", "not gpu", "-k", "not triton"),
-]
+FAST = ("gram", "combine", "project", "parts", "ops", "methods", "optim", "attach", "nullspace")
+FAST_TESTS = [*(f"tests/test_{name}.py" for name in FAST), "-m", "not gpu", "-k", "not triton"]
 START = time.monotonic()
 
 # Loads the libraries with every symbol bound at once and prints what the dispatcher has. backends.py would not load the CUDA

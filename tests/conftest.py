@@ -79,8 +79,7 @@ SLOW_FILES = {
     f"test_{name}.py"
     for name in (
         "alignment_tax", "alignment_tax_page", "backends", "benchmarks", "build", "cpu_compile", "cuda_compile",
-        "cuda_emulation", "distributed", "frameworks", "gpu_build", "gpu_gate", "gpu_measure", "nullspace_distributed",
-        "plan", "triton", "triton_ptx",
+        "cuda_emulation", "distributed", "frameworks", "gpu_build", "gpu_gate", "gpu_measure", "plan", "triton", "triton_ptx",
     )
 }  # fmt: skip
 

@@ -35,14 +35,8 @@ def test_request_ends_with_its_block():
 
 
 def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
+    settings = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run([sys.executable, *arguments], check=False, env={**os.environ, **environment}, **settings)
 
 
 def test_doctor():

@@ -92,14 +92,8 @@ def test_parts_projected_together_are_wrong():
 def test_demo_runs_through(tmp_path, capsys, monkeypatch):
     """A few steps of everything that `make demo` does, --retrain included; what it finds then is not asserted."""
     pytest.importorskip("matplotlib")
-    small = {
-        "base_batch": 2,
-        "batch": 2,
-        "capability_batch": 2,
-        "held_out_windows": 2,
-        "exercises": 6,
-        "held_out_pairs": 8,
-    }
+    small = dict.fromkeys(("base_batch", "batch", "capability_batch", "held_out_windows"), 2)
+    small |= {"exercises": 6, "held_out_pairs": 8}
     monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, **small))
     path, out = tmp_path / "models" / "base.safetensors", tmp_path / "out"
     few = ["--seeds", "1", "--steps", "2", "--workers", "1"]
@@ -129,8 +123,6 @@ def test_demo_says_what_the_figures_say():
     start = {"behaviour": 0.5, "loss": 1.0}
     said = demo.finding(start, [point(unprotected, 0.9, 2.0), point(worse, 0.8, 2.5, 3), point(better, 0.7, 1.2, 4)])
     assert "(90.0% right) cost the unprotected model 1.000 nats" in said
-    assert (
-        f"{better.family} 80% less (70.0% right, 4 capability passes), {worse.family} 50% more (80.0% right, 3" in said
-    )
+    assert f"{better.family} 80% less (70.0% right, 4 capability passes), {worse.family} 50% more (80.0%" in said
     said = demo.finding(start, [point(unprotected, 0.9, 1.005), point(better, 0.9, 0.9)])
     assert "no tax to prevent" in said and better.family not in said

@@ -52,14 +52,8 @@ class Checkout:
 
     def __init__(self, home: Path):
         self.home, self.log, self.bin = home, home / "log", home / "bin"
-        for folder in (
-            "bin",
-            "site/torch/lib",
-            "toolkit/lib64",
-            "source/csrc/cpu",
-            "source/csrc/cuda",
-            "source/python/gradproj",
-        ):
+        source = ("source/csrc/cpu", "source/csrc/cuda", "source/python/gradproj")
+        for folder in ("bin", "site/torch/lib", "toolkit/lib64", *source):
             (home / folder).mkdir(parents=True)
         for file in ("csrc/plan.h", "csrc/cpu/gram.cpp", "csrc/cpu/combine.cpp", "csrc/cuda/gram.cu"):
             (home / "source" / file).touch()
@@ -108,7 +102,7 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-def refused(checkout: Checkout, *pieces: str, **variables: str) -> None:
+def assert_refused(checkout: Checkout, pieces: list[str], variables: dict[str, str]) -> None:
     """One line that has all ``pieces``, and no compiler has run."""
     done = checkout.build(**variables)
     assert done.returncode != 0 and not checkout.commands(), done.stdout
@@ -119,16 +113,41 @@ def refused(checkout: Checkout, *pieces: str, **variables: str) -> None:
 
 
 CUDA = {"GRADPROJ_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+NO_LIBRARY = "raise ImportError('libgomp.so.1: cannot open shared object file')"
 
 
-def test_old_torch_is_refused(checkout):
-    checkout.torch("2.9.1+cu128")
-    refused(checkout, "torch 2.9.1+cu128 is older than 2.10", 'pip install "torch>=2.10"')
+def torch_without_cuda(checkout: Checkout) -> None:
+    """It would build, and then not load: the current stream is only to be had from libtorch_cuda.so."""
+    checkout.torch("2.13.0+cpu")
+    (checkout.home / "site/torch/lib/libtorch_cuda.so").unlink()
 
 
-def test_torch_that_does_not_import_is_refused(checkout):
-    checkout.torch(text="raise ImportError('libgomp.so.1: cannot open shared object file')")
-    refused(checkout, "libgomp.so.1", "pip install torch", "GRADPROJ_NATIVE=0")
+# fmt: off
+REFUSED = {  # what is done to a checkout, what is set, what the message says
+    "old torch": (lambda c: c.torch("2.9.1+cu128"), {}, ["torch 2.9.1+cu128 is older than 2.10", 'pip install "torch>=2.10"']),
+    "torch that does not import": (
+        lambda c: c.torch(text=NO_LIBRARY), {}, ["libgomp.so.1", "pip install torch", "GRADPROJ_NATIVE=0"]),
+    "no compiler": (lambda c: None, {"CXX": "clang++-99"}, ["no C++ compiler clang++-99", "apt-get install g++"]),
+    "neither on nor off": (lambda c: None, {"GRADPROJ_NATIVE": "maybe"}, ["GRADPROJ_NATIVE=maybe is neither 0 nor 1"]),
+    "CUDA neither on nor off": (lambda c: None, {"GRADPROJ_CUDA": "yes"}, ["GRADPROJ_CUDA=yes is neither 0 nor 1"]),
+    "contradiction": (lambda c: None, {"GRADPROJ_CUDA": "1", "GRADPROJ_NATIVE": "0"}, ["contradicts"]),
+    "no nvcc in CUDA_HOME": (
+        lambda c: None, CUDA | {"CUDA_HOME": "/nowhere"}, ["needs nvcc", "/nowhere/bin/nvcc", "CUDA_HOME"]),
+    "no nvcc": (lambda c: (c.bin / "nvcc").unlink(), CUDA, ["needs nvcc", "PATH"]),
+    "old nvcc": (lambda c: c.nvcc("12.6"), CUDA, ["nvcc 12.6, older than 12.8", "CUDA_HOME"]),
+    "strange nvcc": (lambda c: c.nvcc("none"), CUDA, ["names no release", "CUDA_HOME"]),
+    "torch without CUDA": (torch_without_cuda, CUDA, ["a CUDA build of torch", "2.13.0+cpu", "unset GRADPROJ_CUDA"]),
+    "no GPU": (lambda c: None, CUDA | {"TORCH_CUDA_ARCH_LIST": ""}, ["no GPU to build for", 'TORCH_CUDA_ARCH_LIST="8.0 9.0"']),
+    "no GPU, native": (lambda c: None, CUDA | {"TORCH_CUDA_ARCH_LIST": "native"}, ["no GPU to build for"]),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_line_before_anything_is_compiled(checkout, what):
+    prepare, variables, pieces = REFUSED[what]
+    prepare(checkout)
+    assert_refused(checkout, pieces, variables)
 
 
 def test_old_setuptools_is_refused(checkout):
@@ -140,68 +159,19 @@ def test_old_setuptools_is_refused(checkout):
     assert done.stderr.count("\n") == 1 and 'pip install "setuptools>=77,<82"' in done.stderr
 
 
-def test_missing_compiler_is_refused(checkout):
-    refused(checkout, "no C++ compiler clang++-99", "apt-get install g++", CXX="clang++-99")
-
-
-@pytest.mark.parametrize("variables", [{"GRADPROJ_NATIVE": "maybe"}, {"GRADPROJ_CUDA": "yes"}])
-def test_switch_that_is_neither_on_nor_off_is_refused(checkout, variables):
-    ((name, value),) = variables.items()
-    refused(checkout, f"{name}={value} is neither 0 nor 1", **variables)
-
-
-def test_contradiction_is_refused(checkout):
-    refused(checkout, "contradicts", GRADPROJ_CUDA="1", GRADPROJ_NATIVE="0")
-
-
-def test_missing_nvcc_is_refused(checkout):
-    refused(checkout, "needs nvcc", "/nowhere/bin/nvcc", "CUDA_HOME", CUDA_HOME="/nowhere", **CUDA)
-    (checkout.bin / "nvcc").unlink()
-    refused(checkout, "needs nvcc", "PATH", **CUDA)
-
-
-@pytest.mark.parametrize(("release", "message"), [("12.6", "nvcc 12.6, older than 12.8"), ("none", "names no release")])
-def test_old_or_strange_nvcc_is_refused(checkout, release, message):
-    checkout.nvcc(release)
-    refused(checkout, message, "CUDA_HOME", **CUDA)
-
-
-def test_cuda_library_for_a_torch_without_cuda_is_refused(checkout):
-    """It would build, and then not load: the current stream is only to be had from libtorch_cuda.so."""
-    checkout.torch("2.13.0+cpu")
-    (checkout.home / "site/torch/lib/libtorch_cuda.so").unlink()
-    refused(checkout, "a CUDA build of torch", "2.13.0+cpu", "unset GRADPROJ_CUDA", **CUDA)
-
-
 @pytest.mark.parametrize("arch", ["foo", "90", "9", "7.0", "8.0a", "12.0", "9.0+ptx", "Hopper", "9.0,10.0"])
 @pytest.mark.parametrize("listed", ["{}", "9.0;{}"])
 def test_unknown_architecture_is_refused(checkout, arch, listed):
-    wanted = CUDA | {"TORCH_CUDA_ARCH_LIST": listed.format(arch)}
-    refused(
-        checkout, f"nvcc 13.0 knows no architecture {arch};", "8.0, 9.0, 10.0", "TORCH_CUDA_ARCH_LIST=9.0", **wanted
-    )
-
-
-@pytest.mark.parametrize("wanted", ["", "native"])
-def test_no_gpu_and_no_architectures_is_refused(checkout, wanted):
-    refused(
-        checkout, "no GPU to build for", 'TORCH_CUDA_ARCH_LIST="8.0 9.0"', **CUDA | {"TORCH_CUDA_ARCH_LIST": wanted}
-    )
+    pieces = [f"nvcc 13.0 knows no architecture {arch};", "8.0, 9.0, 10.0", "TORCH_CUDA_ARCH_LIST=9.0"]
+    assert_refused(checkout, pieces, CUDA | {"TORCH_CUDA_ARCH_LIST": listed.format(arch)})
 
 
 @pytest.mark.parametrize(
     ("wanted", "targets"),
-    [
-        ("9.0", ["90:sm_90"]),
-        ("9.0a", ["90a:sm_90a"]),
-        ("10.0f", ["100f:sm_100f"]),
-        ("9.0+PTX", ["90:sm_90", "90:compute_90"]),
-        ("8.0 9.0", ["80:sm_80", "90:sm_90"]),
-        ("8.0;9.0a+PTX; 8.0", ["80:sm_80", "90a:sm_90a", "90a:compute_90a"]),
-        ("", ["80:sm_80", "90:sm_90"]),
-        ("native", ["80:sm_80", "90:sm_90"]),
-    ],
-)
+    [("9.0", ["90:sm_90"]), ("9.0a", ["90a:sm_90a"]), ("10.0f", ["100f:sm_100f"]), ("9.0+PTX", ["90:sm_90", "90:compute_90"]),
+     ("8.0 9.0", ["80:sm_80", "90:sm_90"]), ("8.0;9.0a+PTX; 8.0", ["80:sm_80", "90a:sm_90a", "90a:compute_90a"]),
+     ("", ["80:sm_80", "90:sm_90"]), ("native", ["80:sm_80", "90:sm_90"])],
+)  # fmt: skip
 def test_architectures(checkout, wanted, targets):
     checkout.torch(gpus=((9, 0), (8, 0), (9, 0)))
     done = checkout.build(**CUDA | {"TORCH_CUDA_ARCH_LIST": wanted})
@@ -228,11 +198,8 @@ def test_says_what_it_compiles_and_links_torch_by_name(checkout):
     assert done.returncode == 0, done.stderr
     first, *files, last = done.stdout.splitlines()
     assert "torch 2.11.0+cu130, nvcc 13.0 for sm_90; 3 of 3 files" in first
-    assert sorted(" ".join(line.split()[:2]) for line in files) == [
-        "g++ csrc/cpu/combine.cpp",
-        "g++ csrc/cpu/gram.cpp",
-        "nvcc csrc/cuda/gram.cu",
-    ]
+    commands = sorted(" ".join(line.split()[:2]) for line in files)
+    assert commands == ["g++ csrc/cpu/combine.cpp", "g++ csrc/cpu/gram.cpp", "nvcc csrc/cuda/gram.cu"]
     assert [line.split("(")[1].split(")")[0] for line in files] == ["1 of 3", "2 of 3", "3 of 3"]
     assert "gradproj._cuda and gradproj._cpu" in last
     links = {name: c for c in checkout.commands() for name in ("_cpu.so", "_cuda.so") if c.endswith(name)}
@@ -280,8 +247,7 @@ def test_file_that_does_not_compile_is_named_with_its_command(checkout):
     done = checkout.build()
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "error: it is broken" in done.stdout
-    assert (
-        "gradproj: csrc/cpu/broken.cpp did not compile" in done.stderr and " -c csrc/cpu/broken.cpp -o " in done.stderr
-    )
+    for words in ("gradproj: csrc/cpu/broken.cpp did not compile", " -c csrc/cpu/broken.cpp -o "):
+        assert words in done.stderr
     checkout.build()
     assert "broken.cpp" in checkout.compiled()

@@ -9,16 +9,24 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from training import assert_same, descend, gradients, loss, model_and_batches, parameters, protect, stored, train
-
-# --- taken or cloned ------------------------------------------------------------------------------------------------
+from training import (
+    assert_same,
+    descend,
+    gradients,
+    loss,
+    model_and_batches,
+    parameters,
+    protect,
+    protecting,
+    stored,
+    train,
+)
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["", "ddp"])
 def test_gradients_of_their_own_are_taken(ddp, one_rank, wrapping):
     """And those from before the block are put back."""
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
+    model, x, _, protected = protecting(wrapping, blocks=0)
     forward = DistributedDataParallel(model) if ddp else model
     for batch in x[:3]:
         before = [p.grad for p in model.parameters()]
@@ -78,8 +86,7 @@ def test_bucket_views_are_cloned(bias, one_rank, wrapping):
 
 def test_bucket_views_that_are_set_aside_come_back_with_their_contents(one_rank, wrapping):
     """The block's own backward pass goes through the same buckets as the gradients that wait outside."""
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
+    model, x, _, protected = protecting(wrapping, blocks=0)
     ddp = with_bucket_views(model, x)
     expected = gradients(model)
     views = [p.grad for p in model.parameters()]
@@ -103,8 +110,7 @@ def test_a_gradient_that_another_parameter_shares_is_cloned(wrapping):
 @pytest.mark.parametrize("view", [False, True], ids=["the gradient", "a view"])
 def test_a_gradient_that_the_caller_keeps_is_cloned(view, wrapping):
     """Scripts that keep their gradients in a list zero them in place."""
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
+    model, x, _, protected = protecting(wrapping, blocks=0)
     with protected.protect():
         loss(model, x[0]).backward()
         mine = [p.grad.view(-1) if view else p.grad for p in model.parameters()]
@@ -115,15 +121,10 @@ def test_a_gradient_that_the_caller_keeps_is_cloned(view, wrapping):
     assert_same(stored(protected)[0].values(), kept)
 
 
-# --- refused --------------------------------------------------------------------------------------------------------
-
-
 def refused(protected, model, block, error, match):
     """``block`` inside protect() fails, and has changed neither the directions nor the gradients."""
-    before, kept = (
-        [p.grad for p in model.parameters()],
-        [{p: t.clone() for p, t in d.items()} for d in stored(protected)],
-    )
+    before = [p.grad for p in model.parameters()]
+    kept = [{p: t.clone() for p, t in d.items()} for d in stored(protected)]
     with pytest.raises(error, match=match), protected.protect():
         block()
     for d, e in zip(stored(protected), kept, strict=True):
@@ -132,8 +133,7 @@ def refused(protected, model, block, error, match):
 
 
 def test_blocks_and_steps_inside_a_block_are_refused(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model)
+    model, x, opt, protected = protecting(wrapping, blocks=0)
     with protected.protect():
         loss(model, x[0]).backward()
         with pytest.raises(RuntimeError, match="inside another protect"), protected.protect():
@@ -145,8 +145,7 @@ def test_blocks_and_steps_inside_a_block_are_refused(wrapping):
 
 def test_a_block_without_with_warns(wrapping):
     """``opt.protect(); loss.backward()`` protected nothing and said nothing."""
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
+    model, x, _, protected = protecting(wrapping, blocks=0)
     with pytest.warns(RuntimeWarning, match="called without `with`: nothing was protected") as seen:
         protected.protect()
     assert seen[0].filename == __file__
@@ -168,8 +167,7 @@ CAUSES = {
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_block_without_gradients_says_why(cause, wrapping, monkeypatch):
     """One message, "call backward inside the block", stood for all of them, though it had been called."""
-    model, x = model_and_batches()
-    opt, protected = wrapping(model)
+    model, x, opt, protected = protecting(wrapping, blocks=0)
     used = model_and_batches(1)[0] if cause in ("frozen", "other model", "stage 2") else model
     if cause == "frozen":
         model.requires_grad_(False)
@@ -188,9 +186,7 @@ def test_a_block_without_gradients_says_why(cause, wrapping, monkeypatch):
 
 
 def test_an_exception_inside_changes_nothing(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model, 2)
-    protect(model, protected, x[0])
+    model, x, opt, protected = protecting(wrapping, 2)
     descend(model, opt, x[1])
     block = lambda: (loss(model, x[2]).backward(), 1 / 0)
     refused(protected, model, block, ZeroDivisionError, "division by zero")
@@ -207,8 +203,7 @@ def test_sparse_gradients_are_refused_at_once(wrapping):
 @pytest.mark.parametrize("does", ["looks", "steps", "frees", "steps and frees", "torch's own"])
 def test_optimizer_in_backward_is_refused(does, wrapping):
     """A hook that steps trains on the capability loss, and one that frees the gradient leaves nothing to protect."""
-    model, x = model_and_batches()
-    _, protected = wrapping(model)
+    model, x, _, protected = protecting(wrapping, blocks=0)
     mine, seen = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}, []
 
     def hook(p):
@@ -238,9 +233,6 @@ def test_optimizer_in_backward_is_refused(does, wrapping):
         assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())  # ours are gone again
 
 
-# --- parameters that are replaced -----------------------------------------------------------------------------------
-
-
 def replaced(model):
     """New Parameter objects with the old values, as a framework makes when it prepares a model."""
     for module in model:
@@ -267,9 +259,7 @@ def test_replaced_parameters_that_correspond_keep_their_directions(space, wrappi
 
 @pytest.mark.parametrize("what", ["order", "number"])
 def test_replaced_parameters_that_do_not_correspond_are_refused(what, wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model)
-    protect(model, protected, x[0])
+    model, x, opt, protected = protecting(wrapping)
     new = replaced(model)
     opt.param_groups[0]["params"] = new[::-1] if what == "order" else new[:2]
     loss(model, x[1]).backward()
@@ -283,9 +273,7 @@ def test_replaced_parameters_that_do_not_correspond_are_refused(what, wrapping):
 
 
 def test_parameters_that_only_leave_or_come_are_no_swap(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model)
-    protect(model, protected, x[0])
+    model, x, opt, protected = protecting(wrapping)
     opt.param_groups[0]["params"] = opt.param_groups[0]["params"][1:]
     train(model, opt, None, x[:2])
     opt.add_param_group({"params": [model[0].weight], "lr": 0.01})

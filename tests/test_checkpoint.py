@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from training import assert_same, descend, model_and_batches, protect, stored, train
+from training import assert_same, descend, model_and_batches, protect, protecting, stored, train
 
 INNER = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
@@ -134,8 +134,7 @@ def test_saved_before_the_first_step(wrapping):
 
 
 def test_a_smaller_store_takes_the_newest(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model, 12)
+    model, x, opt, protected = protecting(wrapping, 12, blocks=0)
     for batch in x:  # twelve, so that protected_10 must not sort before protected_2
         protect(model, protected, batch)
     twin_opt, twin_protected = wrapping(model, 2)
@@ -177,9 +176,7 @@ def test_the_kept_gram_goes_with_the_directions_that_it_belonged_to(wrapping):
 
 
 def test_what_does_not_fit_is_refused(wrapping):
-    model, x = model_and_batches()
-    opt, protected = wrapping(model, 2)
-    protect(model, protected, x[0])
+    model, _, opt, protected = protecting(wrapping, 2)
     saved, kept = opt.state_dict(), stored(protected)
     other, _ = wrapping(model[0])
     with pytest.raises(ValueError, match="4 parameters, but the optimizer has 2"):

@@ -148,11 +148,9 @@ def test_combine_loads_a_group_of_rows_before_it_waits(machine_code):
 def test_links_against_the_stable_abi_only(compiled):
     """All torch symbols that the objects need are C shims: no C++ symbol of a torch version."""
     objects = [str(obj) for obj, _ in compiled.values()]
-    listing = subprocess.run(
-        ["nm", "--undefined-only", "-C", *objects], check=True, capture_output=True, text=True
-    ).stdout
+    command = ["nm", "--undefined-only", "-C", *objects]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "aoti_torch_get_current_cuda_stream" in listing
-    foreign = [
-        line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line) and "torch::stable" not in line
-    ]
+    of_torch = [line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line)]
+    foreign = [line for line in of_torch if "torch::stable" not in line]
     assert not foreign, foreign[:5]

@@ -199,11 +199,6 @@ def test_weights_of_64_directions(driver, tmp_path, method):
     np.testing.assert_allclose(result.grads[0][0], methods.solve(gram, *methods.parse(method)), rtol=1e-9, atol=1e-15)
 
 
-def test_neighbours_in_memory_are_one_segment(driver, tmp_path):
-    flat = [torch.randn(3000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    verified(driver, [Case(PROJECT, [list(f.split([7, 1, 992, 2000])) for f in flat])], tmp_path)
-
-
 def test_refused_before_the_first_launch(driver, tmp_path):
     """A strided buffer of too many dimensions comes last and is refused first: nothing has been written by then."""
     g, d = torch.ones(3), torch.ones(3)

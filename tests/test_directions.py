@@ -18,9 +18,11 @@ from training import (
     model_and_batches,
     projected,
     protect,
+    protecting,
     stored,
     train,
     twins,
+    wrapped,
 )
 
 DTYPES = [None, torch.bfloat16, torch.float16]
@@ -34,9 +36,6 @@ def assert_orthogonal(a, b, tolerance=1e-6):
     assert abs(product) <= tolerance * (squares * sum(float(t.double().square().sum()) for t in b)) ** 0.5
 
 
-# --- taking and keeping -----------------------------------------------------------------------------------------------
-
-
 def test_without_directions_the_step_is_the_plain_step():
     model, twin, x = twins()
     opt = projected(model)
@@ -47,8 +46,7 @@ def test_without_directions_the_step_is_the_plain_step():
 @pytest.mark.parametrize("method", ["orthogonal", "conflict"])
 def test_the_newest_are_kept_and_their_gram_is_a_fresh_one(method):
     """It is extended, not recomputed: evictions and None patterns must not leave it stale."""
-    model, x = model_and_batches()
-    opt = projected(model, 3, method)
+    model, x, opt, _ = protecting(wrapped, 3, method, blocks=0)
     kept = []
     for i in range(11):
         if i == 8:
@@ -75,20 +73,8 @@ def test_the_newest_are_kept_and_their_gram_is_a_fresh_one(method):
         torch.testing.assert_close(opt.last.gram, fresh, rtol=1e-5, atol=1e-9)
 
 
-def test_parameters_frozen_or_without_gradients():
-    model, x = model_and_batches()
-    model[0].weight.requires_grad_(False)
-    opt = projected(model)
-    protect(model, opt, x[0])
-    loss(model, x[1]).backward()
-    model[2].bias.grad = None
-    opt.step()
-    assert opt.last.applied
-
-
 def test_directions_of_parameters_that_left_are_refused():
-    model, x = model_and_batches()
-    opt = projected(model)
+    model, x, opt, _ = protecting(wrapped, blocks=0)
     model[2].requires_grad_(False)
     protect(model, opt, x[0])
     opt.param_groups[0]["params"] = [*model[2].parameters()]
@@ -99,8 +85,7 @@ def test_directions_of_parameters_that_left_are_refused():
 @pytest.mark.parametrize("method", ["orthogonal", "conflict"])
 @every_dtype
 def test_a_direction_of_zeros_is_ignored_and_reported(dtype, method):
-    model, x = model_and_batches()
-    opt = projected(model, 2, method, dtype=dtype)
+    model, x, opt, _ = protecting(wrapped, 2, method, dtype=dtype, blocks=0)
     protect(model, opt, x[0], scale=0.0)
     protect(model, opt, x[1], scale=-1.0)
     loss(model, x[2], 1.0).backward()
@@ -109,13 +94,27 @@ def test_a_direction_of_zeros_is_ignored_and_reported(dtype, method):
     assert opt.last.weights[1] == 0 and opt.last.finite and opt.last.applied
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors]).double()
+
+
+def test_last_says_what_happened(wrapping):
+    model, x, opt, protected = protecting(wrapping, 2, blocks=2)
+    loss(model, x[2]).backward()
+    before, rows = flat(gradients(model)), [flat(d.values()) for d in stored(protected)]
+    opt.step()
+    after, last = flat(gradients(model)), protected.last
+    for k, d in enumerate(rows):
+        assert last.cosine[k].item() == pytest.approx(torch.cosine_similarity(before, d, dim=0).item(), abs=1e-6)
+    assert last.removed.item() == pytest.approx(((after - before).norm() / before.norm()).item(), abs=1e-5)
+    rebuilt = last.weights[0] * before + last.weights[1] * rows[0] + last.weights[2] * rows[1]
+    torch.testing.assert_close(rebuilt, after, rtol=1e-5, atol=1e-6)
+    assert last.applied and last.finite
 
 
 @every_dtype
 def test_a_projection_is_exact_with_respect_to_what_is_stored(dtype):
-    model, x = model_and_batches()
-    opt = projected(model, 3, dtype=dtype)
+    model, x, opt, _ = protecting(wrapped, 3, dtype=dtype, blocks=0)
     for i in range(5):
         exact = direction(model, x[i])
         protect(model, opt, x[i])
@@ -164,9 +163,6 @@ def test_dtensors_equal_plain_tensors(one_rank, dtype, space):
     assert all(
         t.dtype == (dtype or torch.float32) and hasattr(t, "placements") for t in stored(optimizers[0])[1].values()
     )
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 class Calls(TorchDispatchMode):
@@ -229,9 +225,6 @@ def test_one_collective_whatever_the_parts(one_rank, monkeypatch, per):
     train(model, opt, opt, x[:2])
     assert sizes == [3 * {"model": 1, "group": 2, "tensor": 4}[per]]
     assert opt.last.applied
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows that are sharded over ranks: everything equals the run of a single process, with one collective a projection."""
+"""Several ranks: everything equals the run of a single process, with one collective a projection, and none a pin."""
 
 import os
 import re
@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import gradproj
-from distributed import checks, models
+from distributed import checks, models, nullspace_checks, projections
 from distributed.pool import Pool
-from gradproj import Sharding, sharding
+from gradproj import NullSpace, Sharding, sharding
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without torch.distributed or gloo", allow_module_level=True)
@@ -47,38 +47,26 @@ def test_update_space_equals_the_single_process(pool, world):
     pool(world, checks.training, "fsdp2", models.train_alone("orthogonal", "update"), "orthogonal", "update")
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        checks.layouts,
-        checks.one_call_form,
-        checks.micro_batches,
-        checks.wrapper_counts,
-        checks.group_implied_by_gradients,
-        checks.empty_rank,
-        checks.wrapper_on_empty_rank,
-        checks.disagreeing_shards,
-        checks.non_finite,
-        checks.partial_gradient,
-        checks.without_float64,
-        checks.disagreement,
-    ],
-    ids=lambda check: check.__name__,
-)
+CHECKS = [checks.layouts, checks.one_call_form, checks.micro_batches, projections.wrapper_counts, projections.empty_rank,
+          projections.group_implied_by_gradients, projections.wrapper_on_empty_rank, projections.non_finite,
+          projections.partial_gradient, projections.without_float64, projections.disagreement]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_on_all_ranks(pool, world, check):
     """What each is there to find is said where it is."""
     pool(world, check)
 
 
 def test_any_lists_equal_the_oracle(pool, world):
-    pool(world, checks.random_lists, range(40))
+    pool(world, projections.random_lists, range(40))
 
 
 @pytest.mark.parametrize(
     ("way", "how"), [("ddp", "step"), ("ddp", "project"), ("ddp", "update"), ("ddp_bucket_view", "step")]
 )
 def test_protecting_around_ddp_is_refused_on_every_rank(pool, world, way, how):
-    pool(world, checks.around_ddp, way, how)
+    pool(world, projections.around_ddp, way, how)
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "ddp"])
@@ -97,6 +85,25 @@ def test_checkpoint_without_directions(pool, tmp_path):
     loaded, actual = pool(2, checks.load, "fsdp2", str(tmp_path), 0)[0]
     assert loaded == []
     assert checks.distance(actual, expected) <= checks.TOLERANCE
+
+
+@pytest.mark.parametrize("way", nullspace_checks.SETTINGS)
+def test_training_under_a_null_space_equals_the_single_process(pool, world, way):
+    """Sums over the ranks when a capture ends, no collective in a step."""
+    pool(world, nullspace_checks.training, way, nullspace_checks.train_alone(way))
+
+
+def test_what_cannot_be_pinned_on_shards_is_refused_by_name(pool):
+    pool(2, nullspace_checks.refused)
+
+
+def test_file_of_shards(pool, tmp_path):
+    protection = NullSpace(models.build(), share=0.3)
+    with protection.capture():
+        models.loss(protection.model(models.batch(0, 1)), 1).backward()
+    ranks = {name: basis.rank for name, basis in protection.bases.items()}
+    pool(2, nullspace_checks.file, str(tmp_path / "bases.safetensors"), ranks)
+    assert NullSpace.load(tmp_path / "bases.safetensors", models.build()).bases["up"].rank == ranks["up"]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import gradproj
 from gradproj import Directions, ProjectedOptimizer, Sharding, functional, methods, reference
 from gradproj.backends import Backend
-from gradproj.sharding import Local, local_tensors, localize
+from gradproj.sharding import local_tensors, localize
 
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -66,12 +66,8 @@ def on(mesh, placements, t=None):
 
 
 WORLD = 256
-LAYOUTS = [  # of tensors on a mesh of 32 x 8 ranks
-    (Shard(0), Shard(1)),
-    (Replicate(), Shard(0)),
-    (Shard(0), Replicate()),
-    (Replicate(), Replicate()),
-]
+ALL, PART = Replicate(), Shard(0)
+LAYOUTS = [(PART, Shard(1)), (ALL, PART), (PART, ALL), (ALL, ALL)]  # of tensors on a mesh of 32 x 8 ranks
 
 
 def test_weights_and_counts_of_256_ranks(monkeypatch):
@@ -162,22 +158,10 @@ def test_only_a_sum_or_an_average_is_written_back(four_ranks):
         gradproj.project_([g], [g])
 
 
-def test_localize(four_ranks):
-    """What a call needs to know of the other ranks, as data."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    g = on(mesh, [Replicate(), Shard(0)])
-    row = [g, ones(3), None, ones(1)]
-    here = Sharding(placement="replicate", owned=[True, True, True, False])
-    local = localize("gram", [row, row], ["rows[0]", "rows[1]"], range(4), True, here)
-    assert local.weights == [0.5, 0.25, 0.0, 0.0] and local.group == dist.group.WORLD
-    assert local.rows[0][0].data_ptr() == g.to_local().data_ptr() and local.rows[0][1:] == row[1:]
-    assert local.dtensors == [g] and not local.partial
-    assert localize("gram", [row[1:]], ["rows[0]"], range(3), False, None) == Local([row[1:]], [1.0] * 3)
-
-
 def test_weights_count_the_ranks_of_the_group_only(four_ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     hsdp, inner = on(mesh, [Replicate(), Shard(0)]), on(mesh["shard"], [Shard(0)])
+    copied = on(mesh["shard"], [Replicate()])
     world, half, alone = dist.group.WORLD, mesh.get_group("shard"), dist.new_group([0])
     for t, sharding, weight in [
         (hsdp, Sharding(world), 1 / 2),
@@ -185,6 +169,8 @@ def test_weights_count_the_ranks_of_the_group_only(four_ranks):
         (inner, Sharding(half), 1),
         (inner, Sharding(world, "replicate"), 1 / 2),  # nothing says that the two rows of the mesh hold copies
         (inner, Sharding(world, "shard"), 1),
+        (copied, Sharding(world, "replicate"), 1 / 4),
+        (copied, Sharding(world, "shard"), 1 / 2),  # two hold each element, whatever the others have
         (ones(2), Sharding(world, "replicate"), 1 / 4),
         (ones(2), Sharding(world, "shard"), 1),
         (ones(2), Sharding(alone), 1),
@@ -235,14 +221,6 @@ def test_wrapper_passes_it_on(four_ranks, groups, protection_of, space):
     if protection_of is ProjectedOptimizer:
         copied = copy.deepcopy(protected)
         assert copied.protection.sharding == sharding and copied.protection.sharding.group is dist.group.WORLD
-
-
-def test_wrapper_refuses_a_wrong_number_of_owned(four_ranks, protection_of):
-    parameters = [torch.nn.Parameter(ones(2)) for _ in range(2)]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    protected = protection_of(optimizer, Directions(), sharding=Sharding(owned=[True]))
-    with pytest.raises(ValueError, match="owned has 1 entries for 2 parameters"):
-        protect_and_step(protected, optimizer, parameters)
 
 
 def test_an_op_never_sees_a_dtensor(four_ranks, groups, protection_of, monkeypatch):

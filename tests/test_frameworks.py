@@ -22,9 +22,6 @@ def package(name):
     return pytest.importorskip(name, reason=f"needs the package {name}: pip install '.[test]'")
 
 
-# --- optimizers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["Lion", "AdaBelief", "Adan", "Lamb"])
 def test_pytorch_optimizer(name, wrapping):
     optimizer = getattr(package("pytorch_optimizer"), name)
@@ -44,9 +41,6 @@ def test_schedulefree(wrapping):
     inner.eval()
     plain.eval()
     assert_same(parameters(model), parameters(twin))
-
-
-# --- transformers and PEFT ---------------------------------------------------------------------------------------------
 
 
 def llama(**settings):
@@ -133,25 +127,15 @@ def test_lora_becomes_blind_to_protected_inputs():
         gradproj.NullSpace(model)
 
 
-# --- Lightning ------------------------------------------------------------------------------------------------------
-
-
 def fit(tmp_path, model, training_step, on_train_batch_start, configure_optimizers, batches, **settings):
     """One epoch of a LightningModule made of these; returns the trainer."""
     lightning = package("lightning")
     hooks = {"on_train_batch_start": on_train_batch_start, "configure_optimizers": configure_optimizers}
     module = type("Module", (lightning.LightningModule,), {"training_step": training_step, **hooks})()
     module.model = model
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings |= {"accelerator": "cpu", "max_epochs": 1, **dict.fromkeys(quiet, False)}
+    trainer = lightning.Trainer(default_root_dir=tmp_path, **settings)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return trainer
 
@@ -202,9 +186,6 @@ def test_lightning_protect_in_training_step_is_refused(wrapping, tmp_path):
 
     with pytest.raises(RuntimeError, match=r"on_train_batch_start\(\)"):
         fit(tmp_path, model, training_step, lambda *_: None, lambda self: opt, batches)
-
-
-# --- Accelerate -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")

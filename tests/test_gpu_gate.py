@@ -73,23 +73,19 @@ def test_dry_run_in_a_checkout_that_is_only_read(checkout, tmp_path):
     """Without git, a network, or anything on PATH, with a PYTHONPATH of somebody else's."""
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
-    environment = {
-        **os.environ,
-        "PATH": str(empty),
-        "PYTHONPATH": "/somebody/else",
-        "OUT": str(out),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("GRADPROJ_COMMIT", None)
+    changed = {"PATH": str(empty), "PYTHONPATH": "/somebody/else", "OUT": str(out), "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "GRADPROJ_COMMIT"} | changed
     before = seen(checkout)
-    done = subprocess.run(
-        [sys.executable, checkout / "benchmarks" / "gpu_gate.py", "--device", "cpu", "--quick", "--deadline", "300"],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    command = [
+        sys.executable,
+        checkout / "benchmarks" / "gpu_gate.py",
+        "--device",
+        "cpu",
+        "--quick",
+        "--deadline",
+        "300",
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert seen(checkout) == before
     (path,) = out.glob("*.json")
@@ -149,12 +145,8 @@ class Run:
     def __init__(self, folder, stages, *arguments, stdout=subprocess.PIPE):
         self.folder, self.start = folder, time.monotonic()
         command = [sys.executable, "-B", "-c", DRIVER, BENCHMARKS, folder / "work", json.dumps(stages)]
-        self.process = subprocess.Popen(
-            [*command, "--results", folder / "results", *arguments],
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command += ["--results", folder / "results", *arguments]
+        self.process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
     def wait_for(self, text):
         """The number behind it, in a line that begins with it."""
@@ -212,27 +204,38 @@ def test_ended_politely(tmp_path):
     assert_gone(child)
 
 
-def test_a_stage_that_fails_costs_only_what_needs_it(tmp_path):
-    stages = [
-        FIRST,
-        sh("build", "echo reason; false"),
-        sh("load", "true", needs="build"),
-        sh("smoke", "true", needs="load"),
-        ["memcheck", 20, ["no-such-tool"]],
-        sh("tests", row("one")),
-    ]
-    run = Run(tmp_path, stages)
+PASSED, SKIPPED, MARK = "passed", "skipped: build failed", gpu_stages.MARK
+SEPARATE = [FIRST, sh("build", "true"), sh("load", "false", needs="build"), sh("tests", row("one"), needs="load")]
+# fmt: off
+RUNS = {  # stages, arguments; the exit code, how each stage ended, what the second one printed. All have the row "one".
+    "a stage that fails costs only what needs it": (
+        [FIRST, sh("build", "echo reason; false"), sh("load", "true", needs="build"), sh("smoke", "true", needs="load"),
+         ["memcheck", 20, ["no-such-tool"]], sh("tests", row("one"))], [],
+        1, [PASSED, "failed: exit code 1", SKIPPED, SKIPPED, "failed: [Errno 2]", PASSED], "reason\n"),
+    "a stage has its own limit": (
+        [FIRST, sh("slow", "exec sleep 60", 0.2), sh("next", row("one"))], [], 1, [PASSED, "failed: stopped after 0 s", PASSED], ""),
+    "only some stages, and what they need to be built": (SEPARATE, ["--only", "tests"], 0, [PASSED, PASSED, PASSED], ""),
+    "lines that only look like results": (
+        [FIRST, sh("talks", f"echo '{MARK}5'; echo '{MARK}{{broken'; echo 'in a line {MARK}{{\"other\": 1}}'; printf 'no end'"),
+         sh("next", row("one"))], [], 0, [PASSED, PASSED, PASSED], f"{MARK}5\n{MARK}{{broken\nin a line \nno end\n"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_how_stages_end(tmp_path, what):
+    stages, arguments, expected_code, expected, output = RUNS[what]
+    run = Run(tmp_path, stages, *arguments)
     code, results, rows = run.end()
-    assert code == 1 and rows == ["one"] and run.record["stages"][1]["output"] == "reason\n"
-    assert results.pop("memcheck").startswith("failed: [Errno 2]")
-    skipped = "skipped: build failed"
-    assert results == {
-        "machine": "passed",
-        "build": "failed: exit code 1",
-        "load": skipped,
-        "smoke": skipped,
-        "tests": "passed",
-    }
+    assert code == expected_code and rows == ["one"] and run.record["stages"][1]["output"] == output
+    for found, wanted in zip(results.values(), expected, strict=True):
+        assert found.startswith(wanted)
+
+
+def test_a_stage_that_does_not_exist(tmp_path):
+    run = Run(tmp_path, SEPARATE, "--only", "test")
+    assert "--only: no stage test; there are build, load, tests" in run.process.communicate()[0]
+    assert run.process.returncode == 2
 
 
 def test_the_deadline_ends_a_stage_with_its_children(tmp_path):
@@ -244,13 +247,6 @@ def test_the_deadline_ends_a_stage_with_its_children(tmp_path):
     assert results["hangs"].startswith("failed: stopped after") and results["next"] == "skipped: no time left"
     assert "last words" in run.record["stages"][1]["output"]
     assert_gone(*processes)
-
-
-def test_a_stage_has_its_own_limit(tmp_path):
-    run = Run(tmp_path, [FIRST, sh("slow", "exec sleep 60", 0.2), sh("next", row("one"))])
-    code, results, rows = run.end()
-    assert code == 1 and rows == ["one"]
-    assert results == {"machine": "passed", "slow": "failed: stopped after 0 s", "next": "passed"}
 
 
 def test_a_child_that_stays_behind_is_not_waited_for(tmp_path):
@@ -270,29 +266,11 @@ def test_nobody_reads_the_output(tmp_path):
     assert code == 0 and rows == ["one"]
 
 
-def test_only_some_stages(tmp_path):
-    stages = [FIRST, sh("build", "true"), sh("load", "false", needs="build"), sh("tests", row("one"), needs="load")]
-    code, results, rows = Run(tmp_path, stages, "--only", "tests").end()
-    assert code == 0 and results == {"machine": "passed", "build": "passed", "tests": "passed"} and rows == ["one"]
-    run = Run(tmp_path, stages, "--only", "test")
-    assert "--only: no stage test; there are build, load, tests" in run.process.communicate()[0]
-    assert run.process.returncode == 2
-
-
 def test_a_folder_that_cannot_be_written(tmp_path):
     """What was measured goes where it can."""
     (tmp_path / "results").write_text("a file")
     code, _, rows = Run(tmp_path, [FIRST, sh("one", row("one"))]).end()
     assert code == 0 and rows == ["one"]
-
-
-def test_lines_that_only_look_like_results(tmp_path):
-    mark = gpu_stages.MARK
-    lines = f"echo '{mark}5'; echo '{mark}{{broken'; echo 'in a line {mark}{{\"other\": 1}}'; printf 'no end'"
-    run = Run(tmp_path, [FIRST, sh("one", lines)])
-    code, _, rows = run.end()
-    assert code == 0 and rows == []
-    assert run.record["stages"][1]["output"] == f"{mark}5\n{mark}{{broken\nin a line \nno end\n"
 
 
 def test_the_environment_adds_to_what_is_there(monkeypatch):

@@ -78,9 +78,8 @@ class PretendedGpu:
         real_layers = pinned.make_layers
         monkeypatch.setattr(pinned, "make_layers", lambda case, device: real_layers(case, "cpu"))
         monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
-        monkeypatch.setattr(
-            torch, "randn", lambda *size, device, generator=None: real_randn(*size, generator=generator)
-        )
+        randn = lambda *size, device, generator=None: real_randn(*size, generator=generator)
+        monkeypatch.setattr(torch, "randn", randn)
         monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
         monkeypatch.setattr(gradproj, "backends", lambda: {"cuda": cpu, "triton": cpu})
         for name in ("synchronize", "reset_peak_memory_stats"):

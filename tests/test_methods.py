@@ -41,26 +41,19 @@ def few_if_slow(on, data, one_in):
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=300)
 def test_matches_pinv_and_enumeration(on, data):
+    """Of dependent directions the weights are not unique, the projected gradient is: compare <g', .> with every row and the
+    length of g'."""
     few_if_slow(on, data, 5)
-    k, method = data.draw(st.integers(1, 6)), data.draw(st.sampled_from(METHODS))
-    gram = random_gram(data, k)
-    expected = reference.oracle_weights(gram, method)
-    np.testing.assert_allclose(weights(on, gram, method), expected, rtol=1e-6, atol=1e-8)
-
-
-@hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=150)
-def test_dependent_directions(on, data):
-    """The weights are not unique, the projected gradient is: compare <g', .> with every row and the length of g'."""
-    few_if_slow(on, data, 5)
-    k, method = data.draw(st.integers(2, 6)), data.draw(st.sampled_from(METHODS[:3]))
-    gram = random_gram(data, k, dependent=True)
+    k, method, dependent = data.draw(st.integers(1, 6)), data.draw(st.sampled_from(METHODS)), data.draw(st.booleans())
+    gram = random_gram(data, k, dependent)
     w, expected = weights(on, gram, method), reference.oracle_weights(gram, method)
     scale = np.sqrt(np.outer(np.diag(gram), np.diag(gram)))[0]
     np.testing.assert_allclose(gram @ w, gram @ expected, atol=1e-6 * scale.max())
     assert w @ gram @ w == pytest.approx(expected @ gram @ expected, rel=1e-6, abs=1e-8 * gram[0, 0])
+    if not dependent:
+        np.testing.assert_allclose(w, expected, rtol=1e-6, atol=1e-8)
 
 
 @hypothesis.given(data=st.data())
@@ -148,12 +141,6 @@ def test_one_direction_is_the_closed_form_to_the_bit(on, data):
     assert weights(on, gram, "conflict", eps).tolist() == [1.0, projection if gram[0, 1] < 0 else 0.0]  # A-GEM
 
 
-def test_one_conflicting_direction_is_a_gem(on):
-    gram = np.array([[4.0, -1.0], [-1.0, 2.0]])
-    assert weights(on, gram, "conflict").tolist() == [1.0, 0.5]
-    assert weights(on, gram * np.array([[1, -1], [-1, 1]]), "conflict").tolist() == [1.0, 0.0]
-
-
 def test_surgery_between_all_rows(on):
     """Row 0 meets row 1 before row 2: after that it no longer conflicts with row 2. The other order would end elsewhere."""
     rows = np.array([[-1.0, -0.1, 0.0], [1.0, 0.0, 0.0], [1.0, -0.5, 0.0]])
@@ -164,10 +151,6 @@ def test_surgery_between_all_rows(on):
     assert first @ rows[2] > 0 > rows[0] @ rows[2] and second @ rows[2] > 0 and third @ rows[1] > 0
     np.testing.assert_allclose(w @ rows, first + second + third, atol=1e-15)
     assert w[0] > 1
-
-
-def test_surgery_without_conflict_is_the_sum(on):
-    assert weights(on, np.ones((4, 4)), "pcgrad").tolist() == [1.0] * 4
 
 
 def test_eps_is_added_to_every_length(on):
@@ -243,12 +226,6 @@ def mean(gram):
     return torch.full(gram.shape[:1], 1 / gram.shape[0], dtype=gram.dtype, device=gram.device)
 
 
-def test_a_callable_plugs_in():
-    g, d = [torch.tensor([2.0, 0.0])], [torch.tensor([0.0, 4.0])]
-    gradproj.project_(g, d, method=mean)
-    assert g[0].tolist() == [1.0, 2.0]
-
-
 def test_a_callable_is_asked_for_every_part():
     seen = []
 
@@ -267,8 +244,3 @@ def test_weights_that_are_not_finite_touch_nothing():
     g, d = [torch.tensor([2.0, 0.0])], [torch.tensor([0.0, 4.0])]
     info = gradproj.project_(g, d, method=lambda gram: gram[0] / gram[0, 1])
     assert g[0].tolist() == [2.0, 0.0] and not info.applied
-
-
-def test_a_callable_that_returns_something_else_is_named():
-    with pytest.raises(ValueError, match=r"must return a tensor of shape \(2,\), got \(1,\)"):
-        methods.apply_weighting(lambda gram: gram[0, :1], torch.eye(2, dtype=torch.float64)[None])

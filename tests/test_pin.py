@@ -103,14 +103,9 @@ def test_nothing_to_do(on):
 
 @pytest.mark.parametrize(
     ("shape", "layout", "expected"),
-    [
-        ((80, 48), "contiguous", "rows"),
-        ((80, 48), "transposed", "columns"),
-        ((80, 48), "misaligned", "strided"),
-        ((80, 40), "contiguous", "strided"),
-        ((80, 48), "sliced", "strided"),
-    ],
-)
+    [((80, 48), "contiguous", "rows"), ((80, 48), "transposed", "columns"), ((80, 48), "misaligned", "strided"),
+     ((80, 40), "contiguous", "strided"), ((80, 48), "sliced", "strided")],
+)  # fmt: skip
 def test_wide_loads_in_triton_where_the_memory_allows(shape, layout, expected):
     """Which of the kernel's forms the shapes above run, by the weight and by the basis."""
     pin = pytest.importorskip("gradproj.triton_kernels.pin")

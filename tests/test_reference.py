@@ -9,7 +9,7 @@ from gradproj import reference
 
 def test_naive_projection_matches_the_oracle():
     torch.manual_seed(0)
-    shapes = [(4, 5), (7,), (2, 3, 2)]
+    shapes = [(4, 5), (), (0, 2), (2, 3, 2)]
     g, d = ([torch.randn(s) for s in shapes] for _ in range(2))
     expected = reference.oracle_project(g, [d], eps=1e-8)
     reference.project_(g, d)
@@ -23,14 +23,6 @@ def test_oracle_by_hand():
     assert reference.oracle_project(g, [a, b])[0].tolist() == pytest.approx([0, 2, 0])
     assert reference.oracle_project(g, [a, b], "conflict")[0].tolist() == pytest.approx([0, 2, 3])
     assert reference.oracle_project(g, [a, b], ("mix", 0.5))[0].tolist() == pytest.approx([0.5, 2, 4])
-
-
-def test_flatten_and_back():
-    buffers = [torch.arange(6.0).view(2, 3), torch.tensor(9.0), torch.empty(0)]
-    flat = reference.flatten(buffers)
-    assert flat.tolist() == [0, 1, 2, 3, 4, 5, 9]
-    reference.unflatten_(buffers, flat + 1)
-    assert buffers[0].tolist() == [[1, 2, 3], [4, 5, 6]] and buffers[1].item() == 10
 
 
 def test_naive_loop_refuses_what_would_shift_its_slices():

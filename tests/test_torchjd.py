@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradproj
-from gradproj import methods, reference
+from gradproj import reference
 from training import loss, model_and_batches, parameters, projected
 
 aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
@@ -44,26 +44,6 @@ def test_projection_equals_the_aggregator(on, name, k):
     assert info.weights.dtype == torch.float64 and info.weights.device == info.gram.device
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_projection_of_narrow_gradients(on, dtype):
-    """The weighting sees a float64 Gram whatever the gradients are, and its weights are not rounded before they are used."""
-    aggregator = aggregation.UPGrad()
-    rows = conflicting_rows(3, dtype, on.device)
-    expected = aggregator(jacobian(rows).double())
-    gradproj.project_(*rows, method=aggregator.gramian_weighting)
-    torch.testing.assert_close(reference.flatten(rows[0]).double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
-
-
-def test_two_rows_of_pcgrad_equal_the_aggregator(on):
-    """With two rows there is one order, so TorchJD's shuffle does not matter; here as a name and as a callable."""
-    aggregator = aggregation.PCGrad()
-    expected = aggregator(jacobian(conflicting_rows(1)))
-    for method in ("pcgrad", aggregator.gramian_weighting):
-        rows = conflicting_rows(1, device=on.device)
-        gradproj.project_(*rows, method=method)
-        torch.testing.assert_close(reference.flatten(rows[0]).cpu(), expected, rtol=1e-9, atol=1e-12)
-
-
 def test_pcgrad_in_our_order_equals_the_aggregator(on, monkeypatch):
     """Their loop with the shuffle taken out is ours."""
     rows = conflicting_rows(5, device=on.device)
@@ -85,13 +65,6 @@ def test_conflict_is_dual_projection_of_the_gradient_alone(on):
     expected = aggregation.DualProj(preference, projector=projector)(jacobian(rows))
     gradproj.project_(*rows, method="conflict")
     torch.testing.assert_close(reference.flatten(rows[0]), expected, rtol=1e-6, atol=1e-8)
-
-
-def test_every_part_gets_weights_of_its_own():
-    grams = torch.stack([m @ m.T for m in (jacobian(conflicting_rows(3, seed=s)) for s in range(4))])
-    weighting = aggregation.UPGradWeighting()
-    weights = methods.apply_weighting(weighting, grams)
-    torch.testing.assert_close(weights, torch.stack([weighting(gram) for gram in grams]))
 
 
 def test_non_finite_gram_is_not_shown_to_the_weighting():

@@ -41,15 +41,8 @@ def test_same_buffers_same_table():
     g, d = randn(4, 25), randn(4, 25)
     first = table_of([g], [d])
     assert table_of([g], [d]) is first
-    others = [
-        table_of([g], [randn(4, 25)]),
-        table_of([g.view(25, 4)], [d.view(25, 4)]),
-        table_of([g.t()], [d.t()]),
-        table_of([g[:2]], [d[:2]]),
-        table_of([g], [d], parts=[0]),
-        table_of([g], [None]),
-        table_of([g], [d], written=True),  # checked for more
-    ]
+    pairs = [(g, randn(4, 25)), (g.view(25, 4), d.view(25, 4)), (g.t(), d.t()), (g[:2], d[:2]), (g, None)]
+    others = [table_of([a], [b]) for a, b in pairs] + [table_of([g], [d], parts=[0]), table_of([g], [d], written=True)]
     assert len({id(t) for t in [first, *others]}) == 8
 
 
@@ -82,10 +75,8 @@ def test_threads_build_a_table_once(monkeypatch):
         return build(*args)
 
     monkeypatch.setattr(table, "_build", slow)
-    threads = [
-        threading.Thread(target=lambda: (together.wait(), found.append(table_of(*([t] for t in rows)))))
-        for _ in range(3)
-    ]
+    find = lambda: (together.wait(), found.append(table_of(*([t] for t in rows))))
+    threads = [threading.Thread(target=find) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -16,24 +16,11 @@ import pytest
 COMPILE = Path(__file__).parent / "triton_compile.py"
 # op,rows,dtype,flags (triton_compile.py says what they mean).
 CASES = [
-    "project_,2,fp32",
-    "project_,2,bf16,conflict,sm80",
-    "project_,2,fp32,mixed,gram_dd,mix",
-    "project_,9,fp32,conflict",
-    "project_,9,bf16,gram_dd",
-    "project_,3,bf16,strided",
-    "combine_,33,bf16",
-    "gram,1,fp64",
-    "gram,12,fp32",
-    "weights,2,fp64,conflict",
-    "weights,65,fp64,conflict",
-    "pin_,64,fp32",
-    "pin_,64,bf16",
-    "pin_,64,fp32,sm80",
-    "pin_,64,bf16,sm80",
-    "pin_,128,fp32",
-    "pin_,64,bf16,transposed",
-]
+    "project_,2,fp32", "project_,2,bf16,conflict,sm80", "project_,2,fp32,mixed,gram_dd,mix", "project_,9,fp32,conflict",
+    "project_,9,bf16,gram_dd", "project_,3,bf16,strided", "combine_,33,bf16", "gram,1,fp64", "gram,12,fp32",
+    "weights,2,fp64,conflict", "weights,65,fp64,conflict", "pin_,64,fp32", "pin_,64,bf16", "pin_,64,fp32,sm80", "pin_,64,bf16,sm80",
+    "pin_,128,fp32", "pin_,64,bf16,transposed",
+]  # fmt: skip
 # What of these moves 16 bytes at a time in a full chunk: its loads and stores.
 WIDE = {
     "project_,2,fp32,gram_kernel": (2, 0),
@@ -64,16 +51,9 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(COMPILE), str(folder), *CASES[k::2]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for k in range(2)
-    ]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    commands = [[sys.executable, str(COMPILE), str(folder), *CASES[k::2]] for k in range(2)]
+    running = [subprocess.Popen(command, **settings) for command in commands]
     for process in running:
         output = process.communicate()[0]
         assert process.returncode == 0, output

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -34,6 +35,16 @@ WRAPPINGS: dict[str, Callable] = {
 }
 
 
+in_both_spaces = pytest.mark.parametrize("space", ["gradient", "update"])
+
+
+def adamw(model, lr=0.01, **settings) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, **settings)
+
+
+wrapped = WRAPPINGS["wrapped"]
+
+
 def model_and_batches(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).to(dtype)
@@ -44,6 +55,15 @@ def twins(seed=0):
     """Two equal models and their batches."""
     model, batches = model_and_batches(seed)
     return model, copy.deepcopy(model), batches
+
+
+def protecting(wrapping, *settings, blocks=1, optimizer=lambda model: model, **named):
+    """A small model, its batches, what is stepped, and what has protected the gradients of the first ``blocks`` batches."""
+    model, x = model_and_batches()
+    opt, protected = wrapping(optimizer(model), *settings, **named)
+    for batch in x[:blocks]:
+        protect(model, protected, batch)
+    return model, x, opt, protected
 
 
 def loss(model, x, target=0.0):
