@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
+import gradproj
 from real_model import __main__ as command
 from real_model import adapt, data, model, report, runs
 from real_model.settings import TASKS, Cure
@@ -20,6 +21,7 @@ SMALL = [
     Cure("NullSpace", share=0.3, damping=0.3, batches=2, steps=2),
     Cure("learning rates alone", share=0.3, damping=0.3, batches=2, steps=2, pinned=False),
     Cure("LoRA, NullSpace", share=0.3, batches=2, steps=2, lora=True),
+    Cure("NullSpace", share=0.3, batches=2, steps=2, labels="sampled", allocation="each", rest="train"),
 ]
 
 
@@ -81,7 +83,7 @@ def test_an_interrupted_command_goes_on(tiny, monkeypatch, capsys):
     monkeypatch.setattr(adapt, "run", real)
     capsys.readouterr()
     command.main([*tiny, "--tasks", "json", "--seeds", "1"])
-    assert int(capsys.readouterr().out.split(" of 7 runs are finished already")[0]) >= 3
+    assert int(capsys.readouterr().out.split(" of 8 runs are finished already")[0]) >= 3
 
 
 def test_a_run_of_another_version_is_refused(tiny, tmp_path):
@@ -93,8 +95,20 @@ def test_a_run_of_another_version_is_refused(tiny, tmp_path):
 
 
 def test_only_linear_layers_train():
-    trained = [n for n, p in model.fresh(lora=False, seed=0).named_parameters() if p.requires_grad]
+    trained = [n for n, p in model.fresh(lora=False, rest=False, seed=0).named_parameters() if p.requires_grad]
     assert len(trained) == 7 and not [n for n in trained if "embed" in n or "norm" in n or "lm_head" in n]
+    everything = model.fresh(lora=False, rest=True, seed=0)
+    assert all(p.requires_grad for p in everything.parameters())
+
+
+def test_the_same_share_of_every_layer():
+    pupil = model.fresh(lora=False, rest=False, seed=0)
+    protection = gradproj.NullSpace(pupil, share=0.3)
+    with adapt.same_share_in_each_layer(), protection.capture():
+        adapt.loss(pupil, torch.arange(40).view(1, 40)).backward()
+    assert {name: basis.rank for name, basis in protection.bases.items()} == {
+        layer.name: int(0.3 * layer.shape[1]) for layer in protection.layers
+    }
 
 
 def test_missing_packages_and_text_are_named(monkeypatch):

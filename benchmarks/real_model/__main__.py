@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         model.check()
     except ImportError as e:
         raise SystemExit(f"make real: {e}") from None
-    cures = CURES if not options.ablations else [*CURES[:1], CURES[6], *ABLATIONS]
+    cures = ABLATIONS if options.ablations else CURES
     tasks = options.tasks[:1] if options.ablations else options.tasks
     runs = [(task, BASE, 0) for task in tasks]
     runs += [(task, cure, seed) for seed in options.seeds for task in tasks for cure in cures]

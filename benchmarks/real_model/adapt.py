@@ -1,7 +1,9 @@
 """One run: a copy of the model, taught under a cure, and what it is then."""
 
+import contextlib
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ def run(task: str, cure: Cure, seed: int) -> dict[str, Any]:
     Raises:
         FloatingPointError: a loss is not finite, naming the step.
     """
-    pupil = model.fresh(cure.lora, seed)
+    pupil = model.fresh(cure.lora, cure.rest == "train", seed)
     examples, answers = data.examples(task, held_out=False)
     capability = data.text(TASKS[task].capability, held_out=False)
     order, anchors = (torch.Generator().manual_seed(s + seed) for s in (1000, 2000))
@@ -50,14 +52,18 @@ def run(task: str, cure: Cure, seed: int) -> dict[str, Any]:
     def capability_loss() -> Tensor:
         nonlocal passes
         passes += 1
-        return loss(pupil, capability[torch.randint(len(capability), (BATCH,), generator=anchors)])
+        tokens = capability[torch.randint(len(capability), (BATCH,), generator=anchors)]
+        return loss(pupil, tokens, sampled(tokens, anchors) if cure.labels == "sampled" else None)
 
     start = time.process_time()
     protection, held = None, 0
     groups: Any = [p for p in pupil.parameters() if p.requires_grad]
     if cure.share:
-        protection = gradproj.NullSpace(pupil, share=cure.share, max_rank=cure.max_rank, space=cure.space)
-        with protection.capture():
+        protection = gradproj.NullSpace(
+            pupil, share=cure.share, max_rank=cure.max_rank, space=cure.space, rest=cure.rest
+        )
+        one = same_share_in_each_layer() if cure.allocation == "each" else contextlib.nullcontext()
+        with one, protection.capture():
             for _ in range(cure.batches):
                 capability_loss().backward()
         if cure.damping:
@@ -94,6 +100,23 @@ def divergence(pupil: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     now = pupil(input_ids=tokens).logits[:, :-1].log_softmax(-1)
     kl = (now.exp() * (now - before)).sum(-1)
     return kl[labels[:, 1:] != data.IGNORED].mean()
+
+
+@torch.no_grad()
+def sampled(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels drawn from what the base model predicts, in place of the text's own."""
+    predicted = model.base()(input_ids=tokens).logits[:, :-1].softmax(-1)
+    drawn = torch.multinomial(predicted.flatten(0, 1), 1, generator=generator)
+    return torch.cat([tokens[:, :1], drawn.view(len(tokens), -1)], 1)
+
+
+def same_share_in_each_layer() -> contextlib.AbstractContextManager:
+    """The alternative to the package's one allocation over all layers, which has no setting of its own."""
+
+    def ranks(layers, share):
+        return [min(len(layer.values), int(share * layer.inputs)) for layer in layers]
+
+    return mock.patch.object(gradproj.allocation, "ranks", ranks)
 
 
 def held_bytes(protection: gradproj.NullSpace) -> int:

@@ -46,8 +46,8 @@ def base() -> nn.Module:
     return _loaded()[0]
 
 
-def fresh(lora: bool, seed: int) -> nn.Module:
-    """A copy whose linear layers train, or adapters on them. Embeddings, norms and the tied head never do."""
+def fresh(lora: bool, rest: bool, seed: int) -> nn.Module:
+    """A copy whose linear layers train, or adapters on them; with ``rest``, embeddings, norms and the tied head too."""
     model = copy.deepcopy(base())
     if lora:
         import peft
@@ -55,9 +55,7 @@ def fresh(lora: bool, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tied
     for p in model.parameters():
-        p.requires_grad_(False)
-    for m in model.modules():
-        if isinstance(m, nn.Linear) and id(m.weight) not in tied:
-            m.weight.requires_grad_(True)
+        p.requires_grad_(rest or id(p) in linear)
     return model

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-VERSION = 1  # of the run files: raise it when a change here makes older figures mean something else
+VERSION = 2  # of the run files: raise it when a change here makes older figures mean something else
 TOKENS = 64  # of a sequence, in training, in a capture and in what is measured
 BATCH = 2  # sequences a step
 HELD_OUT = 32  # sequences of each text, and answers, that are measured
@@ -36,7 +36,9 @@ class Cure(NamedTuple):
         gamma, kl: weights of the capability's loss (PTX, every step) and of the divergence from the base model.
         share, max_rank, space: of gradproj.NullSpace; share 0 is none.
         damping: of its layer-wise learning rates. pinned: False leaves only those.
-        batches: of its capture.
+        batches: of its capture. labels: "text" or "sampled", the targets of the capture's loss.
+        allocation: "all" is one over all layers, "each" gives every layer the same share of its width.
+        rest: embeddings and norms "hold" or "train".
         lora: adapters of rank 8 on all linear layers train, instead of their weights.
     """
 
@@ -51,13 +53,17 @@ class Cure(NamedTuple):
     damping: float = 0.0
     pinned: bool = True
     batches: int = 16
+    labels: str = "text"
+    allocation: str = "all"
+    rest: str = "hold"
     lora: bool = False
 
     @property
     def name(self) -> str:
         turned = {
             "gamma": f"{self.gamma:g}", "kl": f"{self.kl:g}", "share": f"{self.share:g}", "max_rank": str(self.max_rank),
-            "space": self.space, "damping": f"{self.damping:g}", "batches": str(self.batches),
+            "space": self.space, "damping": f"{self.damping:g}", "batches": str(self.batches), "labels": self.labels,
+            "allocation": self.allocation, "rest": self.rest,
         }  # fmt: skip
         own = [f"{k} {v}" for k, v in turned.items() if getattr(self, k) != self._field_defaults[k]]
         return ", ".join([self.family, *own, f"lr {self.lr:g}"])
@@ -82,13 +88,20 @@ CURES = [
     Cure("LoRA, NullSpace", share=0.05, **LORA),
 ]
 # Around share 0.05 with damping 0.3: one thing changed at a time. Rank 8 in every layer: a share that no layer's rank reaches.
+MIDDLE = {"share": 0.05, "damping": 0.3}
 ABLATIONS = [
-    *(Cure("NullSpace", share=s, damping=0.3) for s in (0.02, 0.15)),
-    *(Cure("NullSpace", share=0.05, damping=d) for d in (0.15, 0.5)),
-    Cure("NullSpace", share=0.5, max_rank=8, damping=0.3),
-    *(Cure("NullSpace", share=0.05, damping=0.3, batches=b) for b in (1, 4)),
-    Cure("NullSpace", share=0.05, damping=0.3, space="gradient"),
-    Cure("learning rates alone", share=0.05, damping=0.3, pinned=False),
+    Cure("unprotected"),
+    Cure("NullSpace", **MIDDLE),
+    *(Cure("NullSpace", **{**MIDDLE, "share": s}) for s in (0.02, 0.15)),
+    *(Cure("NullSpace", **{**MIDDLE, "damping": d}) for d in (0.0, 0.15, 0.5)),
+    *(Cure("NullSpace", share=0.5, max_rank=8, damping=d) for d in (0.0, 0.3)),
+    *(Cure("NullSpace", **MIDDLE, batches=b) for b in (1, 4)),
+    Cure("NullSpace", **MIDDLE, labels="sampled"),
+    Cure("NullSpace", **MIDDLE, allocation="each"),
+    Cure("NullSpace", **MIDDLE, space="gradient"),
+    Cure("NullSpace", **MIDDLE, rest="train"),
+    Cure("unprotected", rest="train"),
+    Cure("learning rates alone", **MIDDLE, pinned=False),
 ]
 
 
