@@ -66,7 +66,7 @@ def _panel(panel: Any, base: dict[str, Any], mine: list[Point]) -> dict[str, Any
     panel.set_yscale("symlog", linthresh=LINEAR)
     panel.axhline(0.0, color="#bbbbbb", linestyle="--", linewidth=1, zorder=0)
     panel.plot(metric.factor * start[target], 0.0, marker="*", markersize=15, color="black", linestyle="none")
-    panel.annotate("base model", (metric.factor * start[target], 0.0), (0, 12), textcoords="offset points", ha="center")
+    panel.annotate("base model", (metric.factor * start[target], 0.0), (10, 6), textcoords="offset points")
     front = pareto(mine)
     panel.plot(x(front), y(front), color="#bbbbbb", linewidth=6, zorder=0, alpha=0.5, solid_capstyle="round")
     handles = {}
