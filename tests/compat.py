@@ -1,7 +1,7 @@
 """`make compat`: the package on every torch that it supports, each in an environment of its own under build/compat/.
 
 Every torch is installed, both libraries are built for it as README's "Install" says, loaded, and asked for the kernel of every op,
-and the fast tests run on the CPU. At the end the libraries built for the oldest torch run on the newest. An environment that is
+and the fast tests run on the CPU. At the end the wheel built on the oldest torch is installed beside the newest. An environment that is
 there is used again; the libraries are built afresh. Takes up to half an hour, half of it for the environments.
 
 A torch that cannot be had on this machine is reported and left out, unless --require names it.
@@ -198,15 +198,10 @@ def core_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def check(row: Row, version: str, python: Path, libraries: list[str], package: Path | None = None) -> dict:
-    """Load ``libraries`` and find every kernel in them; what CHECK printed.
-
-    ``package``: the folder of the gradproj that is meant, where it is not the environment's own.
-    """
-    variables = {"LD_BIND_NOW": "1"} | ({"PYTHONPATH": str(package.parent)} if package else {})
-    output = run(
-        version, f"load {' and '.join(libraries)}, ask for the kernels", [str(python), "-c", CHECK], **variables
-    )
+def check(row: Row, version: str, python: Path, libraries: list[str]) -> dict:
+    """Load ``libraries`` and find every kernel in them; what CHECK printed."""
+    command = [str(python), "-c", CHECK]
+    output = run(version, f"load {' and '.join(libraries)}, ask for the kernels", command, LD_BIND_NOW="1")
     found = json.loads(output.split("found ", 1)[1].splitlines()[0])
     counts = {name: len(found.get(name, [])) for name in libraries}
     row.loaded = " ".join(name for name in libraries if name in found)
@@ -214,7 +209,7 @@ def check(row: Row, version: str, python: Path, libraries: list[str], package: P
     problems = [f"no kernel of library {n} for {found['ops'] - c} ops" for n, c in counts.items() if c < found["ops"]]
     if found["torch"].split("+")[0] != version:
         problems.append(f"torch {found['torch']} has taken the place of {version}")
-    if not Path(found["folder"]).is_relative_to(package or COMPAT / version):
+    if not Path(found["folder"]).is_relative_to(COMPAT / version):
         problems.append(f"the gradproj of {found['folder']} was loaded in the place of the one to be tried")
     if problems:
         say(version, "FAILED: " + "; ".join(problems))
@@ -222,10 +217,9 @@ def check(row: Row, version: str, python: Path, libraries: list[str], package: P
     return found
 
 
-def fast_tests(row: Row, version: str, python: Path, package: Path | None = None) -> None:
+def fast_tests(row: Row, version: str, python: Path) -> None:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *FAST_TESTS]
-    variables = {"PYTHONPATH": str(package.parent)} if package else {}
-    output = run(version, "fast tests on the CPU", command, r"\[ *\d+%\]", TRITON_INTERPRET="0", **variables)
+    output = run(version, "fast tests on the CPU", command, r"\[ *\d+%\]", TRITON_INTERPRET="0")
     row.tests = re.findall(r"\d+ passed", output)[-1]
     say(version, row.tests)
 
@@ -251,14 +245,20 @@ def try_torch(row: Row, version: str) -> Installed:
     return Installed(version, python, Path(found["folder"]))
 
 
-def try_later(row: Row, oldest: Installed, newest: Installed) -> None:
-    """The libraries that were built for one torch, on a later one."""
-    package = COMPAT / f"{oldest.version}_on_{newest.version}" / "gradproj"
-    shutil.rmtree(package.parent, ignore_errors=True)
-    shutil.copytree(oldest.package, package)
-    libraries = [name for name in ("cpu", "cuda") if (package / f"_{name}.so").exists()]
-    check(row, newest.version, newest.python, libraries, package)
-    fast_tests(row, newest.version, newest.python, package)
+def try_wheel(row: Row, oldest: Installed, newest: Installed) -> None:
+    """The wheel that is built on one torch, installed beside a later one."""
+    folder = COMPAT / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    libraries = ["cpu", "cuda"] if (oldest.package / "_cuda.so").exists() else ["cpu"]
+    source = COMPAT / oldest.version / "source"
+    command = ["make", "wheel", f"RUN={oldest.python}", f"SOURCE={source}", f"DIST={folder}"]
+    cuda = {"GRADPROJ_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"} if len(libraries) > 1 else {}
+    run(oldest.version, "wheel", command, r"\.whl", LDFLAGS="-Wl,--as-needed", **cuda)
+    (wheel,) = folder.glob("gradproj-*-py3-none-manylinux_*.whl")
+    run(newest.version, wheel.name, [*pip_install(newest.python), "--force-reinstall", "--no-deps", str(wheel)])
+    run(newest.version, "doctor", [str(newest.python), "-m", "gradproj"], "  (cpu|cuda) ")
+    check(row, newest.version, newest.python, libraries)
+    fast_tests(row, newest.version, newest.python)
 
 
 def release(one: Installed) -> list[int]:
@@ -293,8 +293,8 @@ def main() -> int:
             installed.append(one)
     if len(installed) > 1:
         first, last = min(installed, key=release), max(installed, key=release)
-        rows.append(Row(f"{last.version}, built on {first.version}"))
-        attempt(rows[-1], try_later, first, last)
+        rows.append(Row(f"{last.version}, wheel of {first.version}"))
+        attempt(rows[-1], try_wheel, first, last)
     print()
     show(rows)
     missing = [version for version in OPTIONS.require if version not in (one.version for one in installed)]

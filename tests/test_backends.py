@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gradproj
+from gradproj.__main__ import doctor
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,12 +40,23 @@ def run(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], check=False, env={**os.environ, **environment}, **settings)
 
 
-def test_doctor():
-    done = run("-m", "gradproj", "doctor", TRITON_INTERPRET="0")
+@pytest.mark.parametrize("command", [(), ("doctor",)])
+def test_doctor(command):
+    done = run("-m", "gradproj", *command, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     for name in gradproj.backends():
         assert f"  {name} " in done.stdout
     assert "cpu tensors run on: " in done.stdout
+
+
+def test_doctor_says_where_the_libraries_are_and_how_to_get_the_others(monkeypatch, capsys, tmp_path):
+    library = tmp_path / "_cpu.so"
+    library.touch()
+    monkeypatch.setattr("gradproj.__main__.library", lambda name: tmp_path / f"_{name}.so")
+    doctor()
+    printed = capsys.readouterr().out
+    assert f"  cpu    {library}, for torch 2.10 and later\n" in printed
+    assert "  cuda   not built: GRADPROJ_CUDA=1 pip install --no-build-isolation .\n" in printed
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

@@ -6,6 +6,7 @@ import platform
 import torch
 
 import gradproj
+from gradproj.backends import how_to_build, library
 
 
 def doctor() -> None:
@@ -14,9 +15,12 @@ def doctor() -> None:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         print(f"cuda:{i}   {properties.name}, compute capability {properties.major}.{properties.minor}")
+    print("native libraries")
+    for name in ("cpu", "cuda"):
+        path = library(name)
+        print(f"  {name:<7}{f'{path}, for torch 2.10 and later' if path.exists() else f'not built: {how_to_build(name)}'}")
     print("backends")
-    backends = gradproj.backends()
-    for name, backend in backends.items():
+    for name, backend in gradproj.backends().items():
         state = f"works on {' and '.join(backend.device_types)}" if backend.available else f"no: {backend.reason}"
         print(f"  {name:<7}{state}")
     for device in ("cpu", "cuda"):
@@ -35,7 +39,7 @@ def _check(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gradproj", description=gradproj.__doc__)
-    parser.add_argument("command", choices=["doctor"], help="doctor: which backends run here, and what is missing")
+    parser.add_argument("command", nargs="?", choices=["doctor"], help="which backends run here, and what is missing")
     parser.parse_args()
     doctor()
 

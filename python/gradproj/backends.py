@@ -14,9 +14,6 @@ import torch
 
 from gradproj import ops as _ops  # noqa: F401  declares the ops that a library implements
 
-BUILD_HINT = "pip install --no-build-isolation ."
-
-
 class Backend(NamedTuple):
     """One implementation of the ops.
 
@@ -41,22 +38,31 @@ class Backend(NamedTuple):
         return getattr(getattr(torch.ops, self.namespace), name).default
 
 
+def library(name: str) -> Path:
+    """Where the library of native kernels ``name``, ``"cpu"`` or ``"cuda"``, is or would be. It is made for the stable ABI of
+    torch 2.10: whichever torch it was built on, it loads on 2.10 and later."""
+    return Path(__file__).parent / f"_{name}.so"
+
+
+def how_to_build(name: str) -> str:
+    return f"{'GRADPROJ_CUDA=1 ' if name == 'cuda' else ''}pip install --no-build-isolation ."
+
+
 @functools.cache
-def _load_native(name: str, build_flag: str) -> str:
+def _load_native(name: str) -> str:
     """Load the library of native kernels ``name``; the reason why not, or an empty string."""
-    found = sorted(Path(__file__).parent.glob(f"_{name}*.so"))
-    if not found:
-        return f"not built; build it with: {build_flag}{BUILD_HINT}"
+    if not library(name).exists():
+        return f"not built; build it with: {how_to_build(name)}"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(library(name))
     except OSError as error:
-        return f"{found[0].name} does not load ({error}); rebuild it with: {build_flag}{BUILD_HINT}"
+        return f"{library(name).name} does not load ({error}); rebuild it with: {how_to_build(name)}"
     return ""
 
 
 @functools.cache
 def _cpu() -> Backend:
-    return Backend("cpu", "gradproj", ("cpu",), _load_native("cpu", ""))
+    return Backend("cpu", "gradproj", ("cpu",), _load_native("cpu"))
 
 
 @functools.cache
@@ -64,7 +70,7 @@ def _cuda() -> Backend:
     if not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
     else:
-        reason = _load_native("cuda", "GRADPROJ_CUDA=1 ")
+        reason = _load_native("cuda")
     return Backend("cuda", "gradproj", ("cuda",), reason)
 
 
