@@ -6,6 +6,7 @@ from gradproj.directions import Directions
 from gradproj.functional import combine_, gram, orthogonal_gradient_projection, pin_, project_
 from gradproj.nullspace import NullSpace
 from gradproj.optim import ProjectedOptimizer, attach
+from gradproj.projected_adamw import ProjectedAdamW
 from gradproj.projection import Pin, Projection
 from gradproj.sharding import Sharding
 
@@ -13,6 +14,7 @@ __all__ = [
     "Directions",
     "NullSpace",
     "Pin",
+    "ProjectedAdamW",
     "ProjectedOptimizer",
     "Projection",
     "Sharding",

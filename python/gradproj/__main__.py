@@ -18,7 +18,9 @@ def doctor() -> None:
     print("native libraries")
     for name in ("cpu", "cuda"):
         path = library(name)
-        print(f"  {name:<7}{f'{path}, for torch 2.10 and later' if path.exists() else f'not built: {how_to_build(name)}'}")
+        print(
+            f"  {name:<7}{f'{path}, for torch 2.10 and later' if path.exists() else f'not built: {how_to_build(name)}'}"
+        )
     print("backends")
     for name, backend in gradproj.backends().items():
         state = f"works on {' and '.join(backend.device_types)}" if backend.available else f"no: {backend.reason}"

@@ -14,6 +14,7 @@ import torch
 
 from gradproj import ops as _ops  # noqa: F401  declares the ops that a library implements
 
+
 class Backend(NamedTuple):
     """One implementation of the ops.
 

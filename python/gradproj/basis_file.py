@@ -11,7 +11,7 @@ from gradproj.allocation import Curvature
 from gradproj.basis import Basis, spaced
 from gradproj.layers import Layer
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 def pack(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, dict[str, Any]]:
@@ -44,10 +44,16 @@ def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float
     owners: dict[tuple, str] = {}
     for name, basis in sorted(bases.items(), key=lambda item: -item[1].rank):
         owners.setdefault(_identity(basis), name)
+    kinds_of = {layer.name: layer.kind for layer in layers}
     tensors, facts = {}, {}
     for name, entry in packed.items():
         owner = owners[_identity(bases[name])]
-        facts[name] = {"numbers": entry["numbers"], "rank": bases[name].rank, "eigenpairs_of": owner}
+        facts[name] = {
+            "numbers": entry["numbers"],
+            "rank": bases[name].rank,
+            "eigenpairs_of": owner,
+            "kind": kinds_of[name],
+        }
         if owner == name:
             tensors[f"{name}.values"] = entry["values"]
             tensors[f"{name}.vectors"] = entry["vectors"].T  # as they lie in memory: one after the other
@@ -59,6 +65,21 @@ def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float
     _safetensors().save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
 
 
+def _metadata(file, path) -> dict[str, str]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT or "layers" not in metadata:
+        raise ValueError(
+            f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by this version's NullSpace.save()"
+        )
+    return metadata
+
+
+def kinds(path) -> dict[str, str]:
+    """The class of each layer's module, by the layers' names. Errors as of :func:`load`."""
+    with _safetensors("safetensors").safe_open(path, framework="pt") as file:
+        return {name: fact["kind"] for name, fact in json.loads(_metadata(file, path)["layers"]).items()}
+
+
 def load(path) -> tuple[dict[str, Basis], float]:
     """The bases, and the share that they were made with.
 
@@ -66,11 +87,7 @@ def load(path) -> tuple[dict[str, Basis], float]:
         ValueError: not such a file.
     """
     with _safetensors("safetensors").safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT or "layers" not in metadata:
-            raise ValueError(
-                f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by this version's NullSpace.save()"
-            )
+        metadata = _metadata(file, path)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     packed = {
         name: {

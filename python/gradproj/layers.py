@@ -57,6 +57,11 @@ class Layer:
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def kind(self) -> str:
+        """The class of the module that has the weight, or ``"LoRA"``."""
+        return "LoRA" if self.to_zero else type(self.owner).__name__
+
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.shape[0]} x {self.shape[1]})"
 
@@ -77,7 +82,7 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
     adapted: list[Any] = [m for m in model.modules() if is_adapted(m)]
     adapters = {id(a) for m in adapted for a in (*m.lora_A.values(), *m.lora_B.values())}
     for full_name, module in model.named_modules():
-        name = _WRAPPERS.sub("", full_name).lstrip(".")
+        name = without_wrappers(full_name)
         if wanted is not None and not wanted(name, module):
             continue
         if is_adapted(module):
@@ -97,6 +102,10 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
             f"adapter whose weight requires a gradient and which modules= takes"
         )
     return list(found.values())
+
+
+def without_wrappers(name: str) -> str:
+    return _WRAPPERS.sub("", name).lstrip(".")
 
 
 def _refuse_flat_weights(model: nn.Module) -> None:
