@@ -16,8 +16,8 @@ Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that 
 
 
 DEEPSPEED = (
-    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; shard with "
-    "fully_shard (FSDP2) and pass a torch optimizer"
+    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; protect with "
+    "gradproj.integrations.deepspeed.protect(), or shard with fully_shard (FSDP2) and pass a torch optimizer"
 )
 
 

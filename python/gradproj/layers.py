@@ -115,8 +115,8 @@ def _refuse_flat_weights(model: nn.Module) -> None:
         )
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise NotImplementedError(
-            'NullSpace: DeepSpeed partitions weights and steps copies of them; shard with fully_shard (FSDP2), or use space="gradient" '
-            "on a model that its engine has not prepared"
+            "NullSpace: DeepSpeed partitions weights and steps copies of them; capture before deepspeed.initialize(), and use "
+            "gradproj.integrations.deepspeed.protect(), or shard with fully_shard (FSDP2)"
         )
 
 

@@ -1,0 +1,75 @@
+"""A null space under DeepSpeed's ZeRO, stages 0 to 3, where the engine owns the optimizer and the gradients."""
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradproj import functional
+from gradproj.layers import Layer, matrix
+from gradproj.nullspace import NullSpace
+
+
+def protect(protection: NullSpace) -> list[RemovableHandle]:
+    """Take out of each layer's gradient what would change the layer's outputs on the protected inputs: G <- G - (G U) U^T.
+
+    DeepSpeed steps copies of the weights, in pieces, so that there is no weight to pin. But the projection is linear, and each
+    rank has whole gradients before the engine reduces them: projected there, on every backward pass, their sum over
+    micro-batches and ranks is projected too. No collective, and nothing to wrap around the engine.
+
+    Call it after ``capture()`` and before ``deepspeed.initialize()``, and give the engine the parameters that then train: with
+    ``rest="hold"`` all others are frozen here. As always in gradient space, Adam's scaling and weight decay leak a little.
+
+    Args:
+        protection: made with ``space="gradient"``, and captured.
+    Returns:
+        handles, whose ``remove()`` takes the protection off.
+    Raises:
+        TypeError, ValueError: not such a null space; a layer's bias trains, whose gradient arrives apart from its weight's.
+        RuntimeError: nothing has been captured, or the engine has prepared the model already.
+
+    Example::
+
+        from gradproj.integrations.deepspeed import protect
+
+        protection = gradproj.NullSpace(model, space="gradient")
+        with protection.capture():
+            for batch in anchors:
+                capability_loss(model, batch).backward()
+        protect(protection)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+
+    Tried with DeepSpeed 0.19.8.
+    """
+    if not isinstance(protection, NullSpace):
+        raise TypeError(f"deepspeed.protect() takes a gradproj.NullSpace, got {type(protection).__name__}")
+    if protection.space != "gradient":
+        raise ValueError('deepspeed.protect(): DeepSpeed steps copies of the weights: use NullSpace(space="gradient")')
+    if not protection.bases:
+        raise RuntimeError("deepspeed.protect(): nothing has been captured yet: run capture() first")
+    for name, p in protection.model.named_parameters():
+        if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+            raise RuntimeError(
+                f"deepspeed.protect(): DeepSpeed has prepared {name} already; call this before deepspeed.initialize()"
+            )
+    for layer in protection.layers:
+        if layer.bias is not None:
+            raise ValueError(
+                f"deepspeed.protect(): the bias of layer {layer.name} trains, and its gradient arrives apart from the weight's; "
+                f"freeze it before the capture: bias.requires_grad_(False)"
+            )
+    if protection.rest == "hold":
+        covered = {id(p) for layer in protection.layers for p in layer.parameters}
+        for p in protection.model.parameters():
+            if id(p) not in covered:
+                p.requires_grad_(False)
+    return [layer.weight.register_hook(_projection(layer, protection)) for layer in protection.layers]
+
+
+def _projection(layer: Layer, protection: NullSpace):
+    def project(gradient: Tensor) -> Tensor:
+        vectors = protection.bases[layer.name].vectors.to(gradient.device)  # the engine may have moved the model
+        projected = gradient.clone()  # autograd may still need the one that it gave
+        functional.pin_([matrix(layer.owner, projected)], [vectors])
+        return projected
+
+    return project
