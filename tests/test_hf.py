@@ -27,13 +27,19 @@ def batches(count, seed, size=1):
     return [{"input_ids": t, "labels": t} for t in tokens]
 
 
-def trainer(model, folder, callback, steps=6, **settings):
+def trainer(model, folder, callback, steps=6, optimizer_cls_and_kwargs=None, **settings):
     examples = [{k: t[0] for k, t in batch.items()} for batch in batches(48, seed=1)]
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=2, save_steps=3,
         use_cpu=True, report_to=[], disable_tqdm=True, **settings,
     )  # fmt: skip
-    return transformers.Trainer(model, arguments, train_dataset=examples, callbacks=[callback])
+    return transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=examples,
+        callbacks=[callback] if callback else [],
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+    )
 
 
 def weights(model):
@@ -55,6 +61,21 @@ def test_null_space_keeps_what_the_model_says(tmp_path):
     assert (weights(model) - weights(language_model())).abs().max() > 1e-3
     logged = [entry["gradproj/moved"] for entry in made.state.log_history if "loss" in entry]
     assert len(logged) == 3 and min(logged) > 0
+
+
+def test_the_trainer_makes_the_optimizer_from_a_class_and_a_file(tmp_path):
+    (anchor,) = batches(1, seed=2)
+    protection = gradproj.NullSpace(language_model(), share=0.95)
+    with protection.capture():
+        protection.model(**anchor).loss.backward()
+    protection.save(tmp_path / "anchor.safetensors")
+    model = language_model()
+    before = model(**anchor).logits.detach()
+    arguments = {"model": model, "protection": tmp_path / "anchor.safetensors", "lr": 0.01}
+    made = trainer(model, tmp_path, None, optimizer_cls_and_kwargs=(gradproj.ProjectedAdamW, arguments))
+    made.train()
+    assert (model(**anchor).logits - before)[:, :-1].abs().max() < 1e-4
+    assert (weights(model) - weights(language_model())).abs().max() > 1e-3
 
 
 def test_directions_are_fresh_every_so_many_steps(tmp_path):
