@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax real test quick compat wheel bench lint doctor build clean
+.PHONY: help demo tax real test quick compat wheel bench docs lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -72,6 +72,10 @@ wheel: $(VENV)/.built  ## dist/*.whl, for every Python and torch; GRADPROJ_CUDA=
 
 bench: $(VENV)/.built  ## fused against naive, the best plain torch, and the limit
 	@$(RUN) -m pytest benchmarks -q
+
+docs: $(VENV)/.built  ## build/docs/index.html; warnings are errors, and nothing is fetched
+	@$(PIP) -q "sphinx>=8" "myst-parser>=4" furo
+	@$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs && echo build/docs/index.html
 
 lint: $(VENV)/.built  ## ruff and mypy
 	@$(RUN) -m ruff check .

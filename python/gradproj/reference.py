@@ -114,7 +114,7 @@ def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Seque
 def oracle_pin(
     weight: Tensor, basis: Tensor, target: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and |W U - B|."""
+    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and ``|W U - B|``."""
     w, u = weight.detach().double().cpu().numpy(), basis.double().cpu().numpy()
     whole = w if bias is None else np.concatenate([w, bias.detach().double().cpu().numpy()[:, None]], axis=1)
     moved = whole @ u - (0.0 if target is None else target.double().cpu().numpy())
