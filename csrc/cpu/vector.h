@@ -17,8 +17,6 @@ struct Vector {
   typedef T unaligned __attribute__((vector_size(GRADPROJ_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
 
-// --- one element of a row -------------------------------------------------------------------------------------------------
-
 inline float decode(float x) { return x; }
 inline double decode(double x) { return x; }
 // bfloat16 is the upper half of a float.
@@ -50,8 +48,6 @@ inline void encode(float x, F16& out) {
   const uint32_t rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
   out.bits = static_cast<uint16_t>((u >> 16 & 0x8000u) | rounded);
 }
-
-// --- a step ---------------------------------------------------------------------------------------------------------------
 
 // A step is the elements of a row that one load takes, as kVectors vectors of T. kInOrder: vectors hold consecutive elements,
 // as they must where rows of different dtypes meet. Rows of one dtype may come in any order that is the same for all of them.
@@ -118,8 +114,6 @@ struct Step<float, F16, true> {
 #endif
   }
 };
-
-// --- around the loops -----------------------------------------------------------------------------------------------------
 
 // Adds lane l of a vector to lane l modulo kLanes of a sum: the order depends on the vector's width alone.
 template <typename T>

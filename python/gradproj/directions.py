@@ -130,8 +130,6 @@ class Directions(Protection):
             t = torch.view_as_real(t.resolve_conj())
         return t if self.dtype is None else t.to(self.dtype)
 
-    # --- the step -------------------------------------------------------------------------------------------------------
-
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
         if self.space == "update":
@@ -182,8 +180,6 @@ class Directions(Protection):
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
 
-    # --- update space ---------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _copy_parameters(self, any_may_change: bool, begins: bool) -> None:
         """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
@@ -217,8 +213,6 @@ class Directions(Protection):
         change[..., 0] += 1.0
         weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
         functional.combine_parts(after, [update, *rows], weights, part, num_parts)
-
-    # --- which directions -----------------------------------------------------------------------------------------------
 
     def _keep(self, rows: Iterable[Direction]) -> None:
         """Other directions than before."""
@@ -284,8 +278,6 @@ class Directions(Protection):
             successors = dict(pairs)
             self._keep([{successors.get(p, p): t for p, t in row.items()} for row in self._rows])
         self._owners, self._lists = parameters, None
-
-    # --- state ----------------------------------------------------------------------------------------------------------
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         self._follow(self.parameters())

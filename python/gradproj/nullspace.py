@@ -97,8 +97,6 @@ class NullSpace(Protection):
         self.bases = {}
         self._since_pin = 0
 
-    # --- capture --------------------------------------------------------------------------------------------------------
-
     def capture(self) -> CaptureBlock:
         """Context manager: the inputs of the layers in the backward passes inside are protected.
 
@@ -148,8 +146,6 @@ class NullSpace(Protection):
 
     def _most(self, layer: Layer) -> int | None:
         return self.max_rank or (SKETCH if layer.shape[1] > WIDE else None)
-
-    # --- the step -------------------------------------------------------------------------------------------------------
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
@@ -238,8 +234,6 @@ class NullSpace(Protection):
         found = [getattr(ref(), "found_inf", None) for ref in self._optimizers]
         return any(f is not None and bool(f) for f in found)
 
-    # --- learning rates ---------------------------------------------------------------------------------------------------
-
     def param_groups(
         self,
         lr: float,
@@ -279,8 +273,6 @@ class NullSpace(Protection):
             key = factor.get(id(p), 1.0), *decay.values()
             groups.setdefault(key, {"params": [], "lr": lr * key[0], **decay})["params"].append(p)
         return list(groups.values())
-
-    # --- what it holds ----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
         """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis."""

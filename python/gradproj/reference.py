@@ -69,9 +69,6 @@ def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
     return weight - (weight @ basis - target) @ basis.T
 
 
-# --- float64 oracles ------------------------------------------------------------------------------------------------
-
-
 def matrix(rows: Sequence[Buffers]) -> np.ndarray:
     """[R, numel] float64 matrix of the rows; None counts as zeros. A column that is None in every row is left out."""
     columns = []
