@@ -120,8 +120,9 @@ class Directions(Protection):
         self._drop_non_finite()
         parameters = self.parameters()
         self._follow(parameters)
+        if len(self._rows) == self.count:
+            self._gram_dd.evict()
         self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
-        self._gram_dd.added()
         self._owners, self._lists, self._loaded = parameters, None, []
         self._projected.outdated = True
 
@@ -186,7 +187,7 @@ class Directions(Protection):
         memory, kept = ({}, self._before) if self._stepping and not begins else (self._before, {})
         changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
         changing = [p for p in changing if p not in kept]
-        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else _like(p) for p in changing]
+        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else torch.empty_like(p) for p in changing]
         if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
             torch._foreach_copy_(sharding.local_tensors(copies), sharding.local_tensors(changing))
         self._before = kept | dict(zip(changing, copies, strict=True))
@@ -317,10 +318,6 @@ class Directions(Protection):
 def _reads_for_free(t: Tensor) -> bool:
     """Elsewhere it would synchronise."""
     return t.device.type == "cpu"
-
-
-def _like(p: Tensor) -> Tensor:
-    return torch.empty_like(p, requires_grad=False)
 
 
 def _fits(t: Tensor, p: Tensor) -> bool:
