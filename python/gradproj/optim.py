@@ -65,14 +65,7 @@ class ProjectedOptimizer(Protected, Optimizer):
         RuntimeError: the optimizer is protected already, or the protection belongs to another one.
         NotImplementedError: DeepSpeed's engine.
 
-    Example::
-
-        opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5), gradproj.Directions())
-        with opt.protect():
-            capability_loss(model, anchor).backward()
-        safety_loss(model, batch).backward()
-        opt.step()
-        opt.zero_grad()
+    Example: of :class:`gradproj.Directions` and of :class:`gradproj.NullSpace`.
     """
 
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
