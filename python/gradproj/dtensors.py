@@ -1,6 +1,7 @@
 """What DTensors say: how a tensor lies over the ranks, and so how much of this rank's inner products counts."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
@@ -25,19 +26,13 @@ class PartialGradient(NamedTuple):
     holds_result: bool
 
 
+@dataclass(eq=False)
 class _Layout:
-    """How a tensor lies over the ranks; compared by identity.
+    """How a tensor lies over the ranks; hashed by identity."""
 
-    Attributes:
-        mesh: None for a plain tensor.
-        placements: with Replicate for Partial.
-        partial: whether it was Partial.
-    """
-
-    def __init__(
-        self, mesh: "DeviceMesh | None" = None, placements: "tuple[Placement, ...]" = (), partial: bool = False
-    ):
-        self.mesh, self.placements, self.partial = mesh, placements, partial
+    mesh: "DeviceMesh | None" = None  # of a plain tensor
+    placements: "tuple[Placement, ...]" = ()  # with Replicate for Partial
+    partial: bool = False  # whether it was
 
     def is_like(self, other: "_Layout") -> bool:
         return self is other or (self.mesh == other.mesh and self.placements == other.placements)
