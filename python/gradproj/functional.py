@@ -30,7 +30,7 @@ def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    call, local = _localize(_read(rows), sharding)
+    call, local = localize(_read(rows), sharding)
     return reduce(_products(call, local, None), local.group)
 
 
@@ -50,7 +50,7 @@ def local_gram(
     Returns:
         [R, R], or [P, R, R] with parts.
     """
-    call, local = _localize(_read(rows, part, num_parts), sharding)
+    call, local = localize(_read(rows, part, num_parts), sharding)
     return _products(call, local, gram_dd)
 
 
@@ -75,8 +75,8 @@ def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: 
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
-    local = localize(call.op, call.rows, call.names, call.indices, True, None, products=False)
-    calls.combine(call._replace(rows=local.rows), weights.detach())
+    call, local = localize(call, None, products=False)
+    calls.combine(call, weights.detach())
     finish(local, weights)
 
 
@@ -138,7 +138,7 @@ def project_rows(
         products, weights = calls.run(call, "project_", *rule, gram_dd)
         return Projection(products, weights, select(products.device.type).name)
 
-    call, local = _localize(call, sharding)
+    call, local = localize(call, sharding)
     done = _weigh(call, local, rule, gram_dd)
     calls.combine(call, done.weights)
     finish(local, done.weights)
@@ -155,7 +155,7 @@ def weigh_rows(
     num_parts: int,
 ) -> Projection:
     """What :func:`project_rows` would do; nothing is written."""
-    call, local = _localize(_written("project_", grads, directions, part, num_parts), sharding)
+    call, local = localize(_written("project_", grads, directions, part, num_parts), sharding)
     return _weigh(call, local, rule, gram_dd)
 
 
@@ -213,16 +213,6 @@ def _read(rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> 
     if not rows:
         raise ValueError("gram: pass at least one list of tensors")
     return calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
-
-
-def _localize(call: Call, sharding: Sharding | None) -> tuple[Call, Local]:
-    """The call on this rank's memory."""
-    if isinstance(sharding, Sharding) and sharding.owned is not None and len(sharding.owned) != call.entries:
-        raise ValueError(
-            f"{call.op}: Sharding.owned has {len(sharding.owned)} entries for {call.entries} parameters; pass one bool for each"
-        )
-    local = localize(call.op, call.rows, call.names, call.indices, call.written, sharding)
-    return call._replace(rows=local.rows), local
 
 
 def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
