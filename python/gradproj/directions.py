@@ -286,11 +286,7 @@ class Directions(Protection):
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
-        again. The newest, if there are too many.
-
-        Raises:
-            ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
-        """
+        again. The newest, if there are too many."""
         found = checkpoint.directions(state_dict, parameters)
         if not found:
             return

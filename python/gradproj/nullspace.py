@@ -125,9 +125,7 @@ class NullSpace(Protection):
         add_earlier(gather, self.layers, self.bases, self._group())
         self.bases = make_bases(gather, self.layers, self.share, self._most)
         adapters = [layer for layer in self.layers if layer.to_zero]
-        if (
-            adapters and self.space == "weights"
-        ):  # become blind at once; the weights of other layers are their own targets
+        if adapters and self.space == "weights":  # blind at once; the weights of other layers are their own targets
             with torch.no_grad():
                 self._apply(adapters, lambda p: p.detach(), zero=False)
 
