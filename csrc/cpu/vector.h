@@ -88,20 +88,14 @@ struct Step<float, BF16, false> {
 typedef uint16_t halves __attribute__((vector_size(GRADPROJ_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 template <>
-struct Step<float, BF16, true> {
-  using V = Vector<float>::type;
-  static constexpr int kVectors = 1;
-  static constexpr int kElements = Vector<float>::kWidth;
+struct Step<float, BF16, true> : Step<float, float, true> {
   static inline V load(const BF16* p, int) {
     return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type) << 16);
   }
 };
 
 template <>
-struct Step<float, F16, true> {
-  using V = Vector<float>::type;
-  static constexpr int kVectors = 1;
-  static constexpr int kElements = Vector<float>::kWidth;
+struct Step<float, F16, true> : Step<float, float, true> {
   static inline V load(const F16* p, int) {
 #if GRADPROJ_VECTOR_BYTES == 64
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
