@@ -46,7 +46,7 @@ def local_gram(
     Args:
         rows, sharding: as for :func:`gram`.
         gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known already.
-        part, num_parts: the number, below P, of the part that each column belongs to; every part has a Gram of its own.
+        part, num_parts: of :class:`gradproj.call.Call`; every part has a Gram of its own.
     Returns:
         [R, R], or [P, R, R] with parts.
     """
@@ -127,8 +127,8 @@ def project_rows(
     Args:
         gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a gradient,
             if it is known already.
-        part, num_parts: the number, below P, of the part that each column belongs to; every part is projected by itself, in
-            the same passes and the same collective.
+        part, num_parts: of :class:`gradproj.call.Call`; every part is projected by itself, in the same passes and the same
+            collective.
     """
     call = _written("project_", grads, directions, part, num_parts)
     # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
