@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,51 +19,21 @@ extern "C" void PyGILState_Release(int) __attribute__((weak));
 
 namespace gradproj {
 
-// Giving back the last reference that C++ holds to a tensor that Python holds too takes the interpreter's lock. Held around
-// a list it is taken once, not once per tensor: 300 tensors of a row, 10 us.
-class HoldInterpreter {
- public:
-  HoldInterpreter() : state_(PyGILState_Ensure ? PyGILState_Ensure() : 0) {}
-  HoldInterpreter(const HoldInterpreter&) = delete;
-  HoldInterpreter& operator=(const HoldInterpreter&) = delete;
-  ~HoldInterpreter() {
-    if (PyGILState_Release) PyGILState_Release(state_);
-  }
+// References to the tensors of an op's lists, as raw handles: a shared_ptr per tensor would cost as much as everything else
+// that a small buffer needs. Giving back the last one that C++ holds to a tensor that Python holds too takes the
+// interpreter's lock. Held around all of them it is taken once, not once per tensor: 300 tensors of a row, 10 us.
+struct References {
+  std::vector<AtenTensorHandle> handles;  // null: None
 
- private:
-  int state_;
-};
-
-// The tensors of one `Tensor[]` or `Tensor?[]` argument. Owns a reference to each until it goes out of scope. It works on
-// the raw handles: a shared_ptr per tensor would cost as much as everything else that a small buffer needs.
-class TensorList {
- public:
-  TensorList(StableListHandle list, bool optional) {
-    size_t size = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    handles_.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-      if (optional)
-        handles_.push_back(torch::stable::detail::to<std::optional<AtenTensorHandle>>(item).value_or(nullptr));
-      else
-        handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
-    }
-    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
-  }
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
-  ~TensorList() {
-    const HoldInterpreter hold;
-    for (AtenTensorHandle h : handles_)
+  References() = default;
+  References(const References&) = delete;
+  References& operator=(const References&) = delete;
+  ~References() {
+    const int state = PyGILState_Ensure ? PyGILState_Ensure() : 0;
+    for (AtenTensorHandle h : handles)
       if (h) aoti_torch_delete_tensor_object(h);
+    if (PyGILState_Release) PyGILState_Release(state);
   }
-  size_t size() const { return handles_.size(); }
-  AtenTensorHandle operator[](size_t i) const { return handles_[i]; }  // null: None
-
- private:
-  std::vector<AtenTensorHandle> handles_;
 };
 
 struct Where {
@@ -72,49 +41,43 @@ struct Where {
   int32_t index = -1;
 };
 
-// Appends the buffers of a list. All tensors must be strided, floating, and on one device, which is noted in `where`.
-inline void append_buffers(const TensorList& list, std::vector<Buffer>& buffers, Where& where) {
+// The buffer of a tensor, the `number`-th of a call: strided, floating, and on one device with the others, noted in `where`.
+inline Buffer buffer_of(AtenTensorHandle h, size_t number, Where& where) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
                        bf16 = aoti_torch_dtype_bfloat16();
-  for (size_t i = 0; i < list.size(); ++i) {
-    buffers.emplace_back();
-    const AtenTensorHandle h = list[i];
-    if (!h) continue;
-    Buffer& b = buffers.back();
-    auto refuse = [&](const char* what) {
-      throw PlanError("gradproj: buffer " + std::to_string(buffers.size() - 1) + ": " + what);
-    };
-    int32_t dtype, type, index;
-    int64_t ndim;
-    int64_t *sizes, *strides;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
-    if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16) refuse("dtype without a kernel");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
-    if (where.type < 0) where = {type, index};
-    if (type != where.type || index != where.index) refuse("on another device than the first");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
-    b.sizes = sizes;
-    b.strides = strides;
-    b.ndim = static_cast<int32_t>(ndim);
-    b.numel = 1;
-    b.contiguous = true;
-    for (int32_t d = b.ndim; d-- > 0;) {
-      b.contiguous = b.contiguous && (sizes[d] == 1 || strides[d] == b.numel);
-      b.numel *= sizes[d];
-    }
-    b.contiguous = b.contiguous || b.numel == 0;
-    b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : DType::bf16;
-    b.present = true;
-    if (b.numel > 0) {
-      void* data;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
-      b.data = static_cast<const char*>(data);
-      if (!data) refuse("has no memory");
-    }
+  auto refuse = [&](const char* what) { throw PlanError("gradproj: buffer " + std::to_string(number) + ": " + what); };
+  int32_t dtype, type, index;
+  int64_t ndim;
+  int64_t *sizes, *strides;
+  Buffer b;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(h, &dtype));
+  if (dtype != f32 && dtype != f64 && dtype != f16 && dtype != bf16) refuse("dtype without a kernel");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &index));
+  if (where.type < 0) where = {type, index};
+  if (type != where.type || index != where.index) refuse("on another device than the first");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &ndim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &strides));  // fails for a tensor that is not strided
+  b.sizes = sizes;
+  b.strides = strides;
+  b.ndim = static_cast<int32_t>(ndim);
+  b.numel = 1;
+  b.contiguous = true;
+  for (int32_t d = b.ndim; d-- > 0;) {
+    b.contiguous = b.contiguous && (sizes[d] == 1 || strides[d] == b.numel);
+    b.numel *= sizes[d];
   }
+  b.contiguous = b.contiguous || b.numel == 0;
+  b.dtype = dtype == f32 ? DType::f32 : dtype == f64 ? DType::f64 : dtype == f16 ? DType::f16 : DType::bf16;
+  b.present = true;
+  if (b.numel > 0) {
+    void* data;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &data));
+    b.data = static_cast<const char*>(data);
+    if (!data) refuse("has no memory");
+  }
+  return b;
 }
 
 // The part of every column; see python/gradproj/ops.py.
@@ -148,11 +111,25 @@ class Rows {
   }
 
  private:
+  // Appends the buffers of a list; how many they are.
   size_t add(StableListHandle list, bool optional) {
-    lists_.push_back(std::make_unique<TensorList>(list, optional));
-    buffers_.reserve(buffers_.size() + lists_.back()->size());
-    append_buffers(*lists_.back(), buffers_, where_);
-    return lists_.back()->size();
+    using torch::stable::detail::to;
+    size_t size = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    references_.handles.reserve(buffers_.size() + size);
+    buffers_.reserve(buffers_.size() + size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      references_.handles.push_back(optional ? to<std::optional<AtenTensorHandle>>(item).value_or(nullptr)
+                                             : to<AtenTensorHandle>(item));
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));  // before a buffer may be refused
+    for (size_t i = buffers_.size(); i < references_.handles.size(); ++i) {
+      const AtenTensorHandle h = references_.handles[i];
+      buffers_.push_back(h ? buffer_of(h, i, where_) : Buffer{});
+    }
+    return size;
   }
   void finish(int64_t num_rows, const Parts& parts) {
     if (num_rows < 1 || buffers_.size() % static_cast<size_t>(num_rows) != 0)
@@ -175,7 +152,7 @@ class Rows {
     layout_.parts = batched_ ? static_cast<int>(parts.count) : 1;
   }
 
-  std::vector<std::unique_ptr<TensorList>> lists_;
+  References references_;
   std::vector<Buffer> buffers_;
   Layout layout_{};
   Where where_;

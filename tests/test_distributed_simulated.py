@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import gradproj
-from gradproj import Directions, ProjectedOptimizer, Sharding, functional, methods, reference
+from gradproj import Directions, ProjectedOptimizer, Sharding, call, functional, methods, reference
 from gradproj.backends import Backend
 from gradproj.sharding import local_tensors, localize
 
@@ -175,7 +175,7 @@ def test_weights_count_the_ranks_of_the_group_only(four_ranks):
         (ones(2), Sharding(world, "shard"), 1),
         (ones(2), Sharding(alone), 1),
     ]:
-        assert localize("gram", [[t]], ["rows[0]"], [0], False, sharding).weights == [weight]
+        assert localize(call.unpack("gram", [[t]], ["rows[0]"], False), sharding)[1].weights == [weight]
 
 
 def test_what_nobody_else_holds_needs_no_group():

@@ -222,7 +222,8 @@ def pin_(
             if not _fits(w, bases[k], targets[k]):
                 others.append(k)
             elif w.numel() and bases[k].shape[1]:
-                held[k] = _as_float32(bases[k], targets[k])
+                target = targets[k]
+                held[k] = bases[k].float(), None if target is None else target.float()
                 forms.setdefault(_form(w, held[k][0]), []).append(k)
         for form, mine in forms.items():
             lines, programs = [], 0
@@ -243,10 +244,6 @@ def pin_(
             [others.index(k) for k in some],
         )
     return squares
-
-
-def _as_float32(u: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return u.float(), None if target is None else target.float()
 
 
 def _fits(w: Tensor, *others: Tensor | None) -> bool:

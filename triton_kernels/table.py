@@ -26,9 +26,8 @@ from torch import Tensor
 from gradproj import ops, validate
 
 CACHE_BYTES = 1 << 20
-FEW_ROWS = (
-    5  # of more, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor
-)
+# Of more rows, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor.
+FEW_ROWS = 5
 IN_FLIGHT = 1 << 16  # bytes per multiprocessor, enough for 8 TB/s
 MAX_PROGRAMS = 2048  # of an op: their sums, 45 doubles each at most, stay under 768 KiB
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

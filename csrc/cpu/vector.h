@@ -17,8 +17,6 @@ struct Vector {
   typedef T unaligned __attribute__((vector_size(GRADPROJ_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
 
-// --- one element of a row -------------------------------------------------------------------------------------------------
-
 inline float decode(float x) { return x; }
 inline double decode(double x) { return x; }
 // bfloat16 is the upper half of a float.
@@ -50,8 +48,6 @@ inline void encode(float x, F16& out) {
   const uint32_t rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
   out.bits = static_cast<uint16_t>((u >> 16 & 0x8000u) | rounded);
 }
-
-// --- a step ---------------------------------------------------------------------------------------------------------------
 
 // A step is the elements of a row that one load takes, as kVectors vectors of T. kInOrder: vectors hold consecutive elements,
 // as they must where rows of different dtypes meet. Rows of one dtype may come in any order that is the same for all of them.
@@ -92,20 +88,14 @@ struct Step<float, BF16, false> {
 typedef uint16_t halves __attribute__((vector_size(GRADPROJ_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 template <>
-struct Step<float, BF16, true> {
-  using V = Vector<float>::type;
-  static constexpr int kVectors = 1;
-  static constexpr int kElements = Vector<float>::kWidth;
+struct Step<float, BF16, true> : Step<float, float, true> {
   static inline V load(const BF16* p, int) {
     return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type) << 16);
   }
 };
 
 template <>
-struct Step<float, F16, true> {
-  using V = Vector<float>::type;
-  static constexpr int kVectors = 1;
-  static constexpr int kElements = Vector<float>::kWidth;
+struct Step<float, F16, true> : Step<float, float, true> {
   static inline V load(const F16* p, int) {
 #if GRADPROJ_VECTOR_BYTES == 64
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -118,8 +108,6 @@ struct Step<float, F16, true> {
 #endif
   }
 };
-
-// --- around the loops -----------------------------------------------------------------------------------------------------
 
 // Adds lane l of a vector to lane l modulo kLanes of a sum: the order depends on the vector's width alone.
 template <typename T>

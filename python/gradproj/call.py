@@ -153,7 +153,7 @@ def _check(call: Call, backend: Backend | None = None) -> None:
     """Raise what is wrong with the rows, by name; return if nothing is."""
     kinds = dtensor_types(chain(*call.rows))
     if kinds:  # among the directions of plain gradients, which are not inspected before
-        Layouts(call.op, call.rows, call.names, call.indices, kinds)
+        Layouts(call, kinds)
     for i, g in zip(call.indices, call.rows[0], strict=True):
         if call.written and isinstance(g, Tensor) and g.is_conj():
             raise NotImplementedError(
@@ -184,6 +184,7 @@ def _real(call: Call) -> Call:
 
 
 def _device(t: Tensor) -> torch.device:
+    """Where tests pretend that there are several."""
     return t.device
 
 

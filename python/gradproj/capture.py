@@ -65,15 +65,16 @@ def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
 
     Args:
         parameters: gives the parameters; asked again at the end, since the block may replace some.
-    Raises:
-        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; or it is DeepSpeed's.
-        NotImplementedError: a gradient is sparse.
+    Raises: as :meth:`gradproj.protection.Protection.capture`.
     """
     owners = parameters()
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
         raise RuntimeError(f"protect(): {DEEPSPEED}")
     watches = _watch(owners)
-    aside = [_Aside(p) for p in owners]
+    # Contents are kept too where a backward pass may overwrite them.
+    aside = [(p, g, g.clone() if g is not None and _shares_storage(g) else None) for p in owners for g in [p.grad]]
+    for p in owners:
+        p.grad = None
     taken = Captured(owners)
     try:
         yield taken
@@ -84,23 +85,11 @@ def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
             watch.remove()
         for p in parameters():
             p.grad = None
-        for before in aside:
-            before.put_back()
-
-
-class _Aside:
-    """A gradient that is out of the way for a while. Its contents are kept too where a backward pass may overwrite them."""
-
-    def __init__(self, p: Tensor):
-        self.parameter, self.grad = p, p.grad
-        self.contents = self.grad.clone() if self.grad is not None and _shares_storage(self.grad) else None
-        p.grad = None
-
-    def put_back(self) -> None:
-        if self.grad is not None and self.contents is not None:
-            with torch.no_grad():
-                self.grad.copy_(self.contents)
-        self.parameter.grad = self.grad
+        for p, grad, contents in aside:
+            if grad is not None and contents is not None:
+                with torch.no_grad():
+                    grad.copy_(contents)
+            p.grad = grad
 
 
 def _take(p: Tensor, index: int) -> Tensor:

@@ -68,12 +68,9 @@ def live(optimizer: Optimizer) -> dict[str, Any]:
 
 def remove_from(optimizer: Optimizer) -> None:
     """Make it forget them."""
-    for p, entries in list(optimizer.state.items()):
-        rest = _others(entries)
-        if rest is not entries:
-            optimizer.state[p] = rest
-            if not rest:  # an optimizer may take an empty state for one that it has set up
-                del optimizer.state[p]
+    rest = without_directions({"state": optimizer.state})["state"]
+    optimizer.state.clear()
+    optimizer.state.update(rest)
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

@@ -120,8 +120,9 @@ class Directions(Protection):
         self._drop_non_finite()
         parameters = self.parameters()
         self._follow(parameters)
+        if len(self._rows) == self.count:
+            self._gram_dd.evict()
         self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
-        self._gram_dd.added()
         self._owners, self._lists, self._loaded = parameters, None, []
         self._projected.outdated = True
 
@@ -129,8 +130,6 @@ class Directions(Protection):
         if t.is_complex():
             t = torch.view_as_real(t.resolve_conj())
         return t if self.dtype is None else t.to(self.dtype)
-
-    # --- the step -------------------------------------------------------------------------------------------------------
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
@@ -182,15 +181,13 @@ class Directions(Protection):
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
 
-    # --- update space ---------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _copy_parameters(self, any_may_change: bool, begins: bool) -> None:
         """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
         memory, kept = ({}, self._before) if self._stepping and not begins else (self._before, {})
         changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
         changing = [p for p in changing if p not in kept]
-        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else _like(p) for p in changing]
+        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else torch.empty_like(p) for p in changing]
         if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
             torch._foreach_copy_(sharding.local_tensors(copies), sharding.local_tensors(changing))
         self._before = kept | dict(zip(changing, copies, strict=True))
@@ -217,8 +214,6 @@ class Directions(Protection):
         change[..., 0] += 1.0
         weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
         functional.combine_parts(after, [update, *rows], weights, part, num_parts)
-
-    # --- which directions -----------------------------------------------------------------------------------------------
 
     def _keep(self, rows: Iterable[Direction]) -> None:
         """Other directions than before."""
@@ -285,19 +280,13 @@ class Directions(Protection):
             self._keep([{successors.get(p, p): t for p, t in row.items()} for row in self._rows])
         self._owners, self._lists = parameters, None
 
-    # --- state ----------------------------------------------------------------------------------------------------------
-
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         self._follow(self.parameters())
         return checkpoint.insert(state_dict, [[row.get(p) for p in parameters] for row in self._rows])
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
-        again. The newest, if there are too many.
-
-        Raises:
-            ValueError: not one entry per parameter, or a shape that is not its parameter's. Nothing is changed.
-        """
+        again. The newest, if there are too many."""
         found = checkpoint.directions(state_dict, parameters)
         if not found:
             return
@@ -325,10 +314,6 @@ class Directions(Protection):
 def _reads_for_free(t: Tensor) -> bool:
     """Elsewhere it would synchronise."""
     return t.device.type == "cpu"
-
-
-def _like(p: Tensor) -> Tensor:
-    return torch.empty_like(p, requires_grad=False)
 
 
 def _fits(t: Tensor, p: Tensor) -> bool:

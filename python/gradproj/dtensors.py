@@ -1,6 +1,7 @@
 """What DTensors say: how a tensor lies over the ranks, and so how much of this rank's inner products counts."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-Rows = Sequence[Sequence[Tensor | None]]
+    from gradproj.call import Call
+
 PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -25,19 +27,13 @@ class PartialGradient(NamedTuple):
     holds_result: bool
 
 
+@dataclass(eq=False)
 class _Layout:
-    """How a tensor lies over the ranks; compared by identity.
+    """How a tensor lies over the ranks; hashed by identity."""
 
-    Attributes:
-        mesh: None for a plain tensor.
-        placements: with Replicate for Partial.
-        partial: whether it was Partial.
-    """
-
-    def __init__(
-        self, mesh: "DeviceMesh | None" = None, placements: "tuple[Placement, ...]" = (), partial: bool = False
-    ):
-        self.mesh, self.placements, self.partial = mesh, placements, partial
+    mesh: "DeviceMesh | None" = None  # of a plain tensor
+    placements: "tuple[Placement, ...]" = ()  # with Replicate for Partial
+    partial: bool = False  # whether it was
 
     def is_like(self, other: "_Layout") -> bool:
         return self is other or (self.mesh == other.mesh and self.placements == other.placements)
@@ -53,11 +49,11 @@ class Layouts:
         ValueError: the tensors of a column do not lie alike.
     """
 
-    def __init__(self, op: str, rows: Rows, names: Sequence[str], index: Sequence[int], kinds: set[type]):
-        self._op, self._rows, self._names, self._index, self._kinds = op, rows, names, index, kinds
+    def __init__(self, call: "Call", kinds: set[type]):
+        self._call, self._kinds = call, kinds
         self._found: dict[tuple, _Layout] = {}
         self._partial: list[tuple[int, int]] = []  # row, column
-        columns = zip(*rows, strict=True)
+        columns = zip(*call.rows, strict=True)
         if kinds:
             self._columns = [self._common(c, column) for c, column in enumerate(columns)]
         else:
@@ -72,24 +68,25 @@ class Layouts:
         weight: dict[_Layout | None, float] = {None: 0.0}
         for c, layout in enumerate(self._columns):
             if layout is not None and layout not in weight:
-                name = self._name(next(r for r, row in enumerate(self._rows) if row[c] is not None), c)
-                weight[layout] = 1.0 if group is None else _weight(self._op, name, layout, group, placement)
+                name = self._name(next(r for r, row in enumerate(self._call.rows) if row[c] is not None), c)
+                weight[layout] = 1.0 if group is None else _weight(self._call.op, name, layout, group, placement)
         return [weight[layout] for layout in self._columns]
 
-    def reduce_partial(self, local: list[list[Tensor | None]], written: bool) -> list[PartialGradient]:
-        """Put the sums of Partial tensors into ``local``; of gradients that will be ``written``, what brings them back."""
+    def reduce_partial(self, local: list[list[Tensor | None]]) -> list[PartialGradient]:
+        """Put the sums of Partial tensors into ``local``; of gradients that will be written, what brings them back."""
+        op, rows, written = self._call.op, self._call.rows, self._call.written
         of_gradient = [c for r, c in self._partial if r == 0 and written]
-        holds = {c: _holds_result(self._op, self._name(0, c), cast("DTensor", self._rows[0][c])) for c in of_gradient}
+        holds = {c: _holds_result(op, self._name(0, c), cast("DTensor", rows[0][c])) for c in of_gradient}
         gradients = []
         for r, c in self._partial:
-            t = cast("DTensor", self._rows[r][c])
+            t = cast("DTensor", rows[r][c])
             local[r][c] = value = local_tensor(cast("DTensor", summed(t)))
             if r == 0 and written:
                 gradients.append(PartialGradient(local_tensor(t), value, holds[c]))
         return gradients
 
     def _name(self, row: int, column: int) -> str:
-        return f"{self._names[row]}[{self._index[column]}]"
+        return f"{self._call.names[row]}[{self._call.indices[column]}]"
 
     def _common(self, c: int, column: Sequence[Tensor | None]) -> _Layout | None:
         common, first = None, 0
@@ -103,7 +100,7 @@ class Layouts:
                 common, first = layout, r
             elif not layout.is_like(common):
                 raise ValueError(
-                    f"{self._op}: {self._name(r, c)} and {self._name(first, c)} are not laid out alike over the ranks; pass "
+                    f"{self._call.op}: {self._name(r, c)} and {self._name(first, c)} are not laid out alike over the ranks; pass "
                     f"both as DTensors with the same mesh and placements (redistribute one of them), or both as local tensors"
                 )
         return common

@@ -30,8 +30,8 @@ def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    found, group = _local_gram(rows, sharding, None, (), 0)
-    return reduce(found, group)
+    call, local = localize(_read(rows), sharding)
+    return reduce(_products(call, local, None), local.group)
 
 
 def local_gram(
@@ -46,20 +46,12 @@ def local_gram(
     Args:
         rows, sharding: as for :func:`gram`.
         gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known already.
-        part, num_parts: the number, below P, of the part that each column belongs to; every part has a Gram of its own.
+        part, num_parts: of :class:`gradproj.call.Call`; every part has a Gram of its own.
     Returns:
         [R, R], or [P, R, R] with parts.
     """
-    return _local_gram(rows, sharding, gram_dd, part, num_parts)[0]
-
-
-def _local_gram(rows, sharding, gram_dd, part, num_parts):
-    if not rows:
-        raise ValueError("gram: pass at least one list of tensors")
-    call = calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
-    local = _localize(call, sharding)
-    call = call._replace(rows=local.rows)
-    return calls.gram(call, local.weights, gram_dd, _device(call, local.group)), local.group
+    call, local = localize(_read(rows, part, num_parts), sharding)
+    return _products(call, local, gram_dd)
 
 
 def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
@@ -83,8 +75,8 @@ def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: 
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
-    local = localize(call.op, call.rows, call.names, call.indices, True, None, products=False)
-    calls.combine(call._replace(rows=local.rows), weights.detach())
+    call, local = localize(call, None, products=False)
+    calls.combine(call, weights.detach())
     finish(local, weights)
 
 
@@ -116,7 +108,7 @@ def project_(
     (K + 1)(K + 2) / 2 float64 numbers. Partial DTensors are reduced first, one all_reduce and one copy each; a gradient stays
     Partial and its first rank holds the result, the others zeros.
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict"; Yu
-    et al. 2020 (PCGrad).
+    et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for "mix".
     """
     return project_rows(grads, directions, methods.parse(method, eps), sharding)
 
@@ -135,8 +127,8 @@ def project_rows(
     Args:
         gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a gradient,
             if it is known already.
-        part, num_parts: the number, below P, of the part that each column belongs to; every part is projected by itself, in
-            the same passes and the same collective.
+        part, num_parts: of :class:`gradproj.call.Call`; every part is projected by itself, in the same passes and the same
+            collective.
     """
     call = _written("project_", grads, directions, part, num_parts)
     # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
@@ -146,9 +138,9 @@ def project_rows(
         products, weights = calls.run(call, "project_", *rule, gram_dd)
         return Projection(products, weights, select(products.device.type).name)
 
-    local = _localize(call, sharding)
+    call, local = localize(call, sharding)
     done = _weigh(call, local, rule, gram_dd)
-    calls.combine(call._replace(rows=local.rows), done.weights)
+    calls.combine(call, done.weights)
     finish(local, done.weights)
     return done
 
@@ -163,13 +155,12 @@ def weigh_rows(
     num_parts: int,
 ) -> Projection:
     """What :func:`project_rows` would do; nothing is written."""
-    call = _written("project_", grads, directions, part, num_parts)
-    return _weigh(call, _localize(call, sharding), rule, gram_dd)
+    call, local = localize(_written("project_", grads, directions, part, num_parts), sharding)
+    return _weigh(call, local, rule, gram_dd)
 
 
 def _weigh(call: Call, local: Local, rule: methods.Rule | methods.Weighting, gram_dd: Tensor | None) -> Projection:
-    call = call._replace(rows=local.rows)
-    products = reduce(calls.gram(call, local.weights, gram_dd, _device(call, local.group)), local.group)
+    products = reduce(_products(call, local, gram_dd), local.group)
     if isinstance(rule, methods.Rule):  # the same op on every rank, one that owns nothing included
         weights = select(products.device.type).op("weights")(products, *rule)
     else:
@@ -218,19 +209,19 @@ def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int]
     return calls.unpack(op, (grads, *directions), names, True, part, num_parts)
 
 
-def _localize(call: Call, sharding: Sharding | None) -> Local:
-    if isinstance(sharding, Sharding) and sharding.owned is not None and len(sharding.owned) != call.entries:
-        raise ValueError(
-            f"{call.op}: Sharding.owned has {len(sharding.owned)} entries for {call.entries} parameters; pass one bool for each"
-        )
-    return localize(call.op, call.rows, call.names, call.indices, call.written, sharding)
+def _read(rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
+    if not rows:
+        raise ValueError("gram: pass at least one list of tensors")
+    return calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
 
 
-def _device(call: Call, group) -> torch.device:
-    """Where this rank's Gram is made: beside the first tensor; without any, where the group communicates."""
+def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
+    """This rank's Gram, beside the first tensor; without any, where the group communicates."""
     if any(t is not None for row in call.rows for t in row):
-        return calls.first(call).device
-    return torch.device("cpu") if group is None else device_of(group)
+        device = calls.first(call).device
+    else:
+        device = torch.device("cpu") if local.group is None else device_of(local.group)
+    return calls.gram(call, local.weights, gram_dd, device)
 
 
 def pin_(

@@ -1,21 +1,12 @@
 """The directions' own Gram, kept from step to step: a step then computes K + 1 products instead of (K + 1)(K + 2) / 2."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from gradproj import functional
 from gradproj.functional import Row
 from gradproj.sharding import Sharding, with_group
-
-
-class _Known(NamedTuple):
-    """This rank's Gram of the directions ``first``, ``first`` + 1, .. over the columns ``key``."""
-
-    first: int
-    key: tuple
-    gram: Tensor
 
 
 class KeptGram:
@@ -25,15 +16,16 @@ class KeptGram:
     """
 
     def __init__(self) -> None:
-        self._added = 0  # directions so far: the newest has number _added - 1
-        self._known: _Known | None = None
+        self._key: tuple = ()  # the columns that it is over
+        self._gram: Tensor | None = None  # of the oldest directions, as many as it has rows
 
-    def added(self) -> None:
-        """A direction came, behind all others; the oldest may have left."""
-        self._added += 1
+    def evict(self) -> None:
+        """The oldest direction leaves."""
+        if self._gram is not None:
+            self._gram = self._gram[..., 1:, 1:].contiguous()
 
     def clear(self) -> None:
-        self._known = None
+        self._gram = None
 
     def of(
         self,
@@ -50,33 +42,13 @@ class KeptGram:
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.
         sharding = with_group("project_", sharding, grads)  # a direction may miss what implies it
         key = (sharding, part, *(None if g is None else id(p) for p, g in zip(parameters, grads, strict=True)))
-        first = self._added - len(rows)
-        gram = self._still_known(first, key)
+        gram = self._gram if key == self._key else None
         if gram is None or gram.shape[-1] < len(rows):
-            gram = _extended(gram, [_where(grads, row) for row in rows], sharding, part)
-        self._known = _Known(first, key, gram)
+            rows = [[None if g is None else t for g, t in zip(grads, row, strict=True)] for row in rows]
+            if gram is None or not gram.shape[-1]:
+                gram = functional.local_gram(rows, sharding, None, *part)
+            for r in range(gram.shape[-1], len(rows)):
+                with_new_first = functional.local_gram([rows[r], *rows[:r]], sharding, gram, *part)
+                gram = with_new_first.roll((-1, -1), (-2, -1))
+        self._key, self._gram = key, gram
         return gram
-
-    def _still_known(self, first: int, key: tuple) -> Tensor | None:
-        """The Gram of the directions from number ``first`` on, as far as it is known."""
-        known = self._known
-        if known is None or known.key != key or not known.first <= first < known.first + known.gram.shape[-1]:
-            return None
-        gone = first - known.first
-        return known.gram[..., gone:, gone:].contiguous() if gone else known.gram
-
-
-def _extended(
-    gram: Tensor | None, rows: list[Row], sharding: Sharding | None, part: tuple[Sequence[int], int]
-) -> Tensor:
-    """``gram`` of the first of ``rows``, None if of none, extended to all of them."""
-    if gram is None:
-        return functional.local_gram(rows, sharding, None, *part)
-    for r in range(gram.shape[-1], len(rows)):
-        with_new_first = functional.local_gram([rows[r], *rows[:r]], sharding, gram, *part)
-        gram = with_new_first.roll((-1, -1), (-2, -1))
-    return gram
-
-
-def _where(grads: Sequence[Tensor | None], row: Row) -> Row:
-    return [None if g is None else t for g, t in zip(grads, row, strict=True)]

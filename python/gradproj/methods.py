@@ -89,16 +89,10 @@ def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Te
 
     Args:
         gram: [K + 1, K + 1] or [P, K + 1, K + 1] float64.
-        method: ``"orthogonal"`` removes the span of the directions. ``"conflict"`` takes the nearest vector that has no negative
-            inner product with any of them. ``"pcgrad"`` projects every row, the gradient and the directions, off each row that
-            it conflicts with, one after the other in ascending order (the paper shuffles; ranks must agree), and sums the
-            results: ``weights[0]`` is then at least 1, and without any conflict all weights are 1. ``"mix"`` adds the directions.
-        gamma: weight of every direction, for ``"mix"``.
-        eps: added to every squared length that is divided by: <d_k, d_k>, and <g, g> in ``"pcgrad"``. 0 is scale-free.
+        method, gamma, eps: as :func:`gradproj.project_` describes them. ``"pcgrad"`` takes rows in ascending order, where the
+            paper shuffles, because ranks must agree; without any conflict all its weights are 1.
     Returns:
         [K + 1] or [P, K + 1] float64 on the device of ``gram``; (1, 0, .., 0) for a part that is not finite.
-    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for
-    ``"conflict"``; Yu et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for ``"mix"``.
     """
     parts = as_parts(gram)
     if method == "mix":

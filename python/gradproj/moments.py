@@ -50,9 +50,7 @@ class Moment:
         if self.ones:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.sum.addmm_(rows.T, rows if self._test is None else rows @ self._test)
-        self.trace += (
-            rows.double().square().sum() if rows.device.type == "cpu" else rows.square().sum(dtype=torch.float64)
-        )
+        self.trace += _sum_of_squares(rows)
         self.tokens += len(rows)
 
     def add_eigen(self, values: Tensor, vectors: Tensor, tokens: int) -> None:
@@ -78,6 +76,12 @@ class Moment:
         there = values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)
         count = int(there.sum())
         return values[:count], vectors[:, :count].contiguous()
+
+
+def _sum_of_squares(t: Tensor) -> Tensor:
+    """Added up in float64; squared in it on the CPU only."""
+    wide = t.double() if t.device.type == "cpu" else t.float() if t.dtype.itemsize < 4 else t
+    return wide.square().sum(dtype=torch.float64)
 
 
 def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,10 +193,8 @@ class Gather:
     def report(self, call: _Call, layer: int, rows: Tensor, gradients: Tensor) -> None:
         """Input rows and output gradients of one layer in a call, both [tokens, ..]."""
         mask = (gradients != 0).any(1)
-        square = (
-            gradients.double().square().sum() if gradients.device.type == "cpu" else gradients.float().square().sum()
-        )
-        self.squares[layer] = self.squares[layer].to(gradients.device) + square.double() / gradients.shape[1]
+        square = _sum_of_squares(gradients) / gradients.shape[1]
+        self.squares[layer] = self.squares[layer].to(gradients.device) + square
         self.tokens[layer] += int(mask.sum())
         call.mask = mask if call.mask is None else call.mask | mask
         call.rows = rows
@@ -264,10 +266,8 @@ class _Listener:
     def _reporter(self, call: _Call, arrived: dict[str, Tensor]) -> Callable[[Tensor], None]:
         def report(x: Tensor) -> None:
             if "gradient" in arrived:
-                rows, gradients = (
-                    input_rows(self._module, _here(x)),
-                    output_rows(self._module, _here(arrived.pop("gradient"))),
-                )
+                rows = input_rows(self._module, _here(x))
+                gradients = output_rows(self._module, _here(arrived.pop("gradient")))
                 self._gather.report(call, self._layer, rows, gradients)
 
         return report

@@ -97,8 +97,6 @@ class NullSpace(Protection):
         self.bases = {}
         self._since_pin = 0
 
-    # --- capture --------------------------------------------------------------------------------------------------------
-
     def capture(self) -> CaptureBlock:
         """Context manager: the inputs of the layers in the backward passes inside are protected.
 
@@ -127,7 +125,7 @@ class NullSpace(Protection):
         add_earlier(gather, self.layers, self.bases, self._group())
         self.bases = make_bases(gather, self.layers, self.share, self._most)
         adapters = [layer for layer in self.layers if layer.to_zero]
-        if adapters:  # become blind at once; the weights of other layers are their own targets
+        if adapters:  # blind at once; the weights of other layers are their own targets
             with torch.no_grad():
                 self._apply(adapters, lambda p: p.detach(), zero=False)
 
@@ -146,8 +144,6 @@ class NullSpace(Protection):
 
     def _most(self, layer: Layer) -> int | None:
         return self.max_rank or (SKETCH if layer.shape[1] > WIDE else None)
-
-    # --- the step -------------------------------------------------------------------------------------------------------
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
@@ -236,8 +232,6 @@ class NullSpace(Protection):
         found = [getattr(ref(), "found_inf", None) for ref in self._optimizers]
         return any(f is not None and bool(f) for f in found)
 
-    # --- learning rates ---------------------------------------------------------------------------------------------------
-
     def param_groups(
         self,
         lr: float,
@@ -277,8 +271,6 @@ class NullSpace(Protection):
             key = factor.get(id(p), 1.0), *decay.values()
             groups.setdefault(key, {"params": [], "lr": lr * key[0], **decay})["params"].append(p)
         return list(groups.values())
-
-    # --- what it holds ----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
         """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis."""

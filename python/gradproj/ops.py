@@ -42,29 +42,21 @@ def _fake_gram(rows, num_rows, gram_dd=None, parts=(), num_parts=0):
     return torch.empty(*lead, num_rows, num_rows, dtype=torch.float64, device=_device_of(rows))
 
 
-def _fake_weights(gram, method, gamma, eps):
-    return gram.new_empty(gram.shape[:-1])
+def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, parts=(), num_parts=0):
+    gram = _fake_gram([*grads, *directions], 1 + len(directions) // len(grads), num_parts=num_parts)
+    return gram, gram.new_empty(gram.shape[:-1])
 
 
 def _fake_combine_(grads, directions, weights, parts=(), num_parts=0):
     _device_of([*grads, *directions, weights])
 
 
-def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, parts=(), num_parts=0):
-    gram = _fake_gram([*grads, *directions], 1 + len(directions) // len(grads), num_parts=num_parts)
-    return gram, gram.new_empty(gram.shape[:-1])
-
-
-def _fake_pin_(weights, bases, targets, biases, biased):
-    return torch.empty(len(weights), dtype=torch.float64, device=_device_of(weights))
-
-
 _FAKES: dict[str, Callable] = {
     "gram": _fake_gram,
-    "weights": _fake_weights,
+    "weights": lambda gram, method, gamma, eps: gram.new_empty(gram.shape[:-1]),
     "combine_": _fake_combine_,
     "project_": _fake_project_,
-    "pin_": _fake_pin_,
+    "pin_": lambda w, *_: torch.empty(len(w), dtype=torch.float64, device=_device_of(w)),
 }
 
 # The Library objects own the registrations: they live as long as the module.

@@ -65,14 +65,7 @@ class ProjectedOptimizer(Protected, Optimizer):
         RuntimeError: the optimizer is protected already, or the protection belongs to another one.
         NotImplementedError: DeepSpeed's engine.
 
-    Example::
-
-        opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5), gradproj.Directions())
-        with opt.protect():
-            capability_loss(model, anchor).backward()
-        safety_loss(model, batch).backward()
-        opt.step()
-        opt.zero_grad()
+    Examples: see :class:`gradproj.NullSpace` and :class:`gradproj.Directions`.
     """
 
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
@@ -166,7 +159,7 @@ def _forwarded(name: str, doc: str) -> property:
 
 
 # By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach the
-# optimizer that reads them.
+# optimizer that reads them. Hooks are registered there too, because it is what runs them.
 for _name, _doc in {
     "param_groups": "The wrapped optimizer's parameter groups, the very list.",
     "state": "The wrapped optimizer's state, the very dict.",
@@ -174,21 +167,6 @@ for _name, _doc in {
     "grad_scale": "For GradScaler with fused optimizers.",
     "found_inf": "For GradScaler with fused optimizers.",
     "_step_supports_amp_scaling": "Whether GradScaler may leave unscaling to the step.",
+    **{name: doc.__doc__ for name, doc in vars(Optimizer).items() if name.startswith("register_")},
 }.items():
     setattr(ProjectedOptimizer, _name, _forwarded(_name, _doc))
-
-for _name in (
-    "register_step_pre_hook",
-    "register_step_post_hook",
-    "register_state_dict_pre_hook",
-    "register_state_dict_post_hook",
-    "register_load_state_dict_pre_hook",
-    "register_load_state_dict_post_hook",
-):
-
-    def _register(self, *args, _name=_name, **kwargs):
-        return getattr(self.optimizer, _name)(*args, **kwargs)
-
-    _register.__name__ = _name
-    _register.__doc__ = getattr(Optimizer, _name).__doc__
-    setattr(ProjectedOptimizer, _name, _register)

@@ -38,8 +38,6 @@ class Protection(abc.ABC):
         self._capturing = self._in_closure = False
         self._ranks_agree = RanksAgree()
 
-    # --- what a protection answers ------------------------------------------------------------------------------------
-
     @abc.abstractmethod
     def __len__(self) -> int:
         """How much is protected; with 0 the next step is the plain step."""
@@ -93,8 +91,6 @@ class Protection(abc.ABC):
         """Bring the weights back to what is protected now, for evaluation and before a checkpoint."""
         raise RuntimeError(f"pin(): {type(self).__name__} does not pin weights")
 
-    # --- capture --------------------------------------------------------------------------------------------------------
-
     def capture(self) -> "CaptureBlock":
         """Context manager: protect what the gradients made inside say.
 
@@ -138,8 +134,6 @@ class Protection(abc.ABC):
         self._ranks_agree.tell(self.parameters(), taken.gradients, self.sharding)
         self._add(taken.gradients)
 
-    # --- the optimizers that it belongs to ------------------------------------------------------------------------------
-
     def bind(self, optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
         """Belong to these optimizers, whose ``param_groups`` are asked anew each time.
 
@@ -169,8 +163,6 @@ class Protection(abc.ABC):
     def parameters(self) -> list[Tensor]:
         """The parameters that the optimizers step, in their order, as of now."""
         return [p for group in self._live_groups() for p in group["params"]]
-
-    # --- for those who implement one ------------------------------------------------------------------------------------
 
     def _check_step(self) -> None:
         """Refuse a step at a wrong time."""

@@ -69,9 +69,6 @@ def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
     return weight - (weight @ basis - target) @ basis.T
 
 
-# --- float64 oracles ------------------------------------------------------------------------------------------------
-
-
 def matrix(rows: Sequence[Buffers]) -> np.ndarray:
     """[R, numel] float64 matrix of the rows; None counts as zeros. A column that is None in every row is left out."""
     columns = []
@@ -79,14 +76,14 @@ def matrix(rows: Sequence[Buffers]) -> np.ndarray:
         like = next((t for t in column if t is not None), None)
         if like is None:
             continue
-        columns.append(np.stack([_float64(like * 0 if t is None else t, zeros=t is None) for t in column]))
+        zeros = np.zeros_like(_float64(like))
+        columns.append(np.stack([zeros if t is None else _float64(t) for t in column]))
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
 
-def _float64(t: Tensor, zeros: bool = False) -> np.ndarray:
+def _float64(t: Tensor) -> np.ndarray:
     real = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
-    flat = real.double().cpu().reshape(-1).numpy()
-    return np.zeros_like(flat) if zeros else flat
+    return real.double().cpu().reshape(-1).numpy()
 
 
 def oracle_gram(*rows: Buffers) -> np.ndarray:

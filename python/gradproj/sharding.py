@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradproj.dtensors import Layouts, PartialGradient, Rows, dtensor_types, infer_group, is_dtensor, local_tensor
+from gradproj.call import Call
+from gradproj.dtensors import Layouts, PartialGradient, dtensor_types, infer_group, is_dtensor, local_tensor
 
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
@@ -38,62 +39,50 @@ class Sharding(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What this rank has of the rows of a call.
+    """What there is to know of a call on this rank's memory.
 
     Attributes:
-        rows: plain tensors in this rank's memory.
         weights: per column, the weight of this rank's inner products; 0 leaves the column out of them.
         group: the ranks over which inner products are summed; None if no rank but this one takes part.
         dtensors: the gradients that are DTensors, if they will be written.
         partial: the gradients that are Partial, if they will be written.
     """
 
-    rows: list[list[Tensor | None]]
     weights: list[float]
     group: Any = None
     dtensors: Sequence[Tensor] = ()
     partial: Sequence[PartialGradient] = ()
 
 
-def localize(
-    op: str,
-    rows: Rows,
-    names: Sequence[str],
-    index: Sequence[int],
-    written: bool,
-    sharding: Sharding | None,
-    products: bool = True,
-) -> Local:
-    """What this rank has of ``rows``.
+def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tuple[Call, Local]:
+    """The call on plain tensors in this rank's memory.
 
     Args:
-        op: the public function's name, for messages.
-        rows: lists of the same length.
-        names: how the user knows each row.
-        index: the user's index of each column.
-        written: row 0 is going to be modified.
         sharding: None with DTensors is ``Sharding()``.
         products: there will be inner products; without, nothing is asked about other ranks.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
     Communicates only to reduce Partial tensors: one all_reduce each.
     """
-    kinds = dtensor_types(chain(*rows))
+    kinds, weights, group = dtensor_types(chain(*call.rows)), [1.0] * len(call.indices), None
     if sharding is None and not kinds:
-        return Local([list(row) for row in rows], [1.0] * len(index))
+        return call, Local(weights)
     sharding = sharding or Sharding()
-    _check_sharding(op, sharding)
-    layouts = Layouts(op, rows, names, index, kinds)
-    weights, group, owned = [1.0] * len(index), None, sharding.owned
+    _check_sharding(call.op, sharding)
+    layouts, owned = Layouts(call, kinds), sharding.owned
     if products:
-        group = _group(op, sharding, layouts.meshes)
+        group = _group(call.op, sharding, layouts.meshes)
         weights = layouts.weights(group, sharding.placement)
     if owned is not None:
-        weights = [w if owned[i] else 0.0 for w, i in zip(weights, index, strict=True)]
-    local = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in rows]  # type: ignore[arg-type]
-    partial = layouts.reduce_partial(local, written)
-    dtensors = [t for t in rows[0] if t is not None and type(t) in kinds] if written else []
-    return Local(local, weights, group, dtensors, partial)
+        if len(owned) != call.entries:
+            raise ValueError(
+                f"{call.op}: Sharding.owned has {len(owned)} entries for {call.entries} parameters; pass one bool for each"
+            )
+        weights = [w if owned[i] else 0.0 for w, i in zip(weights, call.indices, strict=True)]
+    rows = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in call.rows]  # type: ignore[arg-type]
+    partial = layouts.reduce_partial(rows)
+    dtensors = [t for t in call.rows[0] if t is not None and type(t) in kinds] if call.written else []
+    return call._replace(rows=rows), Local(weights, group, dtensors, partial)
 
 
 def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
@@ -115,7 +104,7 @@ def reduce(gram: Tensor, group) -> Tensor:
 
 
 def finish(local: Local, weights: Tensor) -> None:
-    """To call after ``local.rows[0]`` was combined with ``weights``: brings the result to the caller's own tensors.
+    """To call after row 0 was combined with ``weights``: brings the result to the caller's own tensors.
 
     The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
     average): the gradient stays Partial and stands for the projected one, without another rounding.

@@ -105,19 +105,14 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
     return found if counts == [1] * len(weights) else torch.stack([part.sum() for part in found.split(counts)])
 
 
-def _pin_rows(weight: Tensor, rank: int, dtype: torch.dtype) -> int:
-    """How many rows to take at a time: W U takes memory, and so does a 16-bit block in float32."""
-    held = rank + (0 if weight.dtype == dtype else weight.shape[1])
-    return max(1, _PIN_BYTES // (dtype.itemsize * held))
-
-
 def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Iterator[Tensor]:
     """|W U - B|^2 of one block of rows after the other."""
     inputs = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     basis = basis.to(dtype)
     of_inputs = basis[:inputs]
-    rows = _pin_rows(weight, basis.shape[1], dtype)
+    held = basis.shape[1] + (0 if weight.dtype == dtype else inputs)  # per row: W U, and a 16-bit row in float32
+    rows = max(1, _PIN_BYTES // (dtype.itemsize * held))
     for block, goal, shift in zip(_blocks(weight, rows), _blocks(target, rows), _blocks(bias, rows), strict=False):
         wide = block.to(dtype)
         if goal is None:
