@@ -72,16 +72,17 @@ def tables(finished: list[dict[str, Any]]) -> str:
 
 
 def sentence(captured: str, of: list[Point]) -> str:
-    """Of the cures whose target loss is no worse than the worst unprotected run's, which keeps the captured text best."""
-    plain = [p for p in of if p.cure.family == "unprotected"]
-    bar = max(p.target for p in plain)
-    taught = sorted((p for p in of if p.target <= bar), key=lambda p: p.gained[captured])
+    """Of each family, the cure that keeps the captured text best among those whose target loss is no worse than the unprotected
+    model's at either learning rate."""
+    bar = max(p.target for p in of if p.cure.family == "unprotected")
+    best: dict[str, Point] = {}
+    for p in sorted(of, key=lambda p: p.gained[captured]):
+        if p.target <= bar:
+            best.setdefault(p.cure.family, p)
     named = "; ".join(
-        f"{p.cure.name}: {p.gained[captured]:+.3f} {captured}, {p.gained[_other(captured)]:+.3f} {_other(captured)}, "
-        f"{p.costs['passes']:.0f} passes"
-        for p in taught
+        f"{p.cure.name} {p.gained[captured]:+.3f} and {p.gained[_other(captured)]:+.3f}" for p in best.values()
     )
-    return f"Taught as well as the unprotected model (target loss {bar:.3f} or less), by {captured}: {named}."
+    return f"The best of each family that learned the target (loss {bar:.3f} or less), {captured} and {_other(captured)}: {named}."
 
 
 def _other(captured: str) -> str:
