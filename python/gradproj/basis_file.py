@@ -101,6 +101,25 @@ def load(path) -> tuple[dict[str, Basis], float]:
     return unpack(packed), float(metadata["share"])
 
 
+def matching(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
+    """The layers of which there are bases, in their order.
+
+    Raises:
+        ValueError: there is none, or of another size; it is named.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    for name, basis in bases.items():
+        if name not in by_name:
+            raise ValueError(f"NullSpace: the model has no layer {name!r} that trains, for which there is a basis")
+        outputs, inputs = by_name[name].shape
+        if basis.vectors.shape[0] != inputs or basis.curvature.outputs != outputs:
+            raise ValueError(
+                f"NullSpace: layer {name!r} is {outputs} x {inputs} (its bias counted), but its basis is of a layer "
+                f"{basis.curvature.outputs} x {basis.vectors.shape[0]}"
+            )
+    return [by_name[name] for name in bases]
+
+
 def _identity(basis: Basis) -> tuple:
     """Equal for layers whose eigenvectors are leading columns of one matrix. Without any, eigenvalues tell layers apart."""
     tensors = (basis.vectors, basis.curvature.values)

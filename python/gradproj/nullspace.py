@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradproj import allocation, basis_file, functional, layers, sharding
 from gradproj.basis import Basis, add_earlier, local_weight, make_bases, report
@@ -72,14 +73,12 @@ class NullSpace(Protection):
         super().__init__()
         if not 0.0 < share < 1.0:
             raise ValueError(f"NullSpace: share must be between 0 and 1, got {share}")
-        if max_rank is not None and max_rank < 1:
-            raise ValueError(f"NullSpace: max_rank must be >= 1, got {max_rank}")
-        if space not in ("weights", "gradient"):
-            raise ValueError(f'NullSpace: space must be "weights" or "gradient", got {space!r}')
-        if rest not in ("hold", "train"):
-            raise ValueError(f'NullSpace: rest must be "hold" or "train", got {rest!r}')
-        if every < 1:
-            raise ValueError(f"NullSpace: every must be >= 1, got {every}")
+        for name, number in (("max_rank", max_rank), ("every", every)):
+            if number is not None and number < 1:
+                raise ValueError(f"NullSpace: {name} must be >= 1, got {number}")
+        for name, word, known in (("space", space, ("weights", "gradient")), ("rest", rest, ("hold", "train"))):
+            if word not in known:
+                raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
         self.model, self.share, self.max_rank, self.modules = model, share, max_rank, modules
         self.space, self.rest, self.every = space, rest, every
         self.layers = layers.find(model, modules)
@@ -87,7 +86,7 @@ class NullSpace(Protection):
         self.last: Pin | None = None  # type: ignore[assignment]
         self._since_pin = 0
         self._held: list[tuple[Tensor, Tensor]] = []  # parameters of the rest and their gradients, during a step
-        self._told_of_rest = False
+        self._told_of_rest = self._told_of_nothing = False
 
     def __len__(self) -> int:
         """How many layers are protected now."""
@@ -96,6 +95,16 @@ class NullSpace(Protection):
     def clear(self) -> None:
         self.bases = {}
         self._since_pin = 0
+        self._told_of_nothing = True  # it is what the caller wants
+
+    def bind(self, optimizers: Sequence[Optimizer], sharding: sharding.Sharding | None) -> None:
+        stepped = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        if not any(id(layer.weight) in stepped for layer in self.layers):
+            raise ValueError(
+                "this NullSpace is of another model than the optimizer's: none of its layers' weights is among the optimizer's "
+                "parameters; make both from the same model, the optimizer after adapters were added"
+            )
+        super().bind(optimizers, sharding)
 
     def capture(self) -> CaptureBlock:
         """Context manager: the inputs of the layers in the backward passes inside are protected.
@@ -185,7 +194,17 @@ class NullSpace(Protection):
 
     def _prepare_gradients(self) -> None:
         if not self.bases:
+            if not self._told_of_nothing:
+                self._told_of_nothing = True
+                warnings.warn(
+                    "step() before anything was captured: a plain step, nothing is protected; put the capability's backward "
+                    "passes into `with opt.protect():` first",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return
+        for layer in self.layers:
+            self._trains(layer)  # an error now leaves everything as it is
         if self.space == "gradient":
             self._project_gradients()
         covered = {id(p) for layer in self.layers for p in layer.parameters}
@@ -211,13 +230,8 @@ class NullSpace(Protection):
         names, weights, bases, targets, biases = [], [], [], [], []
         for layer in some:
             basis, weight = self.bases[layer.name], of(layer.weight)
-            if weight is None or not basis.rank:
+            if weight is None or not basis.rank or not self._trains(layer):
                 continue
-            if basis.vectors.shape[0] != layer.shape[1]:
-                raise RuntimeError(
-                    f"NullSpace: layer {layer.name} has {layer.shape[1]} inputs, its bias counted, but had {basis.vectors.shape[0]} "
-                    f"when it was captured: capture again"
-                )
             bias = None if layer.bias is None else of(layer.bias)
             names.append(layer.name)
             weights.append(layers.matrix(layer.owner, local_weight(layer, weight)))
@@ -226,6 +240,18 @@ class NullSpace(Protection):
             targets.append(None if zero else basis.target)
             biases.append(None if bias is None else sharding.local_tensors([bias])[0])
         return Pin(tuple(names), functional.pin_(weights, bases, targets, biases))
+
+    def _trains(self, layer: Layer) -> bool:
+        """Whether a layer may have moved; raises if it trains other parameters than those that were captured."""
+        frozen = not layer.weight.requires_grad
+        if frozen and layer.bias is None:
+            return False
+        if frozen or self.bases[layer.name].vectors.shape[0] != layer.shape[1]:
+            raise RuntimeError(
+                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias was "
+                f"frozen or freed since, or has another size; capture again"
+            )
+        return True
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""
@@ -300,35 +326,21 @@ class NullSpace(Protection):
         """
         bases, share = basis_file.load(path)
         settings.setdefault("share", share)
-        settings.setdefault("modules", None)
         protection = cls(model, **settings)
         protection._take(bases)
         return protection
 
     @torch.no_grad()
     def _take(self, found: dict[str, Basis]) -> None:
-        by_name = {layer.name: layer for layer in self.layers}
-        for name, basis in found.items():
-            if name not in by_name:
-                raise ValueError(f"NullSpace: the model has no layer {name!r} that trains, for which there is a basis")
-            outputs, inputs = by_name[name].shape
-            if basis.vectors.shape[0] != inputs or basis.curvature.outputs != outputs:
-                raise ValueError(
-                    f"NullSpace: layer {name!r} is {outputs} x {inputs} (its bias counted), but its basis is of a layer "
-                    f"{basis.curvature.outputs} x {basis.vectors.shape[0]}"
-                )
-        self.layers = [by_name[name] for name in found]
+        self.layers = basis_file.matching(self.layers, found)
         self.bases = basis_file.on_rank(self.layers, found)
         self._since_pin = 0
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:
             return state_dict
-        entry = {
-            "share": self.share,
-            "steps_since_pin": self._since_pin,
-            "bases": basis_file.pack(self.layers, self.bases),
-        }
+        bases = basis_file.pack(self.layers, self.bases)
+        entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": bases}
         return {**state_dict, "null_space": entry}
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
