@@ -79,7 +79,7 @@ def tests(device: str, machine: dict[str, str]) -> list[str]:
         command += ["-n", str(workers)]
     if device == "cuda":
         return [*command, "-m", "gpu", "tests"]
-    return [*command, "-m", "not gpu", "-k", "every_number_of_directions and cpu", "tests/test_gram.py"]
+    return [*command, "-m", "not gpu", "-k", "every_number_of_rows and cpu", "tests/test_gram.py"]
 
 
 def with_path(*folders: Path) -> str:
