@@ -39,6 +39,8 @@ def batch(step, rank):
 def test_equals_one_process_without_deepspeed(stage, tmp_path):
     """Two micro-batches a step on each of two ranks; outputs on the protected inputs stay."""
     pytest.importorskip("deepspeed")
+    if " " in sys.prefix:
+        pytest.skip("DeepSpeed compiles its communication on first use, and does not quote the environment's path")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -94,10 +96,11 @@ def one_rank(stage, folder):
 def test_adapters_stay_blind():
     """In gradient space too: an adapter began with what it was born with, and protected inputs saw it grow."""
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 5)), peft.LoraConfig(r=2, target_modules=["0"]))
     before, protection = model(FEW).detach(), protected(model)
     protect(protection)
-    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(STEPS):
         (model(batch(step, 0)) - 1.0).square().mean().backward()
         opt.step()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,7 @@ def one_rank(folder, kind):
     made = trainer(model, folder / "out", callback, save_strategy="no", ddp_backend="gloo")
     made.train()
     torch.save(weights(model), folder / f"{os.environ['RANK']}.pt")
+    time.sleep(0.5)  # gloo's threads must end before Python does: see benchmarks/torchrun_example.py
 
 
 if __name__ == "__main__":
