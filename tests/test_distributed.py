@@ -97,6 +97,24 @@ def test_what_cannot_be_pinned_on_shards_is_refused_by_name(pool):
     pool(2, nullspace_checks.refused)
 
 
+def test_experts_that_ranks_call_in_other_orders_or_not_at_all(pool, world):
+    pool(world, nullspace_checks.experts, nullspace_checks.experts_alone(world))
+
+
+def test_ranks_that_hold_several_models_are_not_mixed(pool):
+    pool(4, nullspace_checks.runs_apart)
+
+
+def test_conv1d_sharded_over_its_outputs(pool, world, tmp_path):
+    expected = nullspace_checks.train_conv1d(nullspace_checks.conv1d(), lambda x: x)
+    pool(world, nullspace_checks.conv1d_over_outputs, str(tmp_path / "bases.safetensors"), expected)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_use_that_was_not_heard_is_found_on_every_rank(pool, way):
+    pool(2, nullspace_checks.proof, way)
+
+
 def test_file_of_shards(pool, tmp_path):
     protection = NullSpace(models.build(), share=0.3)
     with protection.capture():

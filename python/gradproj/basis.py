@@ -9,8 +9,8 @@ from torch import Tensor
 from gradproj import allocation
 from gradproj.allocation import Curvature
 from gradproj.layers import Layer, is_conv1d, matrix
-from gradproj.moments import Gather
-from gradproj.sharding import all_reduce, local_tensors
+from gradproj.moments import Gather, Moment
+from gradproj.sharding import local_tensors
 
 
 class Basis(NamedTuple):
@@ -38,51 +38,88 @@ class Basis(NamedTuple):
         return float(self.curvature.values[: self.rank].sum()) / self.curvature.trace if self.curvature.trace else 0.0
 
 
-def add_earlier(gather: Gather, layers: Sequence[Layer], bases: Mapping[str, Basis], group) -> None:
-    """What the other ranks of ``group`` gathered, and of an earlier capture its eigenpairs, which is what was protected."""
-    _sum_over_ranks(gather, group)
-    added = set()
+def add_earlier(gather: Gather, layers: Sequence[Layer], bases: Mapping[str, Basis]) -> None:
+    """Of an earlier capture its eigenpairs, which is what was protected.
+
+    Layers that share a moment now, but had bases of their own, part: each goes on with what it had.
+    """
+    groups: dict[tuple[int | None, int | None], list[int]] = {}  # by the moment, and the memory of the earlier vectors
     for l, layer in enumerate(layers):
-        number, basis = gather.moment_of[l], bases.get(layer.name)
-        if number is None or basis is None:
+        basis = bases.get(layer.name)
+        memory = basis.vectors.untyped_storage().data_ptr() if basis is not None and basis.tokens else None
+        groups.setdefault((gather.moment_of[l], memory), []).append(l)
+        if basis is not None:
+            gather.squares[l] = gather.squares[l] + basis.curvature.scale * basis.tokens
+            gather.tokens[l] += basis.tokens
+    moments: list[Moment] = []
+    for (number, memory), mine in groups.items():
+        if number is None and memory is None:  # reached by no token, now or earlier
             continue
-        if number not in added:
-            added.add(number)
-            gather.moments[number].add_eigen(basis.curvature.values[: basis.rank], basis.vectors, basis.tokens)
-        gather.squares[l] = gather.squares[l] + basis.curvature.scale * basis.tokens
-        gather.tokens[l] += basis.tokens
+        for l in mine:
+            gather.moment_of[l] = len(moments)
+        if number is None:
+            vectors = bases[layers[mine[0]].name].vectors
+            moments.append(gather.new_moment(mine[0], vectors.device, vectors.dtype))
+        else:
+            taken = any(moment is gather.moments[number] for moment in moments)
+            moments.append(gather.moments[number].copy() if taken else gather.moments[number])
+    gather.moments = moments
+    for (_, memory), mine in groups.items():
+        if memory is not None:
+            widest = max((bases[layers[l].name] for l in mine), key=lambda basis: basis.rank)
+            moment = moments[gather.moment_of[mine[0]]]  # type: ignore[index]
+            moment.add_eigen(widest.curvature.values[: widest.rank], widest.vectors, widest.tokens)
 
 
 @torch.no_grad()
 def make_bases(
     gather: Gather, layers: Sequence[Layer], share: float, most: Callable[[Layer], int | None]
 ) -> dict[str, Basis]:
-    """Moments and output gradients of layers become their bases.
+    """Moments and output gradients of layers become their bases. A layer that no token has reached gets one of rank 0.
+
+    One moment at a time, which is freed, and of its eigenvectors no more are kept than the share allows so far: beside the bases
+    this holds the double of one moment.
 
     Args:
         share: of all weights' dimensions that bases may fix.
         most: layer -> the largest rank that it may have; None for any.
     Raises:
-        RuntimeError: a layer without a gradient, or whose inputs or gradients were not finite.
+        RuntimeError: inputs or gradients of a layer were not finite.
         NotImplementedError: a weight that is sharded over its inputs.
     """
-    numbers = [_checked(gather, l, layer) for l, layer in enumerate(layers)]
-    pairs = [moment.eigen() for moment in gather.moments]
-    curvatures = []
-    for l, (layer, number) in enumerate(zip(layers, numbers, strict=True)):
-        moment, scale = gather.moments[number], float(gather.squares[l]) / gather.tokens[l]
-        values = pairs[number][0][: most(layer)]
-        curvatures.append(Curvature(scale, values, float(moment.trace) / max(1, moment.tokens), *layer.shape))
-    ranks = allocation.ranks(curvatures, share)
-    widest: dict[int, int] = {}  # per moment: its layers use the leading columns of one matrix
-    for number, rank in zip(numbers, ranks, strict=True):
-        widest[number] = max(rank, widest.get(number, 0))
-    vectors = {n: spaced(pairs[n][1][:, :rank].to(gather.moments[n].sum.dtype)) for n, rank in widest.items()}
+    numbers = [number if gather.tokens[l] else None for l, number in enumerate(gather.moment_of)]
+    for l, number in enumerate(numbers):
+        if number is not None and not (gather.moments[number].sum.isfinite().all() and gather.squares[l].isfinite()):
+            raise RuntimeError(
+                f"NullSpace: inputs or gradients of layer {layers[l].name} were not finite in the capture"
+            )
+    curvatures = [Curvature(0.0, torch.zeros(0, dtype=torch.float64), 0.0, *layer.shape) for layer in layers]
+    vectors: dict[int, Tensor] = {}  # per moment: its layers use the leading columns of one matrix
+    ranks = [0] * len(layers)
+    for number in sorted({n for n in numbers if n is not None}):
+        moment = gather.moments[number]
+        values, found = moment.eigen()
+        values, trace = values.cpu(), float(moment.trace) / max(1, moment.tokens)
+        vectors[number] = found.to(moment.sum.dtype)
+        moment.sum = moment.sum.new_empty(0)
+        for l in (l for l, n in enumerate(numbers) if n == number):
+            scale = float(gather.squares[l]) / gather.tokens[l]
+            curvatures[l] = Curvature(scale, values[: most(layers[l])], trace, *layers[l].shape)
+        ranks = allocation.ranks(curvatures, share)  # later moments only take from these
+        for n, held in vectors.items():
+            widest = max(rank for rank, of in zip(ranks, numbers, strict=True) if of == n)
+            if widest < held.shape[1]:
+                vectors[n] = held[:, :widest].clone()
+    vectors = {n: spaced(held) for n, held in vectors.items()}
     bases = {}
     for layer, number, rank, curvature in zip(layers, numbers, ranks, curvatures, strict=True):
-        basis = vectors[number][:, :rank]
+        if number is None:
+            device = layer.weight.device
+            basis, tokens = torch.zeros(layer.shape[1], 0, device=device), 0
+        else:
+            basis, tokens = vectors[number][:, :rank], gather.moments[number].tokens
         target = None if layer.to_zero else _product(layer, basis)
-        bases[layer.name] = Basis(basis, target, curvature, gather.moments[number].tokens)
+        bases[layer.name] = Basis(basis, target, curvature, tokens)
     return bases
 
 
@@ -92,19 +129,6 @@ def spaced(vectors: Tensor) -> Tensor:
     inputs, rank = vectors.shape
     memory = vectors.new_zeros(rank, -(-inputs // 4) * 4)[:, :inputs].T
     return memory.copy_(vectors)
-
-
-def _checked(gather: Gather, l: int, layer: Layer) -> int:
-    """The number of a layer's moment."""
-    number = gather.moment_of[l]
-    if number is None or not gather.tokens[l]:
-        raise RuntimeError(
-            f"NullSpace: layer {layer.name} got no gradient in the capture: give it batches that use it, or leave it out with "
-            f"modules="
-        )
-    if not (gather.moments[number].sum.isfinite().all() and gather.squares[l].isfinite()):
-        raise RuntimeError(f"NullSpace: inputs or gradients of layer {layer.name} were not finite in the capture")
-    return number
 
 
 def local_weight(layer: Layer, weight: Tensor) -> Tensor:
@@ -124,26 +148,13 @@ def local_weight(layer: Layer, weight: Tensor) -> Tensor:
 
 
 def _product(layer: Layer, basis: Tensor) -> Tensor:
-    """W U of this rank's rows, the bias's column included."""
-    weight = matrix(layer.owner, local_weight(layer, layer.weight.detach())).to(basis.dtype)
-    if layer.bias is None:
-        return weight @ basis
-    bias = local_tensors([layer.bias.detach()])[0].to(basis.dtype)
-    return torch.addmm(torch.outer(bias, basis[-1]), weight, basis[:-1])
-
-
-def _sum_over_ranks(gather: Gather, group) -> None:
-    """Every rank has seen its own batches: one all_reduce per moment, one for the rest."""
-    if group is None:
-        return
-    numbers = [torch.tensor([float(m.tokens), float(m.trace)]) for m in gather.moments]
-    numbers += [torch.tensor([float(n), float(q)]) for n, q in zip(gather.tokens, gather.squares, strict=True)]
-    totals = all_reduce(torch.stack(numbers).double(), group).tolist()
-    for moment, (tokens, trace) in zip(gather.moments, totals, strict=False):
-        moment.sum = all_reduce(moment.sum.double(), group).to(moment.sum.dtype)
-        moment.tokens, moment.trace = int(tokens), moment.trace.new_tensor(trace)
-    for l, (tokens, square) in enumerate(totals[len(gather.moments) :]):
-        gather.tokens[l], gather.squares[l] = int(tokens), torch.tensor(square, dtype=torch.float64)
+    """W U of this rank's rows, the bias's column included: in float64, so that no TF32 or autocast comes into it."""
+    weight = matrix(layer.owner, local_weight(layer, layer.weight.detach()))
+    wide = basis.double() if weight.device.type != "mps" else basis.cpu().double()
+    product = weight.to(wide) @ wide[: weight.shape[1]]
+    if layer.bias is not None:
+        product.addr_(local_tensors([layer.bias.detach()])[0].to(wide), wide[-1])
+    return product.to(basis)
 
 
 def report(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> str:
@@ -160,7 +171,8 @@ def report(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> str:
             mine += basis.target.numel() * basis.target.element_size()
         total += mine
         outputs, inputs = layer.shape
-        lines.append(f"| {layer.name} | {outputs} x {inputs} | {basis.rank} | {basis.kept:.1%} | {mine:,} |")
+        kept = f"{basis.kept:.1%}" if basis.tokens else "no captured token reached it"
+        lines.append(f"| {layer.name} | {outputs} x {inputs} | {basis.rank} | {kept} | {mine:,} |")
     weights = sum(layer.numel for layer in layers)
     fixed = sum(bases[layer.name].rank * layer.shape[0] for layer in layers)
     lines.append(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradproj.allocation import Curvature
 from gradproj.basis import Basis, spaced
-from gradproj.layers import Layer
+from gradproj.layers import Layer, is_conv1d
 
 FORMAT = "3"
 
@@ -126,6 +126,21 @@ def _identity(basis: Basis) -> tuple:
     return (*(t.untyped_storage().data_ptr() for t in tensors), basis.vectors.shape[0])
 
 
+def _target_placements(layer: Layer) -> tuple:
+    """How the rows of a target [outputs, r] lie over the ranks: as the weight's outputs do, which Conv1D has in its columns."""
+    placements = layer.weight.placements  # type: ignore[attr-defined]
+    if not is_conv1d(layer.owner):
+        return placements
+    from torch.distributed.tensor import Shard
+
+    found = tuple(Shard(0) if type(p) is Shard and p.dim == 1 else p for p in placements)
+    if any(p.is_shard() and type(p) is not Shard for p in found):
+        raise NotImplementedError(
+            f"NullSpace: the weight of {layer.name}, a Conv1D, is {placements} of a DTensor; shard it over one mesh dimension"
+        )
+    return found
+
+
 def whole(layer: Layer, target: Tensor) -> Tensor:
     """The target of all rows, where this rank holds those of its shard of the weight."""
     weight: Any = layer.weight
@@ -135,7 +150,7 @@ def whole(layer: Layer, target: Tensor) -> Tensor:
 
     shape = torch.Size((layer.shape[0], target.shape[1]))
     return DTensor.from_local(
-        target, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+        target, weight.device_mesh, _target_placements(layer), run_check=False, shape=shape, stride=(shape[1], 1)
     ).full_tensor()
 
 
@@ -155,7 +170,8 @@ def on_rank(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, Ba
             if hasattr(weight, "device_mesh"):
                 from torch.distributed.tensor import distribute_tensor
 
-                target = distribute_tensor(target, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+                placements = _target_placements(layer)
+                target = distribute_tensor(target, weight.device_mesh, placements, src_data_rank=None).to_local()
             target = target.to(weight.device)
         found[layer.name] = basis._replace(vectors=vectors[key][:, : basis.rank], target=target)
     return found

@@ -1,7 +1,8 @@
 """Which weight matrices of a model a null space covers, and how each reads its inputs."""
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class Layer:
         owner: the module that has the trained ``weight`` (and ``bias``).
         taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share the
             weight, or the layer that an adapter adapts.
-        behind: of an adapter, the module that sees nothing but its products: those with protected inputs are to be zero, not
+        behind: of an adapter, lora_B, the only consumer of lora_A's output: products with protected inputs are to be zero, not
             what they are, and then it may train freely.
     """
 
@@ -30,6 +31,11 @@ class Layer:
     @property
     def to_zero(self) -> bool:
         return self.behind is not None
+
+    @property
+    def products(self) -> list[nn.Module]:
+        """The modules that multiply by the weight when they are called."""
+        return [self.owner] if self.to_zero else self.taps
 
     # Asked for anew each time: fully_shard() and others replace parameters.
     @property
@@ -43,15 +49,22 @@ class Layer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What may train without harm to what is protected."""
+        """What may train without harm to what is protected: not lora_B's bias, which is added to every output."""
         mine: list[Tensor] = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return mine if self.behind is None else [*mine, *self.behind.parameters()]
+        return mine if self.behind is None else [*mine, self.behind.weight]  # type: ignore[list-item]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs; the bias counts as an input."""
         outputs, inputs = matrix(self.owner, self.weight).shape
         return outputs, inputs + (self.bias is not None)
+
+    @property
+    def outputs(self) -> int | None:
+        """Of one call of a tap; None if ranks share them."""
+        made_by = self.behind or self.owner
+        weight: Any = made_by.weight
+        return None if hasattr(weight, "device_mesh") else matrix(made_by, weight).shape[0]
 
     @property
     def numel(self) -> int:
@@ -68,19 +81,24 @@ class Layer:
 
 def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
     """The layers of ``model`` that can be protected: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` with groups=1, and
-    PEFT's LoRA adapters, of those whose weight trains. A head that is tied to an embedding is none.
+    PEFT's LoRA adapters, of those whose weight trains.
+
+    None is a head that is tied to an embedding; a weight that is computed (weight_norm and other parametrizations); and the
+    ``out_proj`` of ``nn.MultiheadAttention``, which is multiplied by inside of a function.
 
     Args:
         wanted: name and module -> whether to take it; None takes all.
     Raises:
         ValueError: there is none.
-        NotImplementedError: an adapter that has been trained already; FSDP1; DeepSpeed.
+        NotImplementedError: an adapter that does more than add B A x, as DoRA does; FSDP1; DeepSpeed.
     """
     _refuse_flat_weights(model)
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Layer] = {}
     adapted: list[Any] = [m for m in model.modules() if is_adapted(m)]
-    adapters = {id(a) for m in adapted for a in (*m.lora_A.values(), *m.lora_B.values())}
+    elsewhere = {id(a) for m in adapted for a in (*m.lora_A.values(), *m.lora_B.values())}
+    elsewhere |= {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    computed = []
     for full_name, module in model.named_modules():
         name = without_wrappers(full_name)
         if wanted is not None and not wanted(name, module):
@@ -88,7 +106,10 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
         if is_adapted(module):
             for layer in _adapters(name, module):
                 found[id(layer.weight)] = layer
-        elif is_matrix(module) and id(module) not in adapters:
+        elif is_matrix(module) and id(module) not in elsewhere:
+            if "weight" not in module._parameters:
+                computed.append(name or type(module).__name__)
+                continue
             weight: Any = module.weight
             if not weight.requires_grad or id(weight) in tied:
                 continue
@@ -97,11 +118,24 @@ def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
             else:
                 found[id(weight)] = Layer(name, module, [module])
     if not found:
+        why = (
+            f"; the weight of {', '.join(computed[:3])} is computed (weight_norm, a parametrization): remove that first"
+        )
         raise ValueError(
             f"NullSpace: {type(model).__name__} has no layer to protect: no nn.Linear, Conv1D, nn.Conv2d (groups=1) or LoRA "
-            f"adapter whose weight requires a gradient and which modules= takes"
+            f"adapter whose weight requires a gradient and which modules= takes{why if computed else ''}"
         )
     return list(found.values())
+
+
+def running_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules, with their names, whose statistics a forward pass in training mode moves."""
+    found = [
+        (without_wrappers(name), m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
+    return [(name, m) for name, m in found if m.track_running_stats and m.running_mean is not None]
 
 
 def without_wrappers(name: str) -> str:
@@ -111,7 +145,7 @@ def without_wrappers(name: str) -> str:
 def _refuse_flat_weights(model: nn.Module) -> None:
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise NotImplementedError(
-            "NullSpace: FSDP1 flattens weights, so that a layer has no matrix; shard with fully_shard (FSDP2)"
+            "NullSpace: FSDP1 hands out flat pieces of weights, of which no product can be pinned; shard with fully_shard (FSDP2)"
         )
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise NotImplementedError(
@@ -143,13 +177,31 @@ def _adapters(name: str, module: Any) -> list[Layer]:
     for adapter, down in module.lora_A.items():
         if not is_matrix(down) or not down.weight.requires_grad or not is_matrix(module.base_layer):
             continue
-        if module.lora_B[adapter].weight.detach().any():
+        variant = getattr(module, "lora_variant", {}).get(adapter)
+        if variant is not None or adapter in getattr(module, "lora_magnitude_vector", ()):
+            kind = "DoRA" if adapter in module.lora_magnitude_vector else type(variant).__name__
             raise NotImplementedError(
-                f"NullSpace: the adapter {adapter!r} of {name} has been trained already (its lora_B is not zero), so that its "
-                f"lora_A cannot be made blind to protected inputs without changing the model: merge it first"
+                f"NullSpace: {name}: the adapter {adapter!r} is a {kind}, which does more than add B A x, so that a blind lora_A would "
+                f"still change what the layer makes of protected inputs: train a plain LoRA (for DoRA use_dora=False), or leave the "
+                f"layer out with modules="
             )
         layers.append(Layer(f"{name}.lora_A.{adapter}", down, [module], module.lora_B[adapter]))
     return layers
+
+
+def refuse_trained_adapters(layers: Sequence[Layer]) -> None:
+    """To call before a capture, which makes adapters blind.
+
+    Raises:
+        NotImplementedError: an adapter whose lora_B is not zero.
+    """
+    for layer in layers:
+        if layer.behind is not None and layer.behind.weight.detach().any():  # type: ignore[operator]
+            raise NotImplementedError(
+                f"NullSpace: the adapter {layer.name} has been trained already (its lora_B is not zero), so that it cannot be made "
+                f"blind to protected inputs without changing the model: merge it first; to go on with what it was trained under, "
+                f"load() that instead of capturing"
+            )
 
 
 def matrix(module: nn.Module, weight: Tensor) -> Tensor:
@@ -157,6 +209,21 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return weight.flatten(1)
     return weight.t() if is_conv1d(module) else weight
+
+
+def call_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str]:
+    """The input of one call, and its keyword, empty if it was given by position."""
+    if args:
+        return args[0], ""
+    name = next(iter(inspect.signature(module.forward).parameters))
+    return kwargs[name], name
+
+
+def is_product(module: nn.Module, outputs: int | None, y: Any) -> bool:
+    """Whether what a call returned can be the product with a weight: one tensor, with so many outputs if that is known."""
+    if not isinstance(y, Tensor) or not y.dim():
+        return False
+    return outputs is None or y.shape[1 if isinstance(_adapted(module), nn.Conv2d) else -1] == outputs
 
 
 def _adapted(module: Any) -> nn.Module:

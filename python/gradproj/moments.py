@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from gradproj.layers import Layer, input_rows, output_rows
+from gradproj.layers import Layer, call_input, input_rows, is_product, output_rows
+from gradproj.precision import without_autocast
 from gradproj.sharding import local_tensors
 
 WIDE = 4096  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
@@ -29,6 +31,7 @@ class Moment:
         ones: the last input is a bias's.
         sketch: columns of the sketch; None holds the matrix.
     Attributes:
+        sum: of x x^T, or Y; freed when the eigenpairs have been taken.
         tokens: how many were added.
         trace: of the sum.
     """
@@ -95,8 +98,10 @@ def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
             "NullSpace: the sketch of a wide layer's inputs is not positive; its inputs may not be finite"
         )
     half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
-    vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    return (singular.square() - shift).clamp(min=0).flip(0), vectors.flip(1)
+    # Eigenpairs of half half' from those of half' half, which is small: float64 has digits for the square to spare.
+    values, small = torch.linalg.eigh(half.T @ half)
+    vectors = (half @ small) / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+    return (values - shift).clamp(min=0), vectors
 
 
 class _Call:
@@ -136,6 +141,7 @@ class Gather:
         moments: of the inputs; layer l has number ``moment_of[l]``, None if it was never called.
         squares: per layer, the sum over tokens of the mean squared output gradient.
         tokens: per layer, how many tokens counted.
+        ddp: the module of the forward pass, if it was DistributedDataParallel's.
     """
 
     def __init__(self, layers: Sequence[Layer], sketch: Callable[[Layer], int | None]):
@@ -147,6 +153,7 @@ class Gather:
         self._calls: set[_Call] = set()
         self._recent: list[tuple[weakref.ref[Tensor], _Call]] = []  # inputs that are still alive, the newest last
         self._begun: list[int] = []  # per moment, how many calls it has had
+        self.ddp: nn.Module | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -156,7 +163,7 @@ class Gather:
             for number, layer in enumerate(self.layers):
                 for module in layer.taps:
                     listener = _Listener(self, number, module)
-                    handles.append(module.register_forward_pre_hook(listener.before))
+                    handles.append(module.register_forward_pre_hook(listener.before, with_kwargs=True))
                     handles.append(module.register_forward_hook(listener.after))
             with torch.compiler.set_stance("force_eager"):
                 yield
@@ -181,14 +188,19 @@ class Gather:
                 return call
         if mine is None:
             mine = self.moment_of[layer] = len(self.moments)
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self.moments.append(Moment(width, ones, self._sketch(self.layers[layer]), x.device, dtype))
+            self.moments.append(self.new_moment(layer, x.device, x.dtype))
             self._begun.append(0)
         call = _Call(mine)
         self._begun[mine] += 1
         self._recent.append((weakref.ref(x), call))
         self._calls.add(call)
         return call
+
+    def new_moment(self, layer: int, device: torch.device, dtype: torch.dtype) -> Moment:
+        """Of no token yet. ``dtype``: of the inputs."""
+        width, ones = self.layers[layer].shape[1], self.layers[layer].bias is not None
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        return Moment(width, ones, self._sketch(self.layers[layer]), device, kept)
 
     def report(self, call: _Call, layer: int, rows: Tensor, gradients: Tensor) -> None:
         """Input rows and output gradients of one layer in a call, both [tokens, ..]."""
@@ -238,19 +250,26 @@ class _Listener:
         self._call: _Call | None = None
         self._arrived: dict[str, Tensor] = {}
 
-    def before(self, module, args):
-        x = args[0]
+    def before(self, module, args, kwargs):
+        x, keyword = call_input(module, args, kwargs)
         _refuse_split_inputs(self._gather.layers[self._layer], x)
+        self._gather.ddp = self._gather.ddp or DistributedDataParallel._get_active_ddp_module()
         self._call = self._gather.call(self._layer, x)
         self._arrived = {}
         if not (torch.is_grad_enabled() and x.requires_grad):
             self._arrived["input"] = x.detach()
             return None
-        return (_Tap.apply(x, self._reporter(self._call, self._arrived)), *args[1:])
+        tapped = _Tap.apply(x, self._reporter(self._call, self._arrived))
+        return (args, {**kwargs, keyword: tapped}) if keyword else ((tapped, *args[1:]), kwargs)
 
     def after(self, module, args, y):
         call, arrived = self._call, self._arrived
-        if call is None or not (torch.is_grad_enabled() and y.requires_grad):
+        layer = self._gather.layers[self._layer]
+        if (
+            call is None
+            or not is_product(module, layer.outputs, y)
+            or not (torch.is_grad_enabled() and y.requires_grad)
+        ):
             return
         call.layers.add(self._layer)
         call.waiting += 1
@@ -265,7 +284,9 @@ class _Listener:
 
     def _reporter(self, call: _Call, arrived: dict[str, Tensor]) -> Callable[[Tensor], None]:
         def report(x: Tensor) -> None:
-            if "gradient" in arrived:
+            if "gradient" not in arrived:
+                return
+            with without_autocast(x.device):
                 rows = input_rows(self._module, _here(x))
                 gradients = output_rows(self._module, _here(arrived.pop("gradient")))
                 self._gather.report(call, self._layer, rows, gradients)

@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradproj import allocation, basis_file, functional, layers, sharding
-from gradproj.basis import Basis, add_earlier, local_weight, make_bases, report
+from gradproj import allocation, basis_file, coverage, layers, sharding
+from gradproj.basis import Basis, add_earlier, make_bases, report
 from gradproj.capture import Direction, captured
+from gradproj.gathered_ranks import group_of, sum_over_ranks
 from gradproj.layers import Layer
 from gradproj.moments import WIDE, Gather
+from gradproj.pin_lists import PinLists, project_gradients
+from gradproj.precision import without_autocast
 from gradproj.projection import Pin
+from gradproj.proof import Proof
 from gradproj.protection import CaptureBlock, Closure, Protection
+from gradproj.uncovered import Uncovered
 
 SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
 
@@ -30,7 +34,8 @@ class NullSpace(Protection):
     not see is not protected.
 
     Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters, which
-    become blind to the protected inputs. Embeddings, norms and a head tied to an embedding are the rest.
+    become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no module of these
+    kinds has are the rest; :attr:`coverage` counts it. The capture proves that it has heard every use of a covered weight.
 
     Args:
         model: whose layers are protected.
@@ -43,8 +48,12 @@ class NullSpace(Protection):
         rest: ``"hold"`` keeps all other trained parameters where they are, so that protected activations do not change at all;
             ``"train"`` lets them go.
         every: after how many steps the weights are pinned; :meth:`pin` does it now.
+        group: the process group whose ranks hold this model and capture together. None: that of its DTensors, of the
+            DistributedDataParallel module that the capture goes through, or of the wrapper's ``sharding``.
     Raises:
-        ValueError, NotImplementedError: a setting out of range, no layer to cover.
+        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add B A x.
+    Warns:
+        RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
 
     Example::
 
@@ -69,6 +78,7 @@ class NullSpace(Protection):
         space: Literal["weights", "gradient"] = "weights",
         rest: Literal["hold", "train"] = "hold",
         every: int = 1,
+        group: Any = None,
     ):
         super().__init__()
         if not 0.0 < share < 1.0:
@@ -80,13 +90,26 @@ class NullSpace(Protection):
             if word not in known:
                 raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
         self.model, self.share, self.max_rank, self.modules = model, share, max_rank, modules
-        self.space, self.rest, self.every = space, rest, every
+        self.space, self.every, self.group = space, every, group
         self.layers = layers.find(model, modules)
         self.bases: dict[str, Basis] = {}  # by the layers' names
         self.last: Pin | None = None  # type: ignore[assignment]
         self._since_pin = 0
-        self._held: list[tuple[Tensor, Tensor]] = []  # parameters of the rest and their gradients, during a step
-        self._told_of_rest = self._told_of_nothing = False
+        self._lists: PinLists | None = None
+        self._uncovered = Uncovered(model, rest)
+        self._told_of_nothing = False
+        if rest == "hold" and (warning := coverage.warning(model, self.layers)):
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+    @property
+    def coverage(self) -> coverage.Coverage:
+        """How many of the weights that train are covered, held, and reached by no captured token."""
+        unused = [name for name, basis in self.bases.items() if not basis.tokens]
+        return coverage.coverage(self.model, self.layers, unused)
+
+    @property
+    def rest(self) -> Literal["hold", "train"]:
+        return self._uncovered.rest
 
     def __len__(self) -> int:
         """How many layers are protected now."""
@@ -94,6 +117,7 @@ class NullSpace(Protection):
 
     def clear(self) -> None:
         self.bases = {}
+        self._lists = None
         self._since_pin = 0
         self._told_of_nothing = True  # it is what the caller wants
 
@@ -104,6 +128,11 @@ class NullSpace(Protection):
                 "this NullSpace is of another model than the optimizer's: none of its layers' weights is among the optimizer's "
                 "parameters; make both from the same model, the optimizer after adapters were added"
             )
+        if sharding is not None and sharding.placement == "shard":
+            raise NotImplementedError(
+                'a NullSpace pins whole rows of weights, which Sharding(placement="shard") does not tell: shard with fully_shard '
+                "(FSDP2), whose DTensors do; for pipeline stages make NullSpace(stage, group=) of each stage's own ranks"
+            )
         super().bind(optimizers, sharding)
 
     def capture(self) -> CaptureBlock:
@@ -113,40 +142,65 @@ class NullSpace(Protection):
         optimizer. A further block adds to what was gathered, each token counting the same; the weights are pinned first,
         so that what was protected stays.
 
+        Needs room for the rank of both: with the same ``share``, directions of least curvature of either are given up; raise
+        ``share`` first to keep all.
+
+        In every backward pass the gradient of each covered weight is compared with the sum of y x^T over the calls that were heard,
+        for the cost of a few matrix-vector products. Where a weight is sharded (tensor parallelism) it is not.
+
         Raises:
-            RuntimeError: no backward pass inside; a layer without a gradient; inputs that are not finite.
+            RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite; running
+                statistics that are in training mode; ranks that hold different layers, or of which nothing says what they hold.
+            NotImplementedError: an adapter that has been trained already.
         """
         return CaptureBlock(self._capture())
 
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
         self._check_capture()
+        layers.refuse_trained_adapters(self.layers)
+        if moving := self._uncovered.moving_statistics():
+            raise RuntimeError(moving)
         self.pin()
-        gather = Gather(self.layers, self._sketch)
+        gather, proof = Gather(self.layers, self._sketch), Proof(self.layers)
         self._capturing = True
         try:
-            with captured(lambda: [p for p in self.model.parameters() if p.requires_grad]) as taken, gather.listening():
+            with captured(self._trained) as taken, gather.listening(), proof.listening():
                 yield
         finally:
             self._capturing = False
-        if not any(gather.tokens) and not taken.gradients:
-            raise RuntimeError(f"NullSpace: {taken.why_empty()}")
-        add_earlier(gather, self.layers, self.bases, self._group())
-        self.bases = make_bases(gather, self.layers, self.share, self._most)
+        group = group_of(self.model, self.group, self.sharding, gather.ddp)
+        sum_over_ranks(gather, self.layers, proof.silent, group)
+        if not any(gather.tokens):
+            reached = "none of the layers that it covers received a gradient: give it batches that use them"
+            raise RuntimeError(f"NullSpace: {reached if taken.gradients else taken.why_empty()}")
+        with without_autocast(self.layers[0].weight.device):
+            add_earlier(gather, self.layers, self.bases)
+            self.bases = make_bases(gather, self.layers, self.share, self._most)
+        self._drop([self.layers[l] for l in sorted(proof.silent)])
+        self._lists = None
         adapters = [layer for layer in self.layers if layer.to_zero]
         if adapters:  # blind at once; the weights of other layers are their own targets
-            with torch.no_grad():
-                self._apply(adapters, lambda p: p.detach(), zero=False)
+            PinLists(adapters, self.bases).pin()
+
+    def _drop(self, silent: Sequence[Layer]) -> None:
+        """Layers of which nothing was heard are held."""
+        if not silent:
+            return
+        self.layers = [layer for layer in self.layers if layer not in silent]
+        self.bases = {layer.name: self.bases[layer.name] for layer in self.layers}
+        warnings.warn(
+            f"NullSpace: layer {', '.join(layer.name for layer in silent)}: its forward returns a tuple, or something else than the "
+            f"product with its weight, so that it cannot be heard: it is {'held' if self.rest == 'hold' else 'not protected'}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _add(self, taken: Direction) -> None:
         raise NotImplementedError("a NullSpace is made of inputs, not of gradients")
-
-    def _group(self):
-        """The ranks whose batches count together: those that share the model."""
-        if self.sharding is not None and self.sharding.group is not None:
-            return self.sharding.group
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return dist.group.WORLD if several else None
 
     def _sketch(self, layer: Layer) -> int | None:
         return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
@@ -156,19 +210,19 @@ class NullSpace(Protection):
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
+        if begins:
+            self._uncovered.begin_step()
         if closure is not None:
             return self._guarded(closure, self._prepare_gradients)
         self._prepare_gradients()
         return None
 
     def after_step(self) -> None:
-        for p, grad in self._held:
-            p.grad = grad
-        self._held = []
         if self.bases and self.space == "weights" and not self._skipped():
             self._since_pin += 1
             if self._since_pin >= self.every:
                 self.pin()
+        self._uncovered.after_step(" and ".join(type(o).__name__ for ref in self._optimizers if (o := ref())))
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
@@ -176,9 +230,14 @@ class NullSpace(Protection):
         protection is in gradient space."""
         if not self.bases or self.space != "weights":
             return None
-        self.last = self._apply(self.layers, lambda p: p.detach(), zero=False)
+        self.last = self._current_lists().pin()
         self._since_pin = 0
         return self.last
+
+    def _current_lists(self) -> PinLists:
+        if self._lists is None or not self._lists.current():
+            self._lists = PinLists(self.layers, self.bases)
+        return self._lists
 
     def project(self) -> Pin | None:  # type: ignore[override]
         if self.space == "weights":
@@ -189,7 +248,7 @@ class NullSpace(Protection):
     def _project_gradients(self) -> Pin | None:
         if not self.bases:
             return None
-        self.last = self._apply(self.layers, lambda p: p.grad, zero=True)
+        self.last = project_gradients(self.layers, self.bases)
         return self.last
 
     def _prepare_gradients(self) -> None:
@@ -203,55 +262,11 @@ class NullSpace(Protection):
                     stacklevel=2,
                 )
             return
-        for layer in self.layers:
-            self._trains(layer)  # an error now leaves everything as it is
         if self.space == "gradient":
             self._project_gradients()
-        covered = {id(p) for layer in self.layers for p in layer.parameters}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in covered]
-        if self.rest == "hold":
-            # Without a gradient an optimizer leaves a parameter alone, its weight decay included.
-            self._held += [(p, p.grad) for p in others if p.grad is not None]
-            for p in others:
-                p.grad = None
-        elif others and not self._told_of_rest:
-            self._told_of_rest = True
-            names = {id(p): name for name, p in self.model.named_parameters()}
-            shown = ", ".join(names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in others[:8])
-            warnings.warn(
-                f'NullSpace(rest="train"): {len(others)} trained parameters are not covered, and change what protected layers '
-                f"see: {shown}{', ..' if len(others) > 8 else ''}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _apply(self, some: Sequence[Layer], of: Callable[[Tensor], Tensor | None], zero: bool) -> Pin:
-        """M <- M - (M U - B) U^T on what ``of`` gives of every weight and bias; with ``zero``, B is zeros."""
-        names, weights, bases, targets, biases = [], [], [], [], []
-        for layer in some:
-            basis, weight = self.bases[layer.name], of(layer.weight)
-            if weight is None or not basis.rank or not self._trains(layer):
-                continue
-            bias = None if layer.bias is None else of(layer.bias)
-            names.append(layer.name)
-            weights.append(layers.matrix(layer.owner, local_weight(layer, weight)))
-            # A bias without a gradient beside a weight that has one would be a frozen one; then it is no input.
-            bases.append(basis.vectors if layer.bias is None or bias is not None else basis.vectors[:-1])
-            targets.append(None if zero else basis.target)
-            biases.append(None if bias is None else sharding.local_tensors([bias])[0])
-        return Pin(tuple(names), functional.pin_(weights, bases, targets, biases))
-
-    def _trains(self, layer: Layer) -> bool:
-        """Whether a layer may have moved; raises if it trains other parameters than those that were captured."""
-        frozen = not layer.weight.requires_grad
-        if frozen and layer.bias is None:
-            return False
-        if frozen or self.bases[layer.name].vectors.shape[0] != layer.shape[1]:
-            raise RuntimeError(
-                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias was "
-                f"frozen or freed since, or has another size; capture again"
-            )
-        return True
+        else:
+            self._current_lists()  # an error now leaves everything as it is
+        self._uncovered.before_step(self.parameters(), self.layers)
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""
@@ -299,8 +314,13 @@ class NullSpace(Protection):
         return list(groups.values())
 
     def report(self) -> str:
-        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis."""
-        return report(self.layers, self.bases)
+        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis; and the coverage."""
+        covered, held, unused, largest = self.coverage
+        shown = ", ".join(f"{name} ({count:,})" for name, count in largest)
+        return (
+            f"{report(self.layers, self.bases)}\n{covered:,} weights are covered, {unused:,} were reached by no captured token, {held:,} "
+            f"are {'held' if self.rest == 'hold' else 'neither covered nor held'}{': ' + shown if shown else ''}"
+        )
 
     def __repr__(self) -> str:
         settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"
@@ -334,7 +354,11 @@ class NullSpace(Protection):
     def _take(self, found: dict[str, Basis]) -> None:
         self.layers = basis_file.matching(self.layers, found)
         self.bases = basis_file.on_rank(self.layers, found)
+        self._lists = None
         self._since_pin = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lists": None}
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:

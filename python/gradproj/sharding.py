@@ -4,7 +4,7 @@ Kernels run on local shards and nothing is gathered. A tensor that several ranks
 1 / holders, so that the sum over the group counts it once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,13 @@ class Sharding(NamedTuple):
 
     def __deepcopy__(self, memo: dict) -> "Sharding":
         return self  # a process group cannot be copied
+
+
+def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
+    """What a framework whose ranks all hold the model tells the wrapper of it: nothing on one rank, or if DTensors say it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return None
+    return None if dtensor_types(list(parameters)) else Sharding(placement="replicate")
 
 
 class Local(NamedTuple):

@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed import models
 from distributed.checks import collectives, distance
@@ -72,3 +79,138 @@ def file(rank: int, world: int, path: str, expected: dict) -> None:
         assert torch.equal(basis.vectors, again.bases[name].vectors)
         assert torch.equal(basis.target, again.bases[name].target)
         assert basis.rank == expected[name]
+
+
+class Experts(nn.Module):
+    """Three experts, called in any order; each is two matrices on one input, and one after them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = (nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(3)) for _ in range(3))
+
+    def forward(self, x, use):
+        return sum(self.down[e](torch.sigmoid(self.gate[e](x)) * self.up[e](x)) for e in use)
+
+
+ORDERS = [(0, 1), (1, 0), (2, 1), (1,)]  # of each rank
+
+
+def _experts_batch(rank: int) -> torch.Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def _capture_experts(protection: NullSpace, model: nn.Module, ranks) -> dict:
+    """Per layer: its rank, what it spans, its target on that, and how many tokens it has seen."""
+    with protection.capture():
+        for rank in ranks:
+            model(_experts_batch(rank), ORDERS[rank]).square().sum().backward()
+    return {
+        name: (basis.rank, basis.vectors @ basis.vectors.T, basis.target @ basis.vectors.T, basis.tokens)
+        for name, basis in protection.bases.items()
+    }
+
+
+def experts_alone(world: int) -> dict:
+    model = Experts()
+    return _capture_experts(NullSpace(model, share=0.5), model, range(world))
+
+
+def experts(rank: int, world: int, expected: dict) -> None:
+    """Moments were numbered by first calls: bases were off by a half; and where a rank never calls an expert, the others hung."""
+    model = DistributedDataParallel(Experts(), find_unused_parameters=True)
+    protection = NullSpace(model, share=0.5)
+    found = _capture_experts(protection, model, [rank])
+    assert found.keys() == expected.keys()
+    for name, (kept, *tensors, tokens) in expected.items():
+        assert found[name][0] == kept and found[name][3] == tokens
+        for mine, theirs in zip(found[name][1:3], tensors, strict=True):
+            assert (mine - theirs).abs().max() < 1e-5
+    for e in range(3):  # those of one input still share their memory
+        memory = {protection.bases[f"{kind}.{e}"].vectors.untyped_storage().data_ptr() for kind in ("gate", "up")}
+        assert len(memory) == 1
+    assert protection.coverage.unused == (0 if world == 4 else 108)
+
+
+def runs_apart(rank: int, world: int) -> None:
+    """Independent runs and pipeline stages in one job were mixed: now each says which ranks it is of."""
+    half = world // 2
+    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, world)))]
+    mine, first = groups[rank // half], rank // half * half
+    width = 6 + rank // half  # two different models
+    torch.manual_seed(rank // half)
+    model = nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, 3))
+    alone = nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, 3))
+    alone.load_state_dict(model.state_dict())
+
+    def capture(model, ranks, group):
+        protection = NullSpace(model, share=0.4, group=group)
+        with protection.capture():
+            for r in ranks:
+                model(torch.randn(4, width, generator=torch.Generator().manual_seed(r))).square().sum().backward()
+        return protection.bases
+
+    with pytest.raises(RuntimeError, match=r"nothing says which of them hold this model.*group="):
+        capture(model, [rank], None)
+    with pytest.raises(RuntimeError, match=r"the ranks .* have different layers.*group="):
+        capture(model, [rank], dist.group.WORLD)
+    found = capture(model, [rank], mine)
+    expected = capture(alone, range(first, first + half), dist.new_group([rank], use_local_synchronization=True))
+    for name, basis in expected.items():
+        assert found[name].rank == basis.rank and found[name].tokens == 4 * half
+        assert (found[name].vectors @ found[name].vectors.T - basis.vectors @ basis.vectors.T).abs().max() < 1e-5
+
+    mesh = init_device_mesh("cpu", (2, half), mesh_dim_names=("pp", "dp"))["dp"]
+    fully_shard(model, mesh=mesh)
+    sharded = capture(model, [rank], None)
+    for name, basis in expected.items():
+        assert (sharded[name].vectors @ sharded[name].vectors.T - basis.vectors @ basis.vectors.T).abs().max() < 1e-5
+
+
+def conv1d(width: int = 4):
+    conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    torch.manual_seed(0)
+    return nn.Sequential(conv(8, width), nn.Tanh(), conv(4, 8))
+
+
+def train_conv1d(model: nn.Module, part, path: str = "") -> list:
+    protection = NullSpace(model, share=0.4)
+    rng = torch.Generator().manual_seed(0)
+    with protection.capture():
+        model(part(torch.randn(8, 4, generator=rng))).square().mean().backward()
+    if path:
+        protection.save(path)
+        again = NullSpace.load(path, model)
+        for name, basis in protection.bases.items():
+            assert torch.equal(basis.target, again.bases[name].target)
+        protection = again
+    opt = ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), protection)
+    for _ in range(5):
+        opt.zero_grad()
+        (model(part(torch.randn(8, 4, generator=rng))) - 1).square().mean().backward()
+        opt.step()
+    return [models.whole(p) for p in model.parameters()]
+
+
+def conv1d_over_outputs(rank: int, world: int, path: str, expected: list) -> None:
+    """Conv1D's outputs are its weight's columns, its target's rows: B was gathered along the rank."""
+    model = conv1d()
+    fully_shard(model, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    assert distance(train_conv1d(model, lambda x: x.chunk(world)[rank], f"{path}.{rank}"), expected) <= 1e-5
+
+
+class TwoUses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.linear(torch.tanh(self.layer(x)), self.layer.weight)
+
+
+def proof(rank: int, world: int, way: str) -> None:
+    """Each rank's own gradient, before it is reduced, is compared with what the rank heard."""
+    model: nn.Module = TwoUses()
+    model = DistributedDataParallel(model) if way == "ddp" else fully_shard(model)
+    with pytest.raises(RuntimeError, match="layer layer .*outside of its module"), NullSpace(model).capture():
+        model(_experts_batch(rank)).square().sum().backward()

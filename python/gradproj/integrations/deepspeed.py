@@ -15,6 +15,9 @@ def protect(protection: NullSpace) -> list[RemovableHandle]:
     rank has whole gradients before the engine reduces them: projected there, on every backward pass, their sum over
     micro-batches and ranks is projected too. No collective, and nothing to wrap around the engine.
 
+    All ranks must hold the same bases: capture the same batches on every rank before ``torch.distributed`` is initialised, or each
+    its own afterwards under ``NullSpace(group=torch.distributed.group.WORLD)``, which sums them.
+
     Call it after ``capture()`` and before ``deepspeed.initialize()``, and give the engine the parameters that then train: with
     ``rest="hold"`` all others are frozen here. As always in gradient space, Adam's scaling and weight decay leak a little.
 

@@ -17,6 +17,7 @@ from gradproj.nullspace import NullSpace
 from gradproj.optim import Attached, attach
 from gradproj.projection import Pin
 from gradproj.protection import Protection
+from gradproj.sharding import of_replicas
 
 FILE = "gradproj.pt"  # in a checkpoint's folder: a null space, which the Trainer would not keep
 
@@ -76,7 +77,9 @@ class ProtectCallback(TrainerCallback):
         if self._attached is None or getattr(inner, "_gradproj", None) is not self._attached._hooks:
             if self._attached is not None:
                 self._attached.detach()
-            self._attached = attach(inner, self.protection)
+            # The Trainer hands out the model inside of DDP. Directions are averaged here.
+            replicas = of_replicas(model.parameters()) if isinstance(self.protection, NullSpace) else None
+            self._attached = attach(inner, self.protection, sharding=replicas)
         if not isinstance(self.protection, NullSpace):
             begun = -(-state.global_step // self.every)  # directions that an interrupted run has taken
             self._batches = islice(self._endless(), begun, None)

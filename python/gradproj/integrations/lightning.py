@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradproj.nullspace import NullSpace
 from gradproj.optim import Attached, attach
+from gradproj.sharding import of_replicas
 
 
 class ProtectCallback(lightning.Callback):
@@ -39,7 +40,8 @@ class ProtectCallback(lightning.Callback):
         self._attached: Attached | None = None
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self._attached = attach(trainer.optimizers, self.protection)
+        replicas = of_replicas(pl_module.parameters())
+        self._attached = attach(trainer.optimizers, self.protection, sharding=replicas)
 
     def on_train_start(self, trainer, pl_module) -> None:
         if not len(self.protection):

@@ -1,0 +1,488 @@
+"""What was captured stays, and what should learn does, in situations that users get into; or it is refused in words.
+
+Every one of these once moved protected outputs, froze what should have trained, or failed with an error that gave no advice.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradproj
+from gradproj import NullSpace, ProjectedOptimizer
+from test_nullspace import captured, network, train
+
+
+def package(name):
+    return pytest.importorskip(name, reason=f"needs the package {name}: pip install '.[test]'")
+
+
+def step_away(model, opt, shape=(16, 12), steps=5):
+    train(model, opt, steps, shape=shape)
+
+
+def protecting(model, x, lr=0.05, share=0.9, **settings):
+    protection = captured(model, x, share=share, **settings)
+    before = model(x).detach()
+    return protection, ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=lr), protection), before
+
+
+@pytest.fixture
+def few():
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
+
+
+# What the hooks of modules do not see.
+
+
+class TwoUses(nn.Module):
+    """A weight that its module applies, and somebody else once more."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.out = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.out(F.linear(torch.tanh(self.layer(x)), self.layer.weight))
+
+
+class FusedHead(nn.Module):
+    """The loss multiplies by the head, as fused linear cross-entropies do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(12, 12), nn.Linear(12, 7, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) @ self.head.weight.T
+
+
+class Halved(nn.Linear):
+    """Its output is not its product."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "advice"),
+    [(TwoUses(), "layer", "outside of its module"), (FusedHead(), "head", "outside of its module"),
+     (nn.Sequential(nn.Linear(12, 12), Halved(12, 4)), "1", "overrides forward")],
+    ids=["functional", "fused head", "another forward"],
+)  # fmt: skip
+def test_a_use_that_was_not_heard_is_found_in_the_first_batch(model, name, advice, few):
+    """Its gradient is not the sum of y x^T over the calls of the module."""
+    protection, batches = NullSpace(model), []
+    with pytest.raises(RuntimeError, match=rf"layer {name}\b.*{advice}.*modules="), protection.capture():
+        for _ in range(2):
+            batches.append(model(few).square().sum().backward())
+    assert len(batches) == 0 and len(protection) == 0
+    without = NullSpace(model, modules=lambda n, _: n != name, share=0.9)  # the way out that the message names
+    with without.capture():
+        model(few).square().sum().backward()
+    before = model(few).detach()
+    step_away(model, ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), without))
+    assert (model(few) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_proof_allows_for_rounding(dtype):
+    """Sums over thousands of tokens that cancel, in every dtype; and finds a use of a hundredth of a layer's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).to(dtype)
+    x = torch.randn(2000, 64).to(dtype)
+
+    def run(extra):
+        protection = NullSpace(model, share=0.5)
+        with protection.capture():
+            y = model(x)
+            ((y.float() - y.float().mean()) ** 2).mean().mul(64.0).backward(retain_graph=True)
+            if extra:
+                (model(x) + extra * F.linear(torch.tanh(model[0](x)), model[2].weight)).float().mean().backward()
+
+    run(0.0)
+    with pytest.raises(RuntimeError, match="layer 2"):
+        run(1.0)
+
+
+def test_a_call_by_keyword(few):
+    model = network()
+    plain = captured(model, few, share=0.9)
+
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            for layer in self.net:
+                x = layer(input=x)
+            return x
+
+    again = captured(ByKeyword(), few, share=0.9)
+    for name, basis in plain.bases.items():
+        torch.testing.assert_close(basis.target, again.bases[f"net.{name}"].target, rtol=0, atol=0)
+
+
+class Router(nn.Linear):
+    """As phimoe's and llama4's."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores.softmax(-1), scores
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.experts = Router(12, 3), nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        scores, _ = self.router(x)
+        return sum(scores[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+def test_a_layer_that_returns_a_tuple_is_held_in_words(few):
+    model = Routed()
+    router = model.router.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="router: its forward returns a tuple.*held"):
+        protection, opt, before = protecting(model, few)
+    assert protection.coverage.held == model.router.weight.numel() + 3
+    step_away(model, opt)
+    assert torch.equal(router, model.router.weight) and (model(few) - before).abs().max() < 1e-4
+
+
+class Experts(nn.Module):
+    """Only the first two are ever used by the captured tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x, use=(0, 1)):
+        return sum(self.experts[e](x) for e in use)
+
+
+def test_an_expert_that_no_captured_token_reached_is_free(few):
+    model = Experts()
+    protection, opt, before = protecting(model, few)
+    assert [protection.bases[f"experts.{e}"].rank for e in range(3)] == [4, 4, 0]
+    assert protection.coverage.unused == 12 * 13 and "no captured token reached it" in protection.report()
+    alone = model.experts[2].weight.detach().clone()
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        opt.zero_grad()
+        (model(torch.randn(8, 12, generator=rng), (1, 2)) - 1).square().mean().backward()
+        opt.step()
+    assert (model(few) - before).abs().max() < 1e-4 and (model.experts[2].weight - alone).abs().max() > 0.01
+    with protection.capture():  # and protected as soon as one does
+        model(few, (2,)).sum().backward()
+    assert protection.bases["experts.2"].rank > 0 and protection.coverage.unused == 0
+
+
+# What a model holds.
+
+
+class OwnMatrices(nn.Module):
+    """Experts as one parameter, and a matrix that no module has."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(12, 4)
+        self.experts = nn.Parameter(torch.randn(4, 12, 12) / 4)
+        self.own = nn.Parameter(torch.randn(12, 12) / 4)
+
+    def forward(self, x):
+        y = torch.einsum("ti,eio,te->to", x, self.experts, self.gate(x).softmax(-1))
+        return F.linear(y, self.own)
+
+
+def test_a_model_that_is_mostly_held_says_so(few):
+    model = OwnMatrices()
+    with pytest.warns(RuntimeWarning, match=r"93% .*experts \(576\), own \(144\).*coverage"):
+        protection = NullSpace(model, share=0.9)
+    assert protection.coverage[:3] == (52, 720, 0)
+    assert protection.coverage.largest == (("experts", 576), ("own", 144))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NullSpace(model, rest="train")
+        NullSpace(network())
+        NullSpace(
+            nn.Sequential(nn.Embedding(50, 12), nn.LayerNorm(12), nn.Linear(12, 3))
+        )  # those are expected to be held
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_transformer_encoder(trains):
+    """in_proj_weight and out_proj are used inside of a function: held, with a warning that says so. The rest is pinned."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, 0.0, batch_first=True), 2).train(trains)
+    x = torch.randn(1, 3, 12)
+    with pytest.warns(RuntimeWarning, match=r"in_proj_weight"):
+        protection, opt, before = protecting(model, x)
+    assert {name.split(".")[-1] for name in protection.bases} == {"linear1", "linear2"}
+    train(model, opt, 5, shape=(4, 6, 12))
+    assert (model(x) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weight_norm(kind, few):
+    """A weight that is computed is no matrix that trains: held, or nothing is left to protect, in words that fit."""
+    norm = nn.utils.parametrizations.weight_norm if kind == "parametrization" else nn.utils.weight_norm
+    with pytest.raises(ValueError, match=r"computed.*weight_norm.*remove"):
+        NullSpace(norm(nn.Linear(12, 4)))
+    model = nn.Sequential(nn.Linear(12, 12), norm(nn.Linear(12, 4)))
+    with pytest.warns(RuntimeWarning, match="1.(parametrizations.weight.original1|weight_v)"):
+        protection, opt, before = protecting(model, few)
+    step_away(model, opt)
+    assert list(protection.bases) == ["0"] and (model(few) - before).abs().max() < 1e-4
+
+
+# What other code writes.
+
+
+class MuonOfItsAuthors(torch.optim.Optimizer):
+    """Gives parameters without a gradient one of zeros, and decays them."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.05, "weight_decay": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+class WithNorm(nn.Module):
+    def __init__(self, tokens=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.layer = nn.Embedding(tokens, 12), nn.LayerNorm(12), nn.Linear(12, 12)
+
+    def forward(self, tokens):
+        return self.layer(self.norm(self.embed(tokens)))
+
+
+def embed_and_step(model, opt, steps=3):
+    for _ in range(steps):
+        opt.zero_grad()
+        (model(torch.arange(9)) - 1.0).square().mean().backward()
+        opt.step()
+
+
+def test_an_optimizer_that_writes_to_what_is_held(wrapping):
+    """What is small is put back; the gradients that the caller had are too."""
+    model, tokens = WithNorm(), torch.arange(4)
+    protection = captured(model, tokens, share=0.9)
+    before = model(tokens).detach()
+    opt, _ = wrapping(MuonOfItsAuthors(model.parameters()), protection=protection)
+    embed_and_step(model, opt)
+    assert (model(tokens) - before).abs().max() < 1e-4
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_held_and_large_is_refused_when_it_was_written():
+    model = WithNorm(tokens=30_000)  # 1.4 MB
+    protection = captured(model, torch.arange(4), share=0.9)
+    opt = ProjectedOptimizer(MuonOfItsAuthors(model.parameters()), protection)
+    with pytest.raises(RuntimeError, match=r"MuonOfItsAuthors.*embed.weight.*param_groups\(lr\)"):
+        embed_and_step(model, opt)
+    opt.detach()
+    groups = protection.param_groups(lr=0.05, damping=0.0)  # the way out that the message names
+    before = model(torch.arange(4)).detach()
+    embed_and_step(model, ProjectedOptimizer(MuonOfItsAuthors(groups), protection))
+    assert (model(torch.arange(4)) - before).abs().max() < 1e-4
+
+
+def test_what_is_held_may_be_loaded_between_steps():
+    """It is not put back to what it was before."""
+    model = WithNorm()
+    opt = ProjectedOptimizer(MuonOfItsAuthors(model.parameters()), captured(model, torch.arange(4), share=0.9))
+    embed_and_step(model, opt)
+    with torch.no_grad():
+        model.norm.weight.fill_(3.0)
+    embed_and_step(model, opt)
+    assert (model.norm.weight == 3.0).all()
+
+
+def test_batch_norm_in_training_mode_is_refused_and_said(few):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    protection = NullSpace(model, share=0.9)
+    with pytest.raises(RuntimeError, match=r"running statistics of 1 .*eval\(\)"), protection.capture():
+        model(few).square().sum().backward()
+    model.eval()
+    protection, opt, before = protecting(model, few)
+    step_away(model, opt)
+    assert (model(few) - before).abs().max() < 1e-4
+    model.train()
+    with pytest.warns(RuntimeWarning, match=r"running statistics of 1 .*eval\(\)"):
+        step_away(model, opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_away(model, opt)  # said once
+    still = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12, track_running_stats=False))
+    captured(still, few, share=0.9)
+
+
+def test_held_gradients_do_not_pile_up_under_lbfgs():
+    model, tokens = WithNorm(), torch.arange(4)
+    protection = captured(model, tokens, share=0.9)
+    opt = ProjectedOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=5), protection)
+    before, most, calls = model(tokens).detach(), [], []
+
+    def closure():
+        opt.zero_grad()
+        value = (model(torch.arange(9)) - 1.0).square().mean()
+        value.backward()
+        calls.append(value)
+        most.append(len(protection._uncovered._grads))
+        return value
+
+    opt.step(closure)
+    assert len(calls) > 2 and max(most) <= 3 and not len(protection._uncovered._grads)
+    assert (model(tokens) - before).abs().max() < 1e-4 and all(p.grad is not None for p in model.parameters())
+
+
+# What surrounds a capture.
+
+
+def test_a_second_capture_keeps_what_the_widest_of_a_shared_basis_had():
+    """q kept 1 direction and v 10 of the same inputs: afterwards both were made from q's one."""
+    torch.manual_seed(0)
+
+    class QV(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
+
+        def forward(self, x, scale=1e-3):
+            return scale * self.q(x) + self.v(x)
+
+    model, x = QV(), torch.randn(10, 12)
+    protection = NullSpace(model, share=0.46)
+    with protection.capture():
+        (model(x) * torch.randn(10, 12)).sum().backward()
+    ranks = [protection.bases[name].rank for name in "qv"]
+    assert ranks[0] <= 2 and ranks[1] >= 9
+    before = model.v.weight @ protection.bases["v"].vectors
+    opt = ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), protection)
+    train(model, opt, 2)
+    protection.share = 0.95
+    with protection.capture():
+        (model(torch.randn(1, 12)) * torch.randn(1, 12)).sum().backward()
+    kept, earlier = protection.bases["v"].vectors, before
+    assert protection.bases["v"].rank >= ranks[1]
+    del kept, earlier
+    first = model.v(x).detach()
+    train(model, opt, 10)
+    assert (model.v(x) - first).abs().max() < 1e-4
+
+
+def test_layers_that_come_to_share_inputs_keep_what_each_had():
+    """At first two layers see different inputs; in the second capture the same: neither loses its own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(12, 6, bias=False) for name in "ab"})
+    x = {name: torch.randn(3, 12) for name in "abc"}
+    protection = NullSpace(model, share=0.9)
+    with protection.capture():
+        (model["a"](x["a"]).square().sum() + model["b"](x["b"]).square().sum()).backward()
+    with protection.capture():
+        (model["a"](x["c"]) * model["b"](x["c"])).sum().backward()
+    for name in "ab":
+        inputs = torch.cat([x[name], x["c"]])
+        basis = protection.bases[name].vectors
+        assert (inputs - inputs @ basis @ basis.T).norm() < 1e-4 * inputs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_and_pin_inside_of_autocast(dtype, few):
+    """B was made by a bfloat16 product there, off by 2.5e-3, and the moments too."""
+    torch.manual_seed(0)
+    model = network().to(dtype)
+    few = few.to(dtype)
+    protection = NullSpace(model, share=0.9)
+    with torch.autocast("cpu", torch.bfloat16), protection.capture():
+        model(few).float().square().sum().backward()
+    for layer in protection.layers:
+        basis = protection.bases[layer.name]
+        whole = torch.cat([layer.weight, layer.bias[:, None]], dim=1).double()
+        exact = whole @ basis.vectors.double()
+        assert (basis.target.double() - exact).norm() <= 1e-6 * exact.norm()
+        assert (basis.vectors.T @ basis.vectors - torch.eye(basis.rank)).abs().max() < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = protection.pin().moved
+    assert (moved <= 1e-5 * torch.tensor([b.target.norm() for b in protection.bases.values()])).all()
+
+
+def test_what_says_that_others_hold_other_rows_is_refused():
+    opt = torch.optim.SGD((model := network()).parameters(), lr=0.1)
+    with pytest.raises(NotImplementedError, match=r"fully_shard.*group="):
+        ProjectedOptimizer(opt, NullSpace(model), sharding=gradproj.Sharding(placement="shard"))
+
+
+# Adapters.
+
+
+def adapted(**settings):
+    peft = package("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 5))
+    config = {"r": 4, "target_modules": ["0", "2"], **settings}
+    return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+
+def test_dora_is_refused_by_name():
+    """It rescales what the base layer makes of protected inputs too."""
+    with pytest.raises(NotImplementedError, match=r"0: .*DoRA.*use_dora=False"):
+        NullSpace(adapted(use_dora=True))
+
+
+def test_the_bias_of_an_adapter_is_held(few):
+    model = adapted(lora_bias=True)
+    protection, opt, before = protecting(model, few)
+    step_away(model, opt)
+    assert (model(few) - before).abs().max() < 1e-4
+    names = [name for name, _ in protection.coverage.largest]
+    assert protection.coverage.held == 24 + 5 and all(name.endswith("lora_B.default.bias") for name in names)
+
+
+def test_an_adapter_under_dropout(few):
+    """The proof multiplies what the adapter saw; the basis is of the inputs without dropout."""
+    torch.manual_seed(0)
+    model = adapted(lora_dropout=0.5).train()
+    _, opt, before = protecting(model, few)
+    step_away(model, opt)
+    model.eval()
+    assert (model(few) - before).abs().max() < 1e-4
+
+
+def test_an_adapter_goes_on_where_it_was(few, tmp_path):
+    """load() refused it, because its lora_B is not zero, and advised to merge it, which loses it."""
+    peft = package("peft")
+    model = adapted()
+    protection, opt, before = protecting(model, few)
+    step_away(model, opt)
+    model.save_pretrained(tmp_path / "adapter")
+    protection.save(tmp_path / "bases.safetensors")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 5))
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    loaded = gradproj.NullSpace.load(tmp_path / "bases.safetensors", again)
+    assert (again(few) - before).abs().max() < 1e-4
+    step_away(again, ProjectedOptimizer(torch.optim.SGD(again.parameters(), lr=0.05), loaded))
+    assert (again(few) - before).abs().max() < 1e-4
+    with pytest.raises(NotImplementedError, match="has been trained already.*merge it first"), loaded.capture():
+        again(few).sum().backward()
