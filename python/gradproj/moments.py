@@ -16,7 +16,7 @@ from gradproj.layers import Layer, call_input, input_rows, is_product, output_ro
 from gradproj.precision import without_autocast
 from gradproj.sharding import local_tensors
 
-WIDE = 4096  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
+WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 
 
 class Moment:

@@ -41,7 +41,7 @@ class NullSpace(Protection):
         model: whose layers are protected.
         share: of the covered weights' dimensions that is given up to the capability, in (0, 1); the memory of the bases, beside
             that of the weights, is about three times as much. The rank goes to the layers where the curvature is.
-        max_rank: of a layer, at most. Layers of more than 4,096 inputs are sketched and keep at most 512 without it.
+        max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
         modules: ``(name, module) -> bool``, which layers to cover; None covers all.
         space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for optimizers
             whose parameters are copies; Adam's scaling and weight decay then leak.
