@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradproj
 from gradproj import NullSpace, ProjectedOptimizer
@@ -87,6 +88,18 @@ def test_a_use_that_was_not_heard_is_found_in_the_first_batch(model, name, advic
     before = model(few).detach()
     step_away(model, ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), without))
     assert (model(few) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_proof_under_gradient_checkpointing(reentrant, few):
+    """Calls are made twice, gradients once."""
+    few = few.requires_grad_()
+    model = network()
+    with NullSpace(model, share=0.9).capture():
+        checkpoint(model, few, use_reentrant=reentrant).square().sum().backward()
+    model = TwoUses()
+    with pytest.raises(RuntimeError, match="layer layer .*outside of its module"), NullSpace(model).capture():
+        checkpoint(model, few, use_reentrant=reentrant).square().sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -169,11 +182,13 @@ class Experts(nn.Module):
         return sum(self.experts[e](x) for e in use)
 
 
-def test_an_expert_that_no_captured_token_reached_is_free(few):
+def test_an_expert_that_no_captured_token_reached_is_free(few, tmp_path):
     model = Experts()
     protection, opt, before = protecting(model, few)
     assert [protection.bases[f"experts.{e}"].rank for e in range(3)] == [4, 4, 0]
     assert protection.coverage.unused == 12 * 13 and "no captured token reached it" in protection.report()
+    protection.save(tmp_path / "bases.safetensors")
+    assert NullSpace.load(tmp_path / "bases.safetensors", Experts()).report() == protection.report()
     alone = model.experts[2].weight.detach().clone()
     rng = torch.Generator().manual_seed(1)
     for _ in range(5):

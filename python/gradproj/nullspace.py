@@ -262,11 +262,10 @@ class NullSpace(Protection):
                     stacklevel=2,
                 )
             return
+        covered = self._current_lists().covered  # an error now leaves everything as it is
         if self.space == "gradient":
             self._project_gradients()
-        else:
-            self._current_lists()  # an error now leaves everything as it is
-        self._uncovered.before_step(self.parameters(), self.layers)
+        self._uncovered.before_step(self.parameters(), covered)
 
     def _skipped(self) -> bool:
         """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""

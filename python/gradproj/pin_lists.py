@@ -15,11 +15,14 @@ from gradproj.sharding import local_tensors
 class PinLists:
     """Weights, bases, targets and biases, made once: they hold for as long as the parameters stay where they are.
 
+    Attributes:
+        covered: identities of the parameters of the layers.
     Raises:
         RuntimeError: a layer trains other parameters than those that were captured.
     """
 
     def __init__(self, layers: Sequence[Layer], bases: Mapping[str, Basis]):
+        self.covered = {id(p) for layer in layers for p in layer.parameters}
         self._names: list[str] = []
         self._weights: list[Tensor] = []
         self._bases: list[Tensor] = []
@@ -28,11 +31,11 @@ class PinLists:
         self._seen: list[tuple[dict, str, Tensor, Tensor, int, bool]] = []
         for layer in layers:
             basis = bases[layer.name]
-            for name in ("weight", "bias"):
-                p = layer.owner._parameters.get(name)
-                if p is not None:
-                    local = local_tensors([p])[0]
-                    self._seen.append((layer.owner._parameters, name, p, local, local.data_ptr(), p.requires_grad))
+            for module in dict.fromkeys((layer.owner, layer.behind or layer.owner)):
+                for name, p in module._parameters.items():
+                    if p is not None:
+                        local = local_tensors([p])[0]
+                        self._seen.append((module._parameters, name, p, local, local.data_ptr(), p.requires_grad))
             if not trains(layer, basis) or not basis.rank:
                 continue
             self._names.append(layer.name)

@@ -1,13 +1,13 @@
 """What of a model no layer of a null space covers: held during a step, or let go with a warning."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradproj.layers import Layer, running_statistics
+from gradproj.layers import running_statistics
 
 SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 
@@ -42,23 +42,23 @@ class Uncovered:
     def begin_step(self) -> None:
         self._grads, self._versions = {}, {}
 
-    def before_step(self, parameters: Sequence[Tensor], layers: Sequence[Layer]) -> None:
+    def before_step(self, parameters: Sequence[Tensor], covered: Collection[int]) -> None:
         """May be called again in a step, for the gradients that a closure has made since.
 
         Args:
             parameters: of the optimizers.
-            layers: whose parameters are covered.
+            covered: identities of those that are in a layer.
         """
-        covered = {id(p) for layer in layers for p in layer.parameters}
         others = [p for p in parameters if p.requires_grad and id(p) not in covered]
         if self.rest == "hold":
             self._set_aside(others)
-            self._tell_once(self.moving_statistics())
+            self._tell_once("statistics", self.moving_statistics())
         elif others:
             shown = ", ".join(self._name(p) for p in others[:8])
             self._tell_once(
+                "rest",
                 f'NullSpace(rest="train"): {len(others)} trained parameters are not covered, and change what protected layers see: '
-                f"{shown}{', ..' if len(others) > 8 else ''}"
+                f"{shown}{', ..' if len(others) > 8 else ''}",
             )
 
     @torch.no_grad()
@@ -98,9 +98,9 @@ class Uncovered:
                     f'protection.param_groups(lr), in which held parameters are not, or use NullSpace(rest="train")'
                 )
 
-    def _tell_once(self, text: str) -> None:
-        if text and text[:40] not in self._told:
-            self._told.add(text[:40])
+    def _tell_once(self, subject: str, text: str) -> None:
+        if text and subject not in self._told:
+            self._told.add(subject)
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def _name(self, wanted: Tensor) -> str:
