@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from gradproj import reference
+from gradproj import NullSpace, allocation, reference
 
 
 def test_naive_projection_matches_the_oracle():
@@ -31,3 +32,57 @@ def test_naive_loop_refuses_what_would_shift_its_slices():
         reference.orthogonal_gradient_projection(
             model, lambda m: m[0](torch.ones(2)).sum(), lambda m: m[1](torch.ones(2)).sum()
         )
+
+
+class Attention(nn.Module):
+    """q, k and v of one input; with and without biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(20, 12, bias=False) for _ in range(3))
+        self.out, self.last = nn.Linear(12, 20), nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.out(torch.tanh(self.q(x) * self.k(x)) + self.v(x))))
+
+
+@pytest.mark.parametrize("sketched", [False, True], ids=["exact", "sketched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
+    """All ranks, spans and targets, and the learning rates of the layers."""
+    torch.manual_seed(0)
+    model = Attention().to(dtype)
+    dimensions = torch.linalg.qr(torch.randn(20, 20)).Q * 0.7 ** torch.arange(20.0)  # a spectrum that falls
+    batches = [(torch.randn(2, 9, 20) @ dimensions.T).to(dtype) for _ in range(3)]
+
+    def loss(model, x):
+        return model(x)[:, :-1].square().sum()  # the last token does not count
+
+    naive = reference.null_space(model, loss, batches, share=0.3)
+    model.zero_grad()
+    if sketched:  # six dimensions wide enough for those that are kept
+        monkeypatch.setattr("gradproj.nullspace.WIDE", 16)
+        monkeypatch.setattr("gradproj.nullspace.SKETCH", 10)
+    protection = NullSpace(model, share=0.3)
+    with protection.capture():
+        for x in batches:
+            loss(model, x).backward()
+    ranks = {name: basis.rank for name, basis in protection.bases.items()}
+    assert ranks == {name: basis.basis.shape[1] for name, basis in naive.items()} and min(ranks.values()) > 0
+    exact = 1e-10 if dtype == torch.float64 and not sketched else 1e-3 if not sketched else 0.02
+    for name, (basis, target, rest) in naive.items():
+        mine = protection.bases[name]
+        vectors, products = mine.vectors.double(), mine.target.double()
+        assert (vectors @ vectors.T - basis @ basis.T).norm() < exact * ranks[name] ** 0.5
+        assert (products @ vectors.T - target @ basis.T).norm() < exact * target.norm()
+        assert allocation.rest(mine.curvature, mine.rank) == pytest.approx(rest, rel=max(exact, 1e-6) * 10)
+
+    rests = [naive[layer.name].rest for layer in protection.layers]
+    weights = [layer.numel for layer in protection.layers]
+    rates = reference.damped_rates(rests, weights, 0.3)
+    assert sum((1 - r) * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3)
+    expected = {id(layer.weight): 0.1 * rate for layer, rate in zip(protection.layers, rates, strict=True)}
+    for group in protection.param_groups(lr=0.1, damping=0.3):
+        for p in group["params"]:  # rates of a bin of an optimizer's groups are their mean
+            if id(p) in expected:
+                assert group["lr"] == pytest.approx(expected[id(p)], rel=0.15)

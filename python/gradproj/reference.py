@@ -4,11 +4,13 @@ The naive functions are what training scripts do today, kept as they are found s
 The oracles do the same arithmetic in float64 on one flat matrix, and are what every kernel is tested against.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Buffers = Sequence[Tensor | None]
 
@@ -67,6 +69,79 @@ def orthogonal_gradient_projection(
 def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
     """Naive: what one writes from the formula. Moves about 5 N bytes and holds N more, N being the bytes of the weight."""
     return weight - (weight @ basis - target) @ basis.T
+
+
+class NaiveBasis(NamedTuple):
+    """U [inputs, r] and B = W U [outputs, r] of a layer, float64, and the curvature that U leaves in it."""
+
+    basis: Tensor
+    target: Tensor
+    rest: float
+
+
+def null_space(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any], share: float = 0.05
+) -> dict[str, NaiveBasis]:
+    """All of a null space of ``nn.Linear`` layers, naively: what :class:`gradproj.NullSpace` captures, by the layers' names.
+
+    Then after every step of any optimizer W <- ``pin_(W, U, B)``, the bias being W's last column. Holds a matrix of
+    inputs x inputs for every layer, and all of their eigenvectors.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    whole = {name: _with_bias(m).double() for name, m in layers.items()}  # W, and b as the column of an input that is 1
+    moment = {name: torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64) for name, w in whole.items()}
+    square, tokens = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
+
+    def listen(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
+        x = args[0].detach().double().flatten(0, -2)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)[:, : whole[name].shape[1]]
+
+        def hear(gradient: Tensor) -> None:
+            g = gradient.double().flatten(0, -2)
+            counts = (g != 0).any(1)  # not so padding
+            moment[name] += x[counts].T @ x[counts]
+            square[name] += float(g.square().mean(1).sum())
+            tokens[name] += int(counts.sum())
+
+        y.register_hook(hear)
+
+    handles = [m.register_forward_hook(partial(listen, name)) for name, m in layers.items()]
+    for batch in batches:
+        loss(model, batch).backward()
+    for handle in handles:
+        handle.remove()
+
+    values, vectors, curvature = {}, {}, []
+    for name in layers:
+        values[name], vectors[name] = (t.flip(-1) for t in torch.linalg.eigh(moment[name] / tokens[name]))
+        scale = square[name] / tokens[name]  # s of the layer; s a is the curvature of the loss along an eigenvector
+        curvature += [(scale * float(a), name) for a in values[name] if a > 1e-6 * values[name][0]]
+    left, rank = share * sum(w.numel() for w in whole.values()), dict.fromkeys(layers, 0)
+    for _, name in sorted(curvature, reverse=True):
+        left -= len(whole[name])  # an eigenvector fixes as many weights as there are outputs
+        if left < 0:
+            break
+        rank[name] += 1
+    found = {}
+    for name, r in rank.items():
+        basis, rest = vectors[name][:, :r], values[name][r:].sum() / max(1, len(values[name]) - r)
+        found[name] = NaiveBasis(basis, whole[name] @ basis, square[name] / tokens[name] * float(rest))
+    return found
+
+
+def _with_bias(module: nn.Linear) -> Tensor:
+    weight = module.weight.detach()
+    return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None]], dim=1)
+
+
+def damped_rates(rests: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
+    """Layer-wise factors 1 / (1 + rest / c) of a learning rate, c being such that 1 - factor is ``damping`` in the mean."""
+    low, high = 1e-30, 1e30
+    for _ in range(500):
+        c = (low * high) ** 0.5
+        mean = sum(w * r / (r + c) for r, w in zip(rests, weights, strict=True)) / sum(weights)
+        low, high = (c, high) if mean > damping else (low, c)
+    return [c / (r + c) for r in rests]
 
 
 def matrix(rows: Sequence[Buffers]) -> np.ndarray:
