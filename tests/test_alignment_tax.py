@@ -194,7 +194,7 @@ def test_costs_are_counted(base):
     assert cost(kl=0.5) == (0, 1) == cost("dpo")  # the base model
     assert cost(method="orthogonal") == (4, 1)
     assert cost(method="conflict", directions=3, fill=3) == (6, 3)
-    assert cost(method="conflict", directions=8, every=2, fill=4, space="update") == (5, 6)
+    assert cost(method="conflict", directions=8, every=2, fill=4) == (5, 5)
 
 
 def test_null_space_is_captured_once_and_its_memory_counted(base):

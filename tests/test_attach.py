@@ -19,7 +19,6 @@ from training import (
     assert_same,
     descend,
     direction,
-    in_both_spaces,
     loss,
     model_and_batches,
     parameters,
@@ -41,36 +40,27 @@ def muon_and_adamw(model):
     return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)]
 
 
-def jointly_by_hand(optimizers, directions, space, steps):
-    """All gradients together, then the steps of some optimizers; or all that these steps did."""
+def jointly_by_hand(optimizers, directions, steps):
+    """All gradients together, then the steps of some optimizers."""
     owners = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    before = [p.detach().clone() for p in owners]
-    if space == "gradient":
-        gradproj.project_([p.grad for p in owners], *directions, method="conflict")
+    gradproj.project_([p.grad for p in owners], *directions, method="conflict")
     for i in steps:
         optimizers[i].step()
-    if space == "update":
-        update = [b - p.detach() for p, b in zip(owners, before, strict=True)]
-        gradproj.project_(update, *directions, method="conflict")
-        with torch.no_grad():
-            for p, b, u in zip(owners, before, update, strict=True):
-                p.copy_(b - u)
 
 
-@in_both_spaces
 @pytest.mark.parametrize("steps", [(0, 1), (1, 0), (0,), (1,), "alternately"], ids=str)
-def test_a_list_is_projected_jointly(steps, space):
+def test_a_list_is_projected_jointly(steps):
     """A wrapper for each projected the parts of one gradient separately. One may also be left out: a scaler skips it."""
     model, twin, x = twins()
     optimizers, by_hand = muon_and_adamw(model), muon_and_adamw(twin)
-    protected = gradproj.attach(optimizers, gradproj.Directions(2, "conflict", space=space))
+    protected = gradproj.attach(optimizers, gradproj.Directions(2, "conflict"))
     for i, (a, b) in enumerate(zip(x[::2], x[1::2], strict=True)):
         now = (i % 2,) if steps == "alternately" else steps
         protect(model, protected, a)
         for m in (model, twin):
             m.zero_grad()
             loss(m, b, -1.0).backward()
-        jointly_by_hand(by_hand, [[t.clone() for t in row] for row in protected.protection.rows()], space, now)
+        jointly_by_hand(by_hand, [[t.clone() for t in row] for row in protected.protection.rows()], now)
         for k in now:
             optimizers[k].step()
             optimizers[k].zero_grad()  # must not make the next one of the list project what is left, again
@@ -79,14 +69,13 @@ def test_a_list_is_projected_jointly(steps, space):
     assert protected.last.applied and protected.last.gram.shape == (3, 3)
 
 
-@in_both_spaces
-def test_a_list_whose_gradients_come_one_after_the_other(space):
+def test_a_list_whose_gradients_come_one_after_the_other():
     """As a generator's and a discriminator's: the second's are neither projected nor copied when the first one steps."""
     model, twin, x = twins()
     optimizers, by_hand = ([torch.optim.SGD(m[i].parameters(), lr=0.1) for i in (0, 2)] for m in (model, twin))
-    protected = gradproj.attach(optimizers, gradproj.Directions(space=space))
+    protected = gradproj.attach(optimizers, gradproj.Directions())
     protect(model, protected, x[0])
-    d, before = direction(twin, x[0]), parameters(twin)
+    d = direction(twin, x[0])
     for i in range(2):
         for m in (model, twin):
             m[0].requires_grad_(i == 0)
@@ -94,15 +83,9 @@ def test_a_list_whose_gradients_come_one_after_the_other(space):
             m.zero_grad()
             loss(m, x[1]).backward()
         optimizers[i].step()
-        if space == "gradient":
-            project_by_hand(twin, d)
+        project_by_hand(twin, d)
         by_hand[i].step()
-    result = parameters(twin)
-    if space == "update":  # both steps are one
-        update = [b - p for b, p in zip(before, result, strict=True)]
-        gradproj.project_(update, d)
-        result = [b - u for b, u in zip(before, update, strict=True)]
-    assert_same(parameters(model), result, rtol=1e-6, atol=1e-7)
+    assert_same(parameters(model), parameters(twin), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -138,17 +121,15 @@ def test_protected_twice_is_refused(wrapping):
     assert protected.last.applied
 
 
-@in_both_spaces
-def test_detach(space, wrapping):
+def test_detach(wrapping):
     """The plain step again; the protection may go to another optimizer, and the optimizer get another protection."""
     model, twin, x = twins()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = set(vars(optimizer))
-    opt, protected = wrapping(optimizer, space=space)
+    opt, protected = wrapping(optimizer)
     protect(model, protected, x[0])
     loss(model, x[1]).backward()
-    if space == "gradient":
-        protected.project()
+    protected.project()
     protected.detach()
     protected.detach()
     assert set(vars(optimizer)) == before and not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -223,12 +204,11 @@ def through_a_file(x):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "torch.save": through_a_file}
 
 
-@in_both_spaces
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_goes_on_alone_also_under_a_scheduler(how, space):
+def test_a_copy_goes_on_alone_also_under_a_scheduler(how):
     """A scheduler replaces step() on the object by a function of its own, which cannot be pickled, and copied steps the original."""
     model, batches = model_and_batches()
-    opt = projected(adamw(model), 2, "conflict", space=space)
+    opt = projected(adamw(model), 2, "conflict")
     scheduler = lr_scheduler.StepLR(opt, 2)
     train(model, opt, opt, batches[:4], scheduler)
     twin, twin_opt = COPIES[how]((model, opt))

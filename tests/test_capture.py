@@ -241,12 +241,11 @@ def replaced(model):
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("space", ["gradient", "update"])
-def test_replaced_parameters_that_correspond_keep_their_directions(space, wrapping):
+def test_replaced_parameters_that_correspond_keep_their_directions(wrapping):
     results = []
     for swap in (False, True):
         model, x = model_and_batches()
-        opt, protected = wrapping(model, 2, space=space)
+        opt, protected = wrapping(model, 2)
         protect(model, protected, x[0])
         if swap:
             opt.param_groups[0]["params"] = replaced(model)

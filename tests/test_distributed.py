@@ -43,10 +43,6 @@ def test_pipeline_stages_with_a_tied_parameter(pool, world, method):
     pool(world, checks.stages, models.train_alone(method), method)
 
 
-def test_update_space_equals_the_single_process(pool, world):
-    pool(world, checks.training, "fsdp2", models.train_alone("orthogonal", "update"), "orthogonal", "update")
-
-
 CHECKS = [checks.layouts, checks.one_call_form, checks.micro_batches, projections.wrapper_counts, projections.empty_rank,
           projections.group_implied_by_gradients, projections.wrapper_on_empty_rank, projections.non_finite,
           projections.partial_gradient, projections.without_float64, projections.disagreement]  # fmt: skip
@@ -62,9 +58,7 @@ def test_any_lists_equal_the_oracle(pool, world):
     pool(world, projections.random_lists, range(40))
 
 
-@pytest.mark.parametrize(
-    ("way", "how"), [("ddp", "step"), ("ddp", "project"), ("ddp", "update"), ("ddp_bucket_view", "step")]
-)
+@pytest.mark.parametrize(("way", "how"), [("ddp", "step"), ("ddp", "project"), ("ddp_bucket_view", "step")])
 def test_protecting_around_ddp_is_refused_on_every_rank(pool, world, way, how):
     pool(world, projections.around_ddp, way, how)
 

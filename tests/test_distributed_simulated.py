@@ -208,13 +208,12 @@ def protect_and_step(protected, optimizer, parameters):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("space", ["gradient", "update"])
-def test_wrapper_passes_it_on(four_ranks, groups, protection_of, space):
+def test_wrapper_passes_it_on(four_ranks, groups, protection_of):
     """The second parameter is another rank's: it is written, and does not count. A copy knows it too."""
     parameters = [torch.nn.Parameter(ones(2)) for _ in range(2)]
     sharding = Sharding(dist.group.WORLD, "shard", owned=[True, False])
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    protected = protection_of(optimizer, Directions(space=space), sharding=sharding)
+    protected = protection_of(optimizer, Directions(), sharding=sharding)
     protect_and_step(protected, optimizer, parameters)
     assert groups == [dist.group.WORLD] and protected.last.gram.tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert all(torch.equal(p, ones(2)) for p in parameters)
@@ -244,12 +243,11 @@ def test_an_op_never_sees_a_dtensor(four_ranks, groups, protection_of, monkeypat
     gradproj.gram(*rows)
     functional.project_rows(rows[0], rows[1:], methods.parse("conflict"), None, gram_dd)
     assert len(groups) == 3
-    for space in ("gradient", "update"):
-        parameters = [torch.nn.Parameter(on(mesh, [Shard(0)]))]
-        optimizer = torch.optim.SGD(parameters, lr=1.0)
-        protected = protection_of(optimizer, Directions(2, space=space))
-        for _ in range(2):
-            protect_and_step(protected, optimizer, parameters)
+    parameters = [torch.nn.Parameter(on(mesh, [Shard(0)]))]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    protected = protection_of(optimizer, Directions(2))
+    for _ in range(2):
+        protect_and_step(protected, optimizer, parameters)
     assert {name for name, _ in seen} == {"gram", "combine_", "weights"}
     assert all(types <= {torch.Tensor} for _, types in seen)
 

@@ -8,7 +8,6 @@ from training import (
     assert_same,
     descend,
     gradients,
-    in_both_spaces,
     loss,
     model_and_batches,
     parameters,
@@ -47,12 +46,11 @@ def test_grad_scaler(inner, unscale, wrapping):
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("inner", INNER)
-@in_both_spaces
-def test_grad_scaler_skips_an_inf_in_the_gradient(space, inner, unscale, wrapping):
+def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
     """The step is skipped, the directions stay, and the next step is projected. A fused optimizer is called all the same and
     finds the inf itself: the update is zero, and must stay it."""
     model, x = model_and_batches()
-    opt, protected = wrapping(INNER[inner](model.parameters()), space=space)
+    opt, protected = wrapping(INNER[inner](model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     protect(model, protected, x[0])
     before = parameters(model)
@@ -74,13 +72,12 @@ def test_grad_scaler_skips_an_inf_in_the_gradient(space, inner, unscale, wrappin
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("at", [None, 0, 1], ids=["alone", "oldest", "between"])
-@in_both_spaces
-def test_a_direction_that_is_not_finite_is_dropped(space, at, inner, bad, wrapping):
+def test_a_direction_that_is_not_finite_is_dropped(at, inner, bad, wrapping):
     """An overflow in the capability loss would make every Gram non-finite, and so leave every later step unprotected: the
     step is the one without that direction."""
     model, twin, x = twins()
-    opt, protected = wrapping(INNER[inner](model.parameters()), 3, space=space)
-    other, reference = wrapping(INNER[inner](twin.parameters()), 3, space=space)
+    opt, protected = wrapping(INNER[inner](model.parameters()), 3)
+    other, reference = wrapping(INNER[inner](twin.parameters()), 3)
     for i in range(1 if at is None else 3):
         protect(model, protected, x[i], scale=bad if i == (at or 0) else 1.0)
         if i != (at or 0):

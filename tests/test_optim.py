@@ -17,7 +17,6 @@ from training import (
     closure,
     descend,
     direction,
-    in_both_spaces,
     loss,
     parameters,
     project_by_hand,
@@ -67,27 +66,25 @@ class Nesting(torch.optim.SGD):
         return super().step(closure)
 
 
-@in_both_spaces
-def test_a_step_that_calls_its_base_s_step(space, wrapping):
+def test_a_step_that_calls_its_base_s_step(wrapping):
     """torch then has hooks on both: what does not give the same when applied twice was applied twice."""
     model, twin, x = twins()
     results = []
     for m, cls in ((model, torch.optim.SGD), (twin, Nesting)):
-        opt, protected = wrapping(cls(m.parameters(), lr=0.1), 1, "pcgrad", space=space)
+        opt, protected = wrapping(cls(m.parameters(), lr=0.1), 1, "pcgrad")
         results.append(train(m, opt, protected, x))
     assert_same(*results)
 
 
-@in_both_spaces
-def test_after_a_step_that_raised(space, wrapping):
-    """An interrupted step must neither count as one that projected, nor its copy as the state before the next step."""
+def test_after_a_step_that_raised(wrapping):
+    """An interrupted step must not count as one that projected."""
     model, twin, x = twins()
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     for m in (model, twin):
-        opt, protected = wrapping(m, space=space)
+        opt, protected = wrapping(m)
         protect(m, protected, x[0])
         if m is model:
             model[0].weight.data.mul_(2.0)
@@ -236,19 +233,17 @@ def test_closures(inner, form, wrapping):
     assert_same(parameters(model), parameters(twin))
 
 
-@in_both_spaces
-def test_protect_in_a_closure_is_refused(space, wrapping):
+def test_protect_in_a_closure_is_refused(wrapping):
     """LBFGS evaluates its closure many times: each would replace the direction that the step is projected against."""
-    model, x, opt, protected = protecting(wrapping, blocks=0, space=space)
+    model, x, opt, protected = protecting(wrapping, blocks=0)
     with pytest.raises(RuntimeError, match=r"protect\(\) inside the closure of step\(\).*protect before step\(\)"):
         opt.step(lambda: protect(model, protected, x[0]))
     train(model, opt, protected, x[:2])  # and the flag is down again
 
 
-@in_both_spaces
-def test_a_step_during_backward_is_refused(space, wrapping):
+def test_a_step_during_backward_is_refused(wrapping):
     """Optimizer-in-backward: the first parameter's hook comes when the others have no gradient yet."""
-    model, x, opt, _ = protecting(wrapping, space=space)
+    model, x, opt, _ = protecting(wrapping)
     model[0].weight.register_post_accumulate_grad_hook(lambda p: opt.step())
     before = parameters(model)
     with pytest.raises(RuntimeError, match=r"during a backward pass.*call step\(\) after backward\(\)"):

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -33,9 +32,6 @@ WRAPPINGS: dict[str, Callable] = {
     "wrapped": lambda *settings, **named: (projected(*settings, **named),) * 2,
     "attached": _attached,
 }
-
-
-in_both_spaces = pytest.mark.parametrize("space", ["gradient", "update"])
 
 
 def adamw(model, lr=0.01, **settings) -> Optimizer:

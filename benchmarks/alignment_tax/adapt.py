@@ -22,7 +22,7 @@ class Cost(NamedTuple):
             else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
-            directions, the copy of the parameters that update space needs, a null space's bases and targets, K-FAC's bases,
+            directions, a null space's bases and targets, K-FAC's bases,
             EWC's importance and copy of the parameters.
     """
 
@@ -142,7 +142,7 @@ def _optimizer(model: TinyLM, cure: Cure, lr: float, capability: Capability) -> 
     inner = adamw(p for p in model.parameters() if p.requires_grad)
     if cure.method is None:
         return inner, None
-    directions = gradproj.Directions(cure.directions, cure.method, space=cure.space or "gradient")
+    directions = gradproj.Directions(cure.directions, cure.method)
     return gradproj.ProjectedOptimizer(inner, directions), directions
 
 
@@ -188,7 +188,7 @@ def _held(model: TinyLM, protection: gradproj.Directions | gradproj.NullSpace | 
     if protection is None:
         return 0
     if isinstance(protection, gradproj.Directions):
-        return _bytes(model) * (len(protection) + (protection.space == "update"))
+        return _bytes(model) * len(protection)
     # Layers with the same inputs share eigenvectors: each storage counts once.
     tensors = [t for basis in protection.bases.values() for t in (basis.vectors, basis.target) if t is not None]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

@@ -120,7 +120,7 @@ class Cure(NamedTuple):
         method, directions: of gradproj.Directions; no method is without.
         share, pinned: of gradproj.NullSpace, which is captured before the first step; 0 is without. Not pinned, only its
             layer-wise learning rates are used.
-        space: of Directions or NullSpace; empty is their default.
+        space: of NullSpace; empty is its default.
         damping: of NullSpace's learning rates.
         kfac: damping of the two-sided K-FAC reference; 0 is without.
         frozen: embeddings, norms and positions do not train, as under NullSpace and K-FAC.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradproj import checkpoint, functional, methods, sharding
+from gradproj import checkpoint, functional, methods
 from gradproj.capture import Direction
 from gradproj.functional import Row
 from gradproj.kept_gram import KeptGram
@@ -32,16 +32,12 @@ class Directions(Protection):
     depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is divided by.
 
     Args:
-        count: how many directions to keep, 1 to 64 (63 in update space, where the update is a row of its own); each further
-            ``protect()`` block replaces the oldest.
+        count: how many directions to keep, 1 to 64; each further ``protect()`` block replaces the oldest.
         method: ``"orthogonal"``, ``"conflict"``, ``"pcgrad"``, ``("mix", gamma)``, or a callable Gram -> weights; see
             :func:`gradproj.project_`.
         eps: added to every <d, d>; 0 is scale-free.
         per: ``"model"`` projects all parameters as one vector; ``"group"`` those of each parameter group, ``"tensor"`` each
             parameter by itself, in the same passes: the tensors in ``last`` then have a leading dimension.
-        space: ``"gradient"`` projects ``p.grad`` before the inner step. ``"update"`` projects what the inner step did to the
-            parameters, momentum and weight decay included. That takes one copy of the parameters that have gradients (with a
-            closure: of all that require them), N bytes more, kept from step to step.
         dtype: None keeps gradients as they are made, without a copy. bfloat16 or float16 halve the memory of float32
             directions (float16 overflows at 65504 and loses digits below 6e-5). A projection is exact with respect to what
             is stored. Complex gradients are kept as their real view in either case.
@@ -65,7 +61,6 @@ class Directions(Protection):
         *,
         eps: float = 0.0,
         per: Literal["model", "group", "tensor"] = "model",
-        space: Literal["gradient", "update"] = "gradient",
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -73,18 +68,15 @@ class Directions(Protection):
             raise TypeError(f"Directions: count must be an int, got {count!r}")
         if per not in ("model", "group", "tensor"):
             raise ValueError(f'Directions: per must be "model", "group" or "tensor", got {per!r}')
-        if space not in ("gradient", "update"):
-            raise ValueError(f'Directions: space must be "gradient" or "update", got {space!r}')
-        most = MOST - (space == "update")
-        if not 1 <= count <= most:
+        if not 1 <= count <= MOST:
             raise ValueError(
-                f"Directions: count must be 1 to {most}, got {count}; to protect more losses, add several up in one protect() block"
+                f"Directions: count must be 1 to {MOST}, got {count}; to protect more losses, add several up in one protect() block"
             )
         if dtype not in DTYPES:
             raise ValueError(f"Directions: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         self._rule = methods.parse(method, eps)
         self._repeatable = method in ("orthogonal", "conflict")
-        self.count, self.method, self.eps, self.per, self.space, self.dtype = count, method, eps, per, space, dtype
+        self.count, self.method, self.eps, self.per, self.dtype = count, method, eps, per, dtype
         self._rows: deque[Direction] = deque(maxlen=count)
         self._lists: list[Row] | None = None  # the same in the order of _owners, made when needed
         self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
@@ -92,20 +84,17 @@ class Directions(Protection):
         self._gram_dd = KeptGram()
         self._lengths: OnHost | None = None  # of the last projection's directions
         self._projected = ProjectedGradients()
-        self._before: dict[Tensor, Tensor] = {}  # in update space: parameters before the inner step
-        self._stepping = False  # _before is to be compared with the parameters
 
     def __len__(self) -> int:
         """How many directions are protected now."""
         return len(self._rows)
 
     def __repr__(self) -> str:
-        return f"Directions({len(self)} of {self.count}, {self.method!r}, per={self.per!r}, space={self.space!r})"
+        return f"Directions({len(self)} of {self.count}, {self.method!r}, per={self.per!r})"
 
     def clear(self) -> None:
         self._keep(())
         self._owners, self._loaded, self._lengths = [], [], None
-        self._before, self._stepping = {}, False
         self._projected.forget()
 
     def rows(self) -> list[list[Tensor | None]]:
@@ -133,11 +122,6 @@ class Directions(Protection):
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
-        if self.space == "update":
-            if self._rows:
-                self._drop_non_finite()
-                self._copy_parameters(closure is not None, begins)
-            return None if closure is None else self._guarded(closure)
         if closure is not None:
             return self._guarded(closure, then=lambda: self.before_step(None))
         # Not in a function of its own: from opt.step() to the op there are six frames.
@@ -151,13 +135,8 @@ class Directions(Protection):
 
     def after_step(self) -> None:
         self._projected.forget()
-        if self._stepping:
-            self._stepping = False
-            self._project_update()
 
     def project(self) -> Projection | None:
-        if self.space == "update":
-            super().project()
         self._ranks_agree.check(self.parameters())
         if not self._rows:
             return None
@@ -180,40 +159,6 @@ class Directions(Protection):
             self._lengths = OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
-
-    @torch.no_grad()
-    def _copy_parameters(self, any_may_change: bool, begins: bool) -> None:
-        """What the step may change: what has a gradient, or may get one in a closure. The memory is that of the last step."""
-        memory, kept = ({}, self._before) if self._stepping and not begins else (self._before, {})
-        changing = [p for p in self.parameters() if p.grad is not None or (any_may_change and p.requires_grad)]
-        changing = [p for p in changing if p not in kept]
-        copies = [t if (t := memory.get(p)) is not None and _fits(t, p) else torch.empty_like(p) for p in changing]
-        if changing:  # foreach takes neither an empty list nor a mixture of DTensors and plain tensors
-            torch._foreach_copy_(sharding.local_tensors(copies), sharding.local_tensors(changing))
-        self._before = kept | dict(zip(changing, copies, strict=True))
-        self._stepping = True
-
-    @torch.no_grad()
-    def _project_update(self) -> None:
-        """The update u = before - after is made in the memory of the copy; with its weights w, u becomes w_0 u + sum w_k d_k,
-        which is what (1, 1 - w_0, -w_1, ..) makes of the rows (after, u, d_1, ..)."""
-        parameters = self.parameters()
-        after = [p.detach() if p in self._before else None for p in parameters]
-        update = [self._before.get(p) for p in parameters]
-        mine = [p for p in parameters if p in self._before]
-        if mine:
-            before = sharding.local_tensors([self._before[p] for p in mine])
-            torch._foreach_sub_(before, sharding.local_tensors([p.detach() for p in mine]))
-        call: tuple | None = None
-        for call in self._calls(parameters, update):
-            self.last = functional.weigh_rows(*call)
-        if call is None or self.last is None:
-            return
-        update, rows, *_, part, num_parts = call
-        change = -self.last.weights
-        change[..., 0] += 1.0
-        weights = torch.cat([torch.ones_like(change[..., :1]), change], dim=-1)
-        functional.combine_parts(after, [update, *rows], weights, part, num_parts)
 
     def _keep(self, rows: Iterable[Direction]) -> None:
         """Other directions than before."""
@@ -304,20 +249,15 @@ class Directions(Protection):
     def release(self) -> None:
         super().release()
         self._projected.forget()
-        self._before, self._stepping = {}, False
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {"_before": {}, "_gram_dd": KeptGram(), "_lists": None, "_stepping": False}
-        return {**super().__getstate__(), **mine, "_projected": ProjectedGradients(), "_lengths": None}
+        mine = {"_gram_dd": KeptGram(), "_lists": None, "_projected": ProjectedGradients(), "_lengths": None}
+        return {**super().__getstate__(), **mine}
 
 
 def _reads_for_free(t: Tensor) -> bool:
     """Elsewhere it would synchronise."""
     return t.device.type == "cpu"
-
-
-def _fits(t: Tensor, p: Tensor) -> bool:
-    return t.shape == p.shape and t.dtype == p.dtype and t.device == p.device
 
 
 def _kind(p: Tensor) -> tuple:

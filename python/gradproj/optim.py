@@ -126,8 +126,8 @@ def attach(
     Args:
         optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps is taken.
             A list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients before the
-            first of them steps. In update space the projection comes when the last one has stepped; if one is left out,
-            with the next step, ``protect()`` or ``state_dict()``.
+            first of them steps, and weights are pinned when the last one has stepped; if one is left out, with the next step,
+            ``protect()`` or ``state_dict()``.
         protection, sharding: as for :class:`ProjectedOptimizer`.
     Returns:
         Attached: ``protect()``, ``project()``, ``unprotect()``, ``last``, ``detach()``. Hooks do not survive copying or

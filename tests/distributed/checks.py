@@ -55,12 +55,12 @@ def assert_same_on_all_ranks(value) -> None:
     assert all(v == value for v in gathered), gathered
 
 
-def training(rank: int, world: int, way: str, expected: list[list[Tensor]], method, space: str = "gradient") -> None:
+def training(rank: int, world: int, way: str, expected: list[list[Tensor]], method) -> None:
     """Projected gradients of every step and the parameters after them. With DDP, and only there, ranks are compared once."""
     run, read, numbers = models.WAYS[way](rank, world), [], ranks._numbers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_numbers", lambda tensors: read.append(tensors) or numbers(tensors))
-        actual = models.train(run, method, space)
+        actual = models.train(run, method)
     assert len(read) == (3 if "ddp" in way else 0)  # parameters, direction, gradients
     if way == "fsdp1":  # its gradients are flat parts
         with FullyShardedDataParallel.summon_full_params(run.model):

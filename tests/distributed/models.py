@@ -133,26 +133,25 @@ def fsdp2_tp(rank: int, world: int) -> Run:
 WAYS = {w.__name__: w for w in (ddp, ddp_bucket_view, fsdp1, fsdp2, hsdp, tp, fsdp2_tp)}
 
 
-def train(run: Run, method, space: str = "gradient", steps: int = 5) -> list[list[Tensor]]:
-    """Projected gradients of every step (in gradient space), and the parameters at the end, as this rank holds them."""
+def train(run: Run, method, steps: int = 5) -> list[list[Tensor]]:
+    """Projected gradients of every step, and the parameters at the end, as this rank holds them."""
     parameters = list(run.model.parameters())
     inner = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-    opt = ProjectedOptimizer(inner, Directions(2, method, space=space), sharding=run.sharding)
+    opt = ProjectedOptimizer(inner, Directions(2, method), sharding=run.sharding)
     history = []
     for step in range(steps):
         if step % 2 == 0:
             with opt.protect():
                 run.backward(step, 1)
         run.backward(step, 0)
-        if space == "gradient":
-            opt.project()
-            history.append([whole(p.grad) for p in parameters if p.grad is not None])
+        opt.project()
+        history.append([whole(p.grad) for p in parameters if p.grad is not None])
         opt.step()
         opt.zero_grad()
     return [*history, [whole(p) for p in parameters]]
 
 
 @functools.cache
-def train_alone(method, space: str = "gradient") -> list[list[Tensor]]:
+def train_alone(method) -> list[list[Tensor]]:
     """The run of a single process, which no rank may be: it would be compared with the others."""
-    return train(Run(build(), lambda x: x), method, space)
+    return train(Run(build(), lambda x: x), method)

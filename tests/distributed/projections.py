@@ -207,9 +207,8 @@ def without_float64(rank: int, world: int) -> None:
 def around_ddp(rank: int, world: int, way: str, how: str) -> None:
     """The backward pass inside protect() skips DDP: every rank says so, and nothing was projected or stepped."""
     run = models.WAYS[way](rank, world)
-    space = "update" if how == "update" else "gradient"
     inner = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    opt = ProjectedOptimizer(inner, Directions(1, space=space), sharding=run.sharding)
+    opt = ProjectedOptimizer(inner, Directions(1), sharding=run.sharding)
     with opt.protect():
         run._replace(model=run.model.module).backward(0, 1)
     run.backward(0, 0)
