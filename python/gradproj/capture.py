@@ -1,8 +1,9 @@
-"""Moving a backward pass's gradients out of ``p.grad``: without a copy, except where somebody else may write the memory."""
+"""A backward pass's gradients, apart from those that are there: set aside, taken without a copy where that is safe, put back."""
 
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
@@ -21,11 +22,10 @@ DEEPSPEED = (
 )
 
 
-class Captured:
-    """What a block made. ``gradients`` is filled when it ends."""
+class Aside:
+    """What a block with gradients of its own is asked when it ends."""
 
     def __init__(self, parameters: list[Tensor]):
-        self.gradients: Direction = {}
         self._parameters = parameters
         self._reached = False
         first = next((p for p in parameters if p.requires_grad), None)
@@ -57,39 +57,45 @@ class Captured:
 
 
 @contextlib.contextmanager
-def captured(parameters: Callable[[], list[Tensor]]) -> Iterator[Captured]:
-    """The gradients that backward passes inside the block make.
-
-    ``p.grad`` is None when the block begins and what it was before when it has ended, also after an exception, which leaves
-    the result empty.
+def gradients_aside(parameters: Callable[[], list[Tensor]]) -> Iterator[Aside]:
+    """``p.grad`` is None when the block begins, and what it was before when it has ended, also after an exception.
 
     Args:
         parameters: gives the parameters; asked again at the end, since the block may replace some.
-    Raises: as :meth:`gradproj.protection.Protection.capture`.
+    Raises:
+        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; DeepSpeed owns the parameters.
     """
     owners = parameters()
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
         raise RuntimeError(f"protect(): {DEEPSPEED}")
     watches = _watch(owners)
     # Contents are kept too where a backward pass may overwrite them.
-    aside = [(p, g, g.clone() if g is not None and _shares_storage(g) else None) for p in owners for g in [p.grad]]
+    before = [(p, g, g.clone() if g is not None and _shares_storage(g) else None) for p in owners for g in [p.grad]]
     for p in owners:
         p.grad = None
-    taken = Captured(owners)
+    aside = Aside(owners)
     try:
-        yield taken
-        taken.gradients = {p: _take(p, i) for i, p in enumerate(parameters()) if p.grad is not None}
+        yield aside
     finally:
-        taken.end()
+        aside.end()
         for watch in watches:
             watch.remove()
         for p in parameters():
             p.grad = None
-        for p, grad, contents in aside:
+        for p, grad, contents in before:
             if grad is not None and contents is not None:
                 with torch.no_grad():
                     grad.copy_(contents)
             p.grad = grad
+
+
+def take(parameters: list[Tensor]) -> Direction:
+    """The gradients of ``parameters``, to keep: not copied, except those whose memory somebody else may write.
+
+    Raises:
+        NotImplementedError: a gradient is sparse.
+    """
+    return {p: _take(p, i) for i, p in enumerate(parameters) if p.grad is not None}
 
 
 def _take(p: Tensor, index: int) -> Tensor:
@@ -161,3 +167,27 @@ def _stepped(i: int, p: Tensor) -> RuntimeError:
         f"(optimizer-in-backward); a projection needs the gradients of all parameters at once: remove that hook and call "
         f"step() after backward()"
     )
+
+
+class CaptureBlock:
+    """A context manager that warns if it was never entered: ``opt.protect()`` without ``with`` protects nothing."""
+
+    def __init__(self, block: contextlib.AbstractContextManager[None]):
+        self._block = block
+        self._entered = False
+
+    def __enter__(self) -> None:
+        self._entered = True
+        self._block.__enter__()
+
+    def __exit__(self, *error) -> bool | None:
+        return self._block.__exit__(*error)
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn(
+                "protect() was called without `with`: nothing was protected; write `with opt.protect():` around the "
+                "backward pass",
+                RuntimeWarning,
+                stacklevel=2,
+            )

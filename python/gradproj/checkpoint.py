@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 _PREFIX = "protected_"
 
@@ -57,20 +56,6 @@ def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list
                 )
             found.setdefault(k, {})[p] = t.to(p.device)
     return [found.get(k, {}) for k in range(max(found, default=-1) + 1)]
-
-
-def live(optimizer: Optimizer) -> dict[str, Any]:
-    """A ``state_dict()`` with the directions that an optimizer keeps as its own, because it loaded them before they had an owner."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: optimizer.state[p] for i, p in enumerate(parameters) if p in optimizer.state}
-    return {"state": state, "param_groups": [{"params": range(len(parameters))}]}
-
-
-def remove_from(optimizer: Optimizer) -> None:
-    """Make it forget them."""
-    rest = without_directions({"state": optimizer.state})["state"]
-    optimizer.state.clear()
-    optimizer.state.update(rest)
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

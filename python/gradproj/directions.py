@@ -1,5 +1,6 @@
 """Directions: K gradients of the capability loss, over all parameters as one vector, that a step leaves alone."""
 
+import contextlib
 import operator
 import warnings
 from collections import deque
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from gradproj import checkpoint, functional, methods
-from gradproj.capture import Direction
+from gradproj.capture import CaptureBlock, Direction, gradients_aside, take
 from gradproj.functional import Row
 from gradproj.kept_gram import KeptGram
 from gradproj.projected import OnHost, ProjectedGradients
 from gradproj.projection import Projection
 from gradproj.protection import Closure, Protection
+from gradproj.ranks import RanksAgree
 
 MOST = 64  # what the kernels take in one pass
 DTYPES = (None, torch.bfloat16, torch.float16)
@@ -54,6 +56,8 @@ class Directions(Protection):
         opt.zero_grad()
     """
 
+    captures_once = False
+
     def __init__(
         self,
         count: int = 1,
@@ -77,6 +81,8 @@ class Directions(Protection):
         self._rule = methods.parse(method, eps)
         self._repeatable = method in ("orthogonal", "conflict")
         self.count, self.method, self.eps, self.per, self.dtype = count, method, eps, per, dtype
+        self._last: Projection | None = None
+        self._ranks_agree = RanksAgree()
         self._rows: deque[Direction] = deque(maxlen=count)
         self._lists: list[Row] | None = None  # the same in the order of _owners, made when needed
         self._owners: list[Tensor] = []  # the parameters when the directions were last used, to find replaced ones
@@ -105,7 +111,42 @@ class Directions(Protection):
         """
         return [[*row] for row in self._in_order_of(self.parameters())]
 
-    def _add(self, taken: Direction) -> None:
+    @property
+    def last(self) -> Projection | None:
+        return self._last
+
+    def metrics(self) -> dict[str, float]:
+        """``removed``: length of the change over that of the gradient; ``cosine_min``: of the gradient with a direction."""
+        if self._last is None:
+            return {}
+        return {"removed": self._last.removed.max().item(), "cosine_min": self._last.cosine.min().item()}
+
+    def capture(self) -> CaptureBlock:
+        """Context manager: the gradients made inside are a direction.
+
+        Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it ends.
+        The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket views,
+        gradients that share memory, gradients that the caller keeps. An exception inside leaves everything as it was.
+
+        Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
+
+        Raises:
+            RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the block
+                is inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass;
+                DeepSpeed owns the parameters.
+            NotImplementedError: a gradient is sparse.
+        """
+        return CaptureBlock(self._capture())
+
+    @contextlib.contextmanager
+    def _capture(self) -> Iterator[None]:
+        with self._while_capturing(), gradients_aside(self.parameters) as aside:
+            yield
+            taken = take(self.parameters())
+        alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
+        if not taken and alone:  # in a group, a rank may own nothing
+            raise RuntimeError(f"protect(): {aside.why_empty()}")
+        self._ranks_agree.tell(self.parameters(), taken, self.sharding)
         self._drop_non_finite()
         parameters = self.parameters()
         self._follow(parameters)
@@ -124,12 +165,13 @@ class Directions(Protection):
         self._check_step()
         if closure is not None:
             return self._guarded(closure, then=lambda: self.before_step(None))
+        self._ranks_agree.check(self.parameters())
         # Not in a function of its own: from opt.step() to the op there are six frames.
         parameters = self.parameters()
         grads = [p.grad for p in parameters]
         if self._rows and not self._projected.holds(parameters, grads, self._repeatable):
             for call in self._calls(parameters, grads):
-                self.last = functional.project_rows(*call)
+                self._last = functional.project_rows(*call)
             self._projected.remember(parameters, grads, watch=len(self._optimizers) > 1)
         return None
 
@@ -143,9 +185,9 @@ class Directions(Protection):
         parameters = self.parameters()
         grads = [p.grad for p in parameters]
         for call in self._calls(parameters, grads):
-            self.last = functional.project_rows(*call)
+            self._last = functional.project_rows(*call)
         self._projected.remember(parameters, grads, watch=True)
-        return self.last
+        return self._last
 
     def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
         """What a projection takes; and again, if it has found directions that are not finite, for which it writes nothing."""
@@ -154,8 +196,8 @@ class Directions(Protection):
             rows, part = self._in_order_of(parameters), self._parts(parameters)
             gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
             yield grads, rows, self._rule, self.sharding, gram_dd, *part
-            assert self.last is not None
-            lengths = self.last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
+            assert self._last is not None
+            lengths = self._last.gram.diagonal(dim1=-2, dim2=-1)[..., 1:]
             self._lengths = OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
@@ -229,6 +271,9 @@ class Directions(Protection):
         self._follow(self.parameters())
         return checkpoint.insert(state_dict, [[row.get(p) for p in parameters] for row in self._rows])
 
+    def strip(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return checkpoint.without_directions(state_dict)
+
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
         again. The newest, if there are too many."""
@@ -252,7 +297,7 @@ class Directions(Protection):
 
     def __getstate__(self) -> dict[str, Any]:
         mine = {"_gram_dd": KeptGram(), "_lists": None, "_projected": ProjectedGradients(), "_lengths": None}
-        return {**super().__getstate__(), **mine}
+        return {**super().__getstate__(), **mine, "_ranks_agree": RanksAgree()}
 
 
 def _reads_for_free(t: Tensor) -> bool:

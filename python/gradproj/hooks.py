@@ -11,7 +11,6 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradproj import checkpoint
 from gradproj.capture import DEEPSPEED
 from gradproj.protection import Protection
 from gradproj.sharding import Sharding
@@ -59,8 +58,16 @@ class Hooks:
 
     def _adopt(self, optimizer: Optimizer) -> None:
         """Take over what the optimizer keeps as its own, because it loaded a checkpoint without these hooks."""
-        self.protection.load_state(checkpoint.live(optimizer), _parameters(optimizer))
-        checkpoint.remove_from(optimizer)
+        parameters = _parameters(optimizer)
+        state = {i: optimizer.state[p] for i, p in enumerate(parameters) if p in optimizer.state}
+        live = {"state": state, "param_groups": [{"params": range(len(parameters))}]}
+        self.protection.load_state(live, parameters)
+        left = self.protection.strip(live)["state"]
+        for i, mine in state.items():
+            if i not in left:
+                del optimizer.state[parameters[i]]
+            elif left[i] is not mine:
+                optimizer.state[parameters[i]] = left[i]
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
         """The same, where its class may load in a way of its own, as those of bitsandbytes do."""
@@ -122,13 +129,13 @@ class Hooks:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self.settle()
-        return self.protection.state(checkpoint.without_directions(state_dict), _parameters(optimizer))
+        return self.protection.state(self.protection.strip(state_dict), _parameters(optimizer))
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._stepped.clear()  # what a round that is not complete has done is of no interest any more
         self.protection.load_state(state_dict, _parameters(optimizer))
         # The optimizer would cast directions to its parameters' dtype and keep them as its own.
-        return checkpoint.without_directions(state_dict)
+        return self.protection.strip(state_dict)
 
     def remove(self) -> None:
         if not self._handles:

@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 from gradproj import allocation, basis_file, coverage, layers, sharding
 from gradproj.basis import Basis, add_earlier, make_bases, report
-from gradproj.capture import Direction, captured
+from gradproj.capture import CaptureBlock, gradients_aside
 from gradproj.gathered_ranks import group_of, sum_over_ranks
 from gradproj.layers import Layer
 from gradproj.moments import WIDE, Gather
 from gradproj.pin_lists import PinLists, project_gradients
 from gradproj.precision import without_autocast
-from gradproj.projection import Pin
+from gradproj.projection import Pin, Projection
 from gradproj.proof import Proof
-from gradproj.protection import CaptureBlock, Closure, Protection
+from gradproj.protection import Closure, Protection
 from gradproj.uncovered import Uncovered
 
 SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
@@ -68,6 +68,8 @@ class NullSpace(Protection):
     of inputs; Martens & Grosse 2015 (K-FAC) for the curvature of a layer as inputs times output gradients.
     """
 
+    captures_once = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -93,7 +95,7 @@ class NullSpace(Protection):
         self.space, self.every, self.group = space, every, group
         self.layers = layers.find(model, modules)
         self.bases: dict[str, Basis] = {}  # by the layers' names
-        self.last: Pin | None = None  # type: ignore[assignment]
+        self._last: Pin | None = None
         self._since_pin = 0
         self._lists: PinLists | None = None
         self._uncovered = Uncovered(model, rest)
@@ -110,6 +112,14 @@ class NullSpace(Protection):
     @property
     def rest(self) -> Literal["hold", "train"]:
         return self._uncovered.rest
+
+    @property
+    def last(self) -> Pin | None:
+        return self._last
+
+    def metrics(self) -> dict[str, float]:
+        """``moved``: how far the last step had moved the protected products, over all layers."""
+        return {} if self._last is None else {"moved": self._last.moved.norm().item()}
 
     def __len__(self) -> int:
         """How many layers are protected now."""
@@ -157,23 +167,19 @@ class NullSpace(Protection):
 
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
-        self._check_capture()
         layers.refuse_trained_adapters(self.layers)
         if moving := self._uncovered.moving_statistics():
             raise RuntimeError(moving)
         self.pin()
         gather, proof = Gather(self.layers, self._sketch), Proof(self.layers)
-        self._capturing = True
-        try:
-            with captured(self._trained) as taken, gather.listening(), proof.listening():
-                yield
-        finally:
-            self._capturing = False
+        with self._while_capturing(), gradients_aside(self._trained) as aside, gather.listening(), proof.listening():
+            yield
+            reached = any(p.grad is not None for p in self._trained())
         group = group_of(self.model, self.group, self.sharding, gather.ddp)
         sum_over_ranks(gather, self.layers, proof.silent, group)
         if not any(gather.tokens):
-            reached = "none of the layers that it covers received a gradient: give it batches that use them"
-            raise RuntimeError(f"NullSpace: {reached if taken.gradients else taken.why_empty()}")
+            others = "none of the layers that it covers received a gradient: give it batches that use them"
+            raise RuntimeError(f"NullSpace: {others if reached else aside.why_empty()}")
         with without_autocast(self.layers[0].weight.device):
             add_earlier(gather, self.layers, self.bases)
             self.bases = make_bases(gather, self.layers, self.share, self._most)
@@ -198,9 +204,6 @@ class NullSpace(Protection):
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _add(self, taken: Direction) -> None:
-        raise NotImplementedError("a NullSpace is made of inputs, not of gradients")
 
     def _sketch(self, layer: Layer) -> int | None:
         return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
@@ -230,26 +233,24 @@ class NullSpace(Protection):
         protection is in gradient space."""
         if not self.bases or self.space != "weights":
             return None
-        self.last = self._current_lists().pin()
+        self._last = self._current_lists().pin()
         self._since_pin = 0
-        return self.last
+        return self._last
 
     def _current_lists(self) -> PinLists:
         if self._lists is None or not self._lists.current():
             self._lists = PinLists(self.layers, self.bases)
         return self._lists
 
-    def project(self) -> Pin | None:  # type: ignore[override]
-        if self.space == "weights":
-            super().project()
-        return self._project_gradients()
+    def project(self) -> Projection | Pin | None:
+        return super().project() if self.space == "weights" else self._project_gradients()
 
     @torch.no_grad()
     def _project_gradients(self) -> Pin | None:
         if not self.bases:
             return None
-        self.last = project_gradients(self.layers, self.bases)
-        return self.last
+        self._last = project_gradients(self.layers, self.bases)
+        return self._last
 
     def _prepare_gradients(self) -> None:
         if not self.bases:
@@ -365,6 +366,9 @@ class NullSpace(Protection):
         bases = basis_file.pack(self.layers, self.bases)
         entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": bases}
         return {**state_dict, "null_space": entry}
+
+    def strip(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in state_dict.items() if key != "null_space"}
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         entry = state_dict.get("null_space")

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from gradproj.capture import CaptureBlock
 from gradproj.hooks import Hooks, inner_optimizer
 from gradproj.projection import Pin, Projection
-from gradproj.protection import CaptureBlock, Protection
+from gradproj.protection import Protection
 from gradproj.sharding import Sharding
 
 

@@ -1,50 +1,53 @@
-"""What a protection is: the four calls that the optimizer wrapper makes, and what all protections have in common.
+"""What a protection is: what the optimizer's wrapper and the integrations ask of it, and what all protections have in common.
 
-``capture()`` is the body of ``opt.protect()``; ``before_step()`` and ``after_step()`` surround the inner optimizer's step;
-``state()`` and ``load_state()`` travel with its checkpoints. The wrapper knows nothing else.
+``capture()`` is the body of ``opt.protect()``; ``before_step()`` and ``after_step()`` surround the inner optimizer's step; ``state()``,
+``strip()`` and ``load_state()`` travel with its checkpoints; ``metrics()`` is for a log. The wrapper knows nothing else.
 """
 
 import abc
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradproj.capture import Direction, captured
-from gradproj.projection import Projection
-from gradproj.ranks import RanksAgree
+from gradproj.capture import CaptureBlock
+from gradproj.projection import Pin, Projection
 from gradproj.sharding import Sharding
 
 Closure = Callable[[], Any]
 
 
 class Protection(abc.ABC):
-    """Base class of :class:`gradproj.Directions`. One protection belongs to one optimizer, or to one list of them.
+    """Base class of all protections. One belongs to one optimizer, or to one list of them.
 
     Attributes:
-        last: what the last projection did, as device tensors; None before the first.
+        captures_once: whether one capture before training is all that it needs; else fresh ones are wanted again and again.
         sharding: of the parameters, as given to the wrapper.
     """
 
+    captures_once: ClassVar[bool]
+
     def __init__(self) -> None:
-        self.last: Projection | None = None
         self.sharding: Sharding | None = None
         self._optimizers: Sequence[weakref.ref[Optimizer]] = ()  # weak, as they own the hooks that own this
         self._capturing = self._in_closure = False
-        self._ranks_agree = RanksAgree()
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """How much is protected; with 0 the next step is the plain step."""
 
+    @property
     @abc.abstractmethod
-    def _add(self, taken: Direction) -> None:
-        """Take the gradients that a capture block has made."""
+    def last(self) -> Projection | Pin | None:
+        """What the protection did last, as device tensors; None before the first time."""
+
+    @abc.abstractmethod
+    def capture(self) -> CaptureBlock:
+        """Context manager: backward passes inside say what to protect. ``p.grad`` is set aside meanwhile."""
 
     @abc.abstractmethod
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
@@ -66,8 +69,12 @@ class Protection(abc.ABC):
         """An optimizer's ``state_dict``, with what is protected of its ``parameters`` in it."""
 
     @abc.abstractmethod
+    def strip(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The reverse: ``state_dict`` as the inner optimizer knows it."""
+
+    @abc.abstractmethod
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """The reverse. A ``state_dict`` without anything protected changes nothing.
+        """Take what :meth:`state` put in. A ``state_dict`` without anything protected changes nothing.
 
         Raises:
             ValueError: what is protected there does not fit ``parameters``. Nothing is changed.
@@ -77,7 +84,11 @@ class Protection(abc.ABC):
     def clear(self) -> None:
         """Forget what is protected: the next step is the plain step."""
 
-    def project(self) -> Projection | None:
+    @abc.abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """What the last step did, for a log; reading it waits for the device. Empty before the first."""
+
+    def project(self) -> Projection | Pin | None:
         """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
 
         Returns:
@@ -87,28 +98,13 @@ class Protection(abc.ABC):
         """
         raise RuntimeError(f"project(): {type(self).__name__} with these settings acts inside step()")
 
-    def pin(self) -> Any:
+    def pin(self) -> Pin | None:
         """Bring the weights back to what is protected now, for evaluation and before a checkpoint."""
         raise RuntimeError(f"pin(): {type(self).__name__} does not pin weights")
 
-    def capture(self) -> "CaptureBlock":
-        """Context manager: protect what the gradients made inside say.
-
-        Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it ends.
-        The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket views,
-        gradients that share memory, gradients that the caller keeps. An exception inside leaves everything as it was.
-
-        Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
-
-        Raises:
-            RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the block
-                is inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass;
-                DeepSpeed owns the parameters.
-            NotImplementedError: a gradient is sparse.
-        """
-        return CaptureBlock(self._capture())
-
-    def _check_capture(self) -> None:
+    @contextlib.contextmanager
+    def _while_capturing(self) -> Iterator[None]:
+        """Refuses a capture inside of another, or of a closure, and steps inside of it."""
         if self._capturing:
             raise RuntimeError(
                 "protect() inside another protect(): several backward passes in one block add up already"
@@ -118,21 +114,11 @@ class Protection(abc.ABC):
                 "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), under "
                 "Lightning in on_train_batch_start()"
             )
-
-    @contextlib.contextmanager
-    def _capture(self) -> Iterator[None]:
-        self._check_capture()
         self._capturing = True
         try:
-            with captured(self.parameters) as taken:
-                yield
+            yield
         finally:
             self._capturing = False
-        alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
-        if not taken.gradients and alone:  # in a group, a rank may own nothing
-            raise RuntimeError(f"protect(): {taken.why_empty()}")
-        self._ranks_agree.tell(self.parameters(), taken.gradients, self.sharding)
-        self._add(taken.gradients)
 
     def bind(self, optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
         """Belong to these optimizers, whose ``param_groups`` are asked anew each time.
@@ -175,7 +161,6 @@ class Protection(abc.ABC):
                 "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
                 "once; remove that hook and call step() after backward()"
             )
-        self._ranks_agree.check(self.parameters())
 
     def _guarded(self, closure: Closure, then: Callable[[], Any] | None = None) -> Closure:
         """``closure``, in which protect() is refused, and ``then`` after each call of it."""
@@ -193,29 +178,4 @@ class Protection(abc.ABC):
         return guarded
 
     def __getstate__(self) -> dict[str, Any]:
-        # The owner binds a copy to its own optimizer.
-        return {**self.__dict__, "_optimizers": (), "_ranks_agree": RanksAgree()}
-
-
-class CaptureBlock:
-    """A context manager that warns if it was never entered: ``opt.protect()`` without ``with`` protects nothing."""
-
-    def __init__(self, block: contextlib.AbstractContextManager[None]):
-        self._block = block
-        self._entered = False
-
-    def __enter__(self) -> None:
-        self._entered = True
-        self._block.__enter__()
-
-    def __exit__(self, *error) -> bool | None:
-        return self._block.__exit__(*error)
-
-    def __del__(self) -> None:
-        if not self._entered:
-            warnings.warn(
-                "protect() was called without `with`: nothing was protected; write `with opt.protect():` around the "
-                "backward pass",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        return {**self.__dict__, "_optimizers": ()}  # the owner binds a copy to its own optimizer

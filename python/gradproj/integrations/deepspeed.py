@@ -43,7 +43,7 @@ def protect(protection: NullSpace) -> list[RemovableHandle]:
 
     Tried with DeepSpeed 0.19.8.
     """
-    if not isinstance(protection, NullSpace):
+    if not hasattr(protection, "bases"):
         raise TypeError(f"deepspeed.protect() takes a gradproj.NullSpace, got {type(protection).__name__}")
     if protection.space != "gradient":
         raise ValueError('deepspeed.protect(): DeepSpeed steps copies of the weights: use NullSpace(space="gradient")')

@@ -13,9 +13,7 @@ from transformers import TrainerCallback
 
 from gradproj.dtensors import is_dtensor
 from gradproj.hooks import inner_optimizer
-from gradproj.nullspace import NullSpace
 from gradproj.optim import Attached, attach
-from gradproj.projection import Pin
 from gradproj.protection import Protection
 from gradproj.sharding import of_replicas
 
@@ -64,8 +62,10 @@ class ProtectCallback(TrainerCallback):
                 f"ProtectCallback: data must be a list of batches or a DataLoader, which can be gone through again, got "
                 f"{type(data).__name__}"
             )
-        if isinstance(protection, NullSpace) and every is not None:
-            raise ValueError("ProtectCallback: a NullSpace is captured once; every= is for Directions")
+        if protection.captures_once and every is not None:
+            raise ValueError(
+                f"ProtectCallback: a {type(protection).__name__} is captured once; every= is for Directions"
+            )
         if every is not None and every < 1:
             raise ValueError(f"ProtectCallback: every must be >= 1, got {every}")
         self.protection, self.data, self.loss, self.every = protection, data, loss or _own_loss, every or 1
@@ -78,9 +78,9 @@ class ProtectCallback(TrainerCallback):
             if self._attached is not None:
                 self._attached.detach()
             # The Trainer hands out the model inside of DDP. Directions are averaged here.
-            replicas = of_replicas(model.parameters()) if isinstance(self.protection, NullSpace) else None
+            replicas = of_replicas(model.parameters()) if self.protection.captures_once else None
             self._attached = attach(inner, self.protection, sharding=replicas)
-        if not isinstance(self.protection, NullSpace):
+        if not self.protection.captures_once:
             begun = -(-state.global_step // self.every)  # directions that an interrupted run has taken
             self._batches = islice(self._endless(), begun, None)
         elif state.global_step:
@@ -91,27 +91,22 @@ class ProtectCallback(TrainerCallback):
                     self._backward(model, batch)
 
     def on_step_begin(self, args, state, control, model=None, **_):
-        if self._attached is None or isinstance(self.protection, NullSpace) or state.global_step % self.every:
+        if self._attached is None or self.protection.captures_once or state.global_step % self.every:
             return
         with self._attached.protect():
             self._backward(model, next(self._batches))
             _average_over_replicas(self.protection.parameters())
 
     def on_save(self, args, state, control, **_):
-        if isinstance(self.protection, NullSpace):
+        if self.protection.captures_once:
             entry = self.protection.state({}, ())  # by every rank: shards are gathered
             if args.should_save:
                 torch.save(entry, _file(args, state.global_step))
 
     def on_log(self, args, state, control, logs=None, **_):
-        last = self.protection.last
-        if last is None or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        if isinstance(last, Pin):
-            found = {"gradproj/moved": last.moved.norm().item()}
-        else:
-            cosine = last.cosine.flatten()
-            found = {"gradproj/removed": last.removed.max().item(), "gradproj/cosine_min": cosine.min().item()}
+        found = {f"gradproj/{name}": value for name, value in self.protection.metrics().items()}
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
@@ -130,7 +125,7 @@ class ProtectCallback(TrainerCallback):
                 raise ValueError("ProtectCallback: data has no batch")
 
     @staticmethod
-    def _resume(protection: NullSpace, args, step: int) -> None:
+    def _resume(protection: Protection, args, step: int) -> None:
         path = _file(args, step)
         if not path.exists():
             raise FileNotFoundError(

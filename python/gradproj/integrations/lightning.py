@@ -6,8 +6,8 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from gradproj.nullspace import NullSpace
 from gradproj.optim import Attached, attach
+from gradproj.protection import Protection
 from gradproj.sharding import of_replicas
 
 
@@ -30,8 +30,8 @@ class ProtectCallback(lightning.Callback):
         lightning.Trainer(max_epochs=3, callbacks=[protect]).fit(module, data)
     """
 
-    def __init__(self, protection: NullSpace, data: Iterable[Any], loss: Callable[[Any, Any], Tensor]):
-        if not isinstance(protection, NullSpace):
+    def __init__(self, protection: Protection, data: Iterable[Any], loss: Callable[[Any, Any], Tensor]):
+        if not isinstance(protection, Protection) or not protection.captures_once:
             raise TypeError(
                 f"ProtectCallback: protection must be a NullSpace, got {type(protection).__name__}; for Directions call protect() in "
                 f"on_train_batch_start()"
