@@ -114,7 +114,9 @@ def test_the_same_share_of_every_layer():
 def test_missing_packages_are_named_with_the_way_to_them(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(model, "NEEDED", ("json", "no_such_package"))
-    with pytest.raises(SystemExit, match='not installed: no_such_package.*pip install --no-build-isolation -e ".\\[real\\]"'):
+    with pytest.raises(
+        SystemExit, match='not installed: no_such_package.*pip install --no-build-isolation -e ".\\[real\\]"'
+    ):
         command.main([])
 
 
