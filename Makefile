@@ -90,7 +90,7 @@ wheel: $(VENV)/.built  ## dist/*.whl, for every Python and torch; GRADPROJ_CUDA=
 bench: $(VENV)/.built $(TESTED)  ## fused against naive, the best plain torch, and the limit
 	@$(RUN) -m pytest benchmarks -q
 
-docs: $(VENV)/.built  ## build/docs/index.html; warnings are errors, and nothing is fetched
+docs: $(VENV)/.built $(VENV)/.test  ## build/docs/index.html; warnings are errors, and nothing is fetched
 	@$(PIP) -q "sphinx>=8" "myst-parser>=4" furo
 	@$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs && echo build/docs/index.html
 

