@@ -1,6 +1,7 @@
 """setup.py: what it refuses before anything is compiled, what it asks the compilers for, and what it says. The compilers and torch
 are stand-ins, so nothing is compiled here; `make compat` builds in earnest."""
 
+import importlib
 import os
 import re
 import shutil
@@ -278,3 +279,13 @@ def test_a_command_installs_what_it_uses(tmp_path, command):
 
 def test_the_model_is_not_asked_for_with_its_dependencies():
     assert not re.search(r'^[a-z]+ = .*"llm', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_the_newest_torch_is_what_the_index_says(monkeypatch):
+    """It was capped by hand, so that 2.15 was out for weeks and nobody tried it."""
+    monkeypatch.setattr(sys, "argv", ["compat.py"])  # it takes its options when it is imported
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    compat = importlib.import_module("compat")
+    assert compat.newest_in("torch (2.9.1)\nAvailable versions: 2.9.1, 2.16.0+cpu, 2.15.0\n  LATEST: 3.0.0") == "2.16.0"
+    with pytest.raises(compat.Failed):
+        compat.newest_in("ERROR: No matching distribution found for torch")
