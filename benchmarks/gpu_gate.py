@@ -45,7 +45,8 @@ def stages(options: argparse.Namespace, machine: dict[str, str]) -> list[Stage]:
     arch = machine.get("capability", "")
     build = script("gpu_build.py", "--device", options.device, "--arch", arch, "--no-triton", *library)
     load = script("gpu_measure.py", "load", options.device)
-    found = [Stage("build", 150, build), Stage("load", 30, load, needs="build")]
+    limit = 150 if options.device == "cuda" else 300  # a machine with a GPU has more than two cores
+    found = [Stage("build", limit, build), Stage("load", 30, load, needs="build")]
     if options.only or not options.second:
         found += measurements(options.device, ["--quick"] if options.quick else [])
     if options.only or options.second:
@@ -174,7 +175,8 @@ def summary(record: Record) -> str:
     machine = content["machine"]
     lines = [f"{machine['machine']}; torch {machine['torch']}; {machine['date']}; commit {machine['commit']}"]
     lines += ["Small lists stand in for the named ones."] if content["quick"] else []
-    lines += ["", table(content["rows"]), ""]
+    lines += ["", table(content["rows"])] if content["rows"] else []
+    lines += [""]
     lines += [f"{s['name']:16} {s['result']}, {s['seconds']:.0f} s" for s in content["stages"]]
     return "\n".join([*lines, f"written: {record.path}"])
 

@@ -282,7 +282,7 @@ def test_the_model_is_not_asked_for_with_its_dependencies():
 
 
 def test_the_newest_torch_is_what_the_index_says(monkeypatch):
-    """It was capped by hand, so that 2.15 was out for weeks and nobody tried it."""
+    """It was capped by hand: 2.15 was out and nobody tried it."""
     monkeypatch.setattr(sys, "argv", ["compat.py"])  # it takes its options when it is imported
     monkeypatch.syspath_prepend(ROOT / "tests")
     compat = importlib.import_module("compat")
