@@ -111,6 +111,8 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
         Failed: it did not succeed within what is left of the time. The end of its output and the command have been printed.
     """
     say(version, step)
+    # A constraint of the machine's would put another torch in the place of the one that is tried, even as the package is installed.
+    variables = {"PIP_CONSTRAINT": os.devnull, **variables}
     # PYTHONPATH would bring another gradproj in; a build's progress would stay in Python's buffer.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1", **variables}
     left = 60 * OPTIONS.minutes - (time.monotonic() - START)
@@ -183,8 +185,7 @@ def environment(version: str) -> Path:
     tools = [*pip_install(python), "numpy", "pytest", "hypothesis", "scipy", "safetensors"]
     if not python.exists():
         run(version, f"environment {home.relative_to(ROOT)}", [sys.executable, "-m", "venv", str(home)])
-    # The release is named, so that no constraint of the machine's, which may hold torch back, has a say.
-    run(version, "torch, 3 to 6 GB where it is not there yet", torch, downloads, PIP_CONSTRAINT=os.devnull)
+    run(version, "torch, 3 to 6 GB where it is not there yet", torch, downloads)
     run(version, "test tools", tools, downloads)
     return python
 

@@ -281,11 +281,21 @@ def test_the_model_is_not_asked_for_with_its_dependencies():
     assert not re.search(r'^[a-z]+ = .*"llm', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
-def test_the_newest_torch_is_what_the_index_says(monkeypatch):
-    """It was capped by hand: 2.15 was out and nobody tried it."""
+@pytest.fixture
+def compat(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compat.py"])  # it takes its options when it is imported
     monkeypatch.syspath_prepend(ROOT / "tests")
-    compat = importlib.import_module("compat")
+    return importlib.import_module("compat")
+
+
+def test_the_newest_torch_is_what_the_index_says(compat):
+    """It was capped by hand: 2.15 was out and nobody tried it."""
     assert compat.newest_in("torch (2.9.1)\nAvailable versions: 2.9.1, 2.16.0+cpu, 2.15.0\n  LATEST: 3.0.0") == "2.16.0"
     with pytest.raises(compat.Failed):
         compat.newest_in("ERROR: No matching distribution found for torch")
+
+
+def test_a_constraint_of_the_machine_takes_no_part(compat, monkeypatch):
+    """`pip install` of the package put the newest torch that the machine allowed in the place of the one under test."""
+    monkeypatch.setenv("PIP_CONSTRAINT", "/somebody/elses.txt")
+    assert compat.run("2.15.0", "step", ["sh", "-c", "echo $PIP_CONSTRAINT"]) == os.devnull
