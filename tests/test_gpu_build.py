@@ -1,6 +1,8 @@
 """The GPU gate's build, with a compiler that only makes files: what is under test is where they go."""
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,8 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done
 def work(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_build, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_build, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_build, "MADE", tmp_path / "work" / "triton-cache")
+    monkeypatch.setattr(gpu_build, "TRITON", tmp_path / "work" / "triton")
     monkeypatch.setattr(sys, "argv", ["gpu_build.py", "--device", "cpu"])
     return tmp_path
 
@@ -77,3 +81,42 @@ def test_the_key_is_of_all_that_a_library_is_made_of(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_build.importlib.metadata, "version", lambda name: "9.9")
     keys.append(gpu_build.key("cpu", ""))
     assert len(set(keys)) == 6
+
+
+COMPILE = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "9.0", "124M bf16"]
+
+
+def compile_into(folder):
+    """In a process of its own, as on another day: what it said of the kernels."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(COMPILE, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_triton_finds_what_was_compiled_without_a_gpu(work, monkeypatch):
+    """Triton looks for a kernel's files where they were written, so that a cache which was taken along was compiled anew."""
+    pytest.importorskip("triton")
+    assert "3 kernels compiled, 0 found" in compile_into(gpu_build.MADE)
+    (work / "work").rename(work / "moved")
+    monkeypatch.setattr(gpu_build, "MADE", work / "moved" / "triton-cache")
+    monkeypatch.setattr(gpu_build, "TRITON", work / "moved" / "triton")
+    unfinished = gpu_build.TRITON / f"{next(gpu_build.MADE.iterdir()).name}.unfinished"
+    unfinished.mkdir(parents=True)  # as a copy that was cut off leaves it
+    gpu_build.take_triton()
+    gpu_build.take_triton()  # of a second call
+    shutil.rmtree(gpu_build.MADE)
+    files = sorted(gpu_build.TRITON.rglob("*"))
+    assert "0 kernels compiled, 3 found" in compile_into(gpu_build.TRITON)
+    assert sorted(gpu_build.TRITON.rglob("*")) == files
+
+
+@pytest.mark.parametrize(("arguments", "compiled"), [([], ["9.0"]), (["--no-triton"], [])])
+def test_triton_is_compiled_beforehand_and_not_on_the_gpu(work, monkeypatch, arguments, compiled):
+    library = work / "_cuda.so"
+    library.touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_build.py", "--arch", "9.0", "--library", str(library), *arguments])
+    asked = []
+    monkeypatch.setattr(gpu_build, "compile_triton", lambda arch: asked.append(arch) or 0)
+    assert gpu_build.main() == 0 and asked == compiled

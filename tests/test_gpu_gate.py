@@ -31,12 +31,24 @@ import machine
 import pytest_gate
 
 
-def options(device):
-    return SimpleNamespace(device=device, quick=True, library=None)
+def call(device, second=False, only=None):
+    options = SimpleNamespace(device=device, quick=True, library=None, second=second, only=only)
+    return [gpu_gate.first_stage(device), *gpu_gate.stages(options, {})]
 
 
-def names(device):
-    return [gpu_gate.first_stage(device).name, *(stage.name for stage in gpu_gate.stages(options(device), {}))]
+def names(device, second=False, only=None):
+    return [stage.name for stage in call(device, second, only)]
+
+
+def test_pins_come_right_after_smoke_then_projections():
+    """They came ninth, after 885 s of limits within a deadline of 530."""
+    first = call("cuda")
+    assert names("cuda")[:6] == ["machine", "build", "load", "smoke", "measure-pin", "measure-cuda"]
+    assert sum(stage.limit for stage in first[:6]) <= 530
+    second = call("cuda", second=True)
+    assert [s.name for s in second] == ["machine", "build", "load", "tests", "memcheck", "racecheck"]
+    assert sum(stage.limit for stage in second if stage.name != "build") <= 530
+    assert names("cuda", only=["tests"]) == [*names("cuda"), *names("cuda", second=True)[3:]]
 
 
 def cpu_library():
@@ -69,7 +81,8 @@ def seen(checkout):
     return {p: (p.lstat().st_mtime_ns, p.lstat().st_size) for p in [checkout, *outside]}
 
 
-def test_dry_run_in_a_checkout_that_is_only_read(checkout, tmp_path):
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+def test_dry_run_in_a_checkout_that_is_only_read(checkout, tmp_path, second):
     """Without git, a network, or anything on PATH, with a PYTHONPATH of somebody else's."""
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
@@ -84,20 +97,26 @@ def test_dry_run_in_a_checkout_that_is_only_read(checkout, tmp_path):
         "--quick",
         "--deadline",
         "300",
+        *(["--second"] if second else []),
     ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert seen(checkout) == before
     (path,) = out.glob("*.json")
     result = json.loads(path.read_text())
-    assert {stage["name"]: stage["result"] for stage in result["stages"]} == dict.fromkeys(names("cpu"), "passed")
+    wanted = names("cpu", second)
+    assert {stage["name"]: stage["result"] for stage in result["stages"]} == dict.fromkeys(wanted, "passed")
     outputs = {stage["name"]: stage["output"] for stage in result["stages"]}
-    assert "found: " in outputs["build"] and "16 small projections are right" in outputs["smoke"]
-    assert re.search(r"[1-9]\d* passed", outputs["tests"]) and "PASSED" in path.with_suffix(".log").read_text()
+    assert "found: " in outputs["build"]
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["commit"] == "unknown"
-    wanted = [case.name for case in (*gpu_measure.pin_cases(True), *gpu_measure.cases(True))]
-    compiled = [f"{n}, torch.compile" for n in wanted if n.startswith("124M")]
-    assert [row["case"] for row in result["rows"]] == [*wanted, *compiled]
+    if second:
+        assert re.search(r"[1-9]\d* passed", outputs["tests"]) and "PASSED" in path.with_suffix(".log").read_text()
+        assert "54 projections went through" in outputs["sanitize"] and "9 pins went through" in outputs["sanitize"]
+        return
+    assert "16 small projections are right" in outputs["smoke"] and "9 small pins are right" in outputs["smoke"]
+    cases = [case.name for case in (*gpu_measure.pin_cases(True), *gpu_measure.cases(True))]
+    compiled = [f"{n}, torch.compile" for n in cases if n.startswith("124M")]
+    assert [row["case"] for row in result["rows"]] == [*cases, *compiled]
     assert all(row["seconds"] and not row["wrong"] and not row["error"] for row in result["rows"])
     assert "| K = 32 fp32, Gram known | cpu |" in done.stdout and "measure-compiled passed" in done.stdout
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu_gate
 import gpu_measure
+import gpu_predicted
 import gpu_stages
 import harness
 import pinned
@@ -27,21 +28,47 @@ def told_rows(capsys):
 
 def test_every_row_of_the_cuda_kernels_has_a_prediction():
     rows = [case.name for case, _ in gpu_measure.jobs("cuda", "cuda", quick=False)]
-    assert len(rows) == len(set(rows)) and set(rows) == set(gpu_measure.PREDICTED)
-    of_triton = [case.name for case, _ in gpu_measure.jobs("triton", "cuda", quick=False)]
-    assert of_triton == [*gpu_measure.PREDICTED_PIN, *rows]
+    assert len(rows) == len(set(rows)) and set(rows) == set(gpu_predicted.OF_PROJECTIONS)
+    assert [case.name for case, _ in gpu_measure.jobs("triton", "cuda", quick=False)] == rows
+    pins = [case.name for case, _ in gpu_measure.pin_jobs("triton", "cuda", quick=False)]
+    assert pins == list(gpu_predicted.OF_PINS)
+
+
+H100, H200 = gpu_predicted.GPUS["NVIDIA H100 80GB HBM3"], gpu_predicted.GPUS["NVIDIA H200"]
+
+
+@pytest.mark.parametrize(
+    ("of", "case", "gpu", "low", "high"),
+    [
+        ("cuda", "124M fp32", H100, 0.93, 0.98),
+        ("cuda", "124M fp32", H200, 0.90, 0.97),  # the same launches beside faster memory
+        ("cuda", "K = 32 fp32", H200, 0.178, 0.204),
+        ("cuda", "300 x 64", H200, 75e-6, 230e-6),
+        ("triton", "pin 1B bf16, r = 64", H200, 0.40, 0.50),
+        ("triton", "pin 1B bf16, r = 256", H200, 0.14, 0.19),
+    ],
+)
+def test_predictions_are_of_the_device(of, case, gpu, low, high):
+    assert gpu_predicted.PREDICTED[of][case].on(gpu) == pytest.approx((low, high), rel=0.02)
+
+
+def test_an_unknown_device_gets_no_prediction():
+    """One of an H100 stood beside whatever was measured."""
+    row = harness.Row("124M fp32", "cuda", 2, [], share_of_limit=0.95)
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H200 MIG 1g.18gb", "NVIDIA B200", "no CUDA device"):
+        assert gpu_measure.judged(row, gpu=gpu_predicted.GPUS.get(name))["predicted"] is None
 
 
 @pytest.mark.parametrize(
     ("share", "word"), [(0.95, "inside"), (0.5, "OUTSIDE"), (1.0, "OUTSIDE"), (None, "not measured")]
 )
 def test_predicted_beside_measured(share, word):
-    told = gpu_measure.judged(harness.Row("124M fp32", "cuda", 2, [], share_of_limit=share))
+    told = gpu_measure.judged(harness.Row("124M fp32", "cuda", 2, [], share_of_limit=share), gpu=H100)
     assert told["inside"] is (word == "inside")
     measured = "" if share is None else f"{share:.0%}"
     assert f"| 124M fp32 | cuda | 93% to 98% | {measured} | {word} |" in gpu_gate.table([told])
     assert gpu_gate.show({"row": told}).endswith(f"{measured}; predicted 93% to 98%: {word}")
-    assert gpu_measure.judged(harness.Row("124M fp32", "triton", 2, [], share_of_limit=share))["predicted"] is None
+    assert gpu_measure.judged(harness.Row("124M fp32", "triton", 2, []), gpu=H100)["predicted"] is None
 
 
 def test_rows_without_a_time_are_shown():
@@ -78,6 +105,7 @@ class PretendedGpu:
         real_layers = pinned.make_layers
         monkeypatch.setattr(pinned, "make_layers", lambda case, device: real_layers(case, "cpu"))
         monkeypatch.setattr(harness, "GPU_COPY_BYTES", 1 << 16)
+        monkeypatch.setattr(gpu_measure, "device_name", lambda device: "NVIDIA H200")
         randn = lambda *size, device, generator=None: real_randn(*size, generator=generator)
         monkeypatch.setattr(torch, "randn", randn)
         monkeypatch.setattr(gradproj, "use_backend", lambda name, real=gradproj.use_backend: real("cpu"))
@@ -128,7 +156,7 @@ def pretended_gpu(monkeypatch):
 def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
     assert gpu_measure.tell_rows(gpu_measure.jobs("cuda", "cuda", quick=True), "cuda") == 0
     rows = told_rows(capsys)
-    assert {row["case"] for row in rows} == set(gpu_measure.PREDICTED)
+    assert {row["case"] for row in rows} == set(gpu_predicted.OF_PROJECTIONS)
     for row in rows:
         captured = row["case"].endswith("captured")
         assert row["seconds"] > 0 and row["predicted"]
@@ -136,9 +164,8 @@ def test_rows_of_a_pretended_gpu(pretended_gpu, capsys):
 
 
 def test_pin_rows_of_a_pretended_gpu(pretended_gpu, capsys):
-    todo = [job for job in gpu_measure.jobs("triton", "cuda", quick=True) if isinstance(job[0], pinned.PinCase)]
-    assert gpu_measure.tell_rows(todo, "triton") == 0
-    for row, name in zip(told_rows(capsys), gpu_measure.PREDICTED_PIN, strict=True):
+    assert gpu_measure.tell_rows(gpu_measure.pin_jobs("triton", "cuda", quick=True), "triton") == 0
+    for row, name in zip(told_rows(capsys), gpu_predicted.OF_PINS, strict=True):
         assert row["case"] == name and row["predicted"] and row["measured"] > 0 and row["host_seconds"] > 0
         assert row["times_naive"] > 0 and row["times_best_torch"] > 0
 
@@ -147,6 +174,22 @@ def test_a_wrong_pin_has_no_time(monkeypatch):
     monkeypatch.setattr(pinned, "fused", lambda layers: layers[-1][0].add_(1.0))
     row = pinned.measure(gpu_measure.pin_cases(quick=True)[1])
     assert row.wrong == ["fused"] and row.seconds is None
+
+
+def test_smoke_names_a_pin_that_is_wrong(monkeypatch, capsys):
+    """Tails, bias, strides and r = 200, each against float64."""
+    small = gpu_measure.small_pins("cpu")
+    for word in ("tails", "bias", "strided", "transposed", "r = 200"):
+        assert any(word in p.name for p in small)
+
+    def wrong(weights, bases, targets, biases, real=gradproj.pin_):
+        real(weights, bases, targets, biases)
+        weights[0][-1, -1] += 0.1
+        biases[5][-1] += 0.1
+
+    monkeypatch.setattr(gradproj, "pin_", wrong)
+    assert gpu_measure.wrong_pins("cpu") == [small[0].name, small[5].name]
+    assert gpu_measure.smoke("cpu", "cpu") == 1 and f"wrong: ['{small[0].name}'" in capsys.readouterr().out
 
 
 def test_a_graph_that_does_nothing_is_wrong(pretended_gpu):

