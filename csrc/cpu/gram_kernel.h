@@ -5,25 +5,27 @@ namespace {
 
 // Order of summation of one pair over n elements: lane by lane over a section, sections ascending over a tile, tiles ascending in
 // double. It is the same in every kernel here and for any number of rows, so the product of two rows depends on nothing but
-// them. What a kernel chooses is how many sections it sums side by side, so that additions need not wait for each other.
+// them. A section starts from zero: its additions need not wait for those of the section before it.
 //
-// Of equal elements every float32 addition may round the same way. 40 of them, at most 32 in a section and 16 sections, cost 7e-7.
-constexpr int64_t kSectionBytes = GRADPROJ_VECTOR_BYTES == 16 ? 256 : 512;
+// Of equal elements every float32 addition may round the same way. At most 40 of them, 8 in a section and 32 sections, cost 7e-7.
+constexpr int kSteps = 8;  // of a section
 template <typename Row>
-constexpr int64_t kSection = kSectionBytes / GRADPROJ_VECTOR_BYTES * Row::kElements;
+constexpr int64_t kSection = kSteps * Row::kElements;
 
 // Rows of a block. Its sums and rows have to fit the registers: 16 of them, or AVX-512's 32.
 constexpr int kBlock = GRADPROJ_VECTOR_BYTES == 64 ? 5 : 3;
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// Calls add(count, at, length) for `count` neighbouring sections of `length` elements from `at` on, until all of [begin, end) are
-// done: kSets whole ones at a time, then one by one. count is a compile-time constant.
-template <int kSets, int64_t kLength, typename F>
-inline __attribute__((always_inline)) void for_sections(int64_t begin, int64_t end, const F& add) {
-  if constexpr (kSets > 1)
-    for (; begin + kSets * kLength <= end; begin += kSets * kLength) add(Count<kSets>{}, begin, kLength);
-  for (; begin < end; begin += kLength) add(Count<1>{}, begin, at_most(end - begin, kLength));
+// Calls step(i) for every step of a section from `at` on, or of what is left of it in front of `end`; the first inline if few.
+template <typename Row, bool kInline, typename F>
+inline __attribute__((always_inline)) void for_steps(int64_t at, int64_t end, const F& step) {
+  constexpr int kUnrolled = kInline ? kSteps : 2;
+  if (end - at >= kSection<Row>)
+    for (int64_t i = at; i < at + kSection<Row>; i += kUnrolled * Row::kElements)
+      GRADPROJ_UNROLL for (int u = 0; u < kUnrolled; ++u) step(i + u * Row::kElements);
+  else
+    for (; at < end; at += Row::kElements) step(at);
 }
 
 // Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle, y
@@ -36,26 +38,22 @@ inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin,
   const S *x[kX], *y[kY];
   GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) x[a] = x_rows[a];
   GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b];
-  const auto add = [&](auto count, int64_t at, int64_t length) __attribute__((always_inline)) {
-    constexpr int kSets = decltype(count)::value;
-    V set[kSets][kX][kY];
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-        GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[u][a][b] = V{};
-    for (int64_t i = at; i < at + length; i += Row::kElements)
-      GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-        GRADPROJ_UNROLL for (int v = 0; v < Row::kVectors; ++v) {
-          V vx[kX], vy[kY];
-          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i + u * kSection<Row>, v);
-          if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i + u * kSection<Row>, v);
-          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-            GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[u][a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
-        }
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-      GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
-        GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[u][a][b];
-  };
-  for_sections<kPairs <= 3 ? 4 : kPairs <= 6 ? 2 : 1, kSection<Row>>(begin, end, add);
+  for (int64_t at = begin; at < end; at += kSection<Row>) {
+    V set[kX][kY];
+    GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+      GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[a][b] = V{};
+    for_steps<Row, kPairs <= 6>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+      GRADPROJ_UNROLL for (int v = 0; v < Row::kVectors; ++v) {
+        V vx[kX], vy[kY];
+        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i, v);
+        if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i, v);
+        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+          GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
+      }
+    });
+    GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
+      GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[a][b];
+  }
 }
 
 // Up to kBlock rows: each is read once.
@@ -131,32 +129,23 @@ inline void row_products(const G* g, const void* const* rows, int64_t begin, int
     x[r] = static_cast<const S*>(rows[r]);
     products[r] = V{};
   }
-  const auto add = [&](auto count, int64_t at, int64_t length) __attribute__((always_inline)) {
-    constexpr int kSets = decltype(count)::value;
-    V own_set[kSets], set[kSets][kRows];
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-      own_set[u] = V{};
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[u][r] = V{};
-    }
-    for (int64_t step = at; step < at + length; step += First::kElements)
-      GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-        const int64_t i = step + u * kSection<First>;
-        V y[First::kVectors];
-        GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) {
-          y[v] = First::load(g + i, v);
-          if (kOwn) own_set[u] += y[v] * y[v];
-        }
-        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
-          if (kRows >= 3) prefetch(x[r] + i);
-          GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) set[u][r] += y[v] * Other::load(x[r] + i, v);
-        }
+  for (int64_t at = begin; at < end; at += kSection<First>) {
+    V own_set{}, set[kRows];
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[r] = V{};
+    for_steps<First, kRows <= 4>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+      V y[First::kVectors];
+      GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) {
+        y[v] = First::load(g + i, v);
+        if (kOwn) own_set += y[v] * y[v];
       }
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-      if (kOwn) own += own_set[u];
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[u][r];
-    }
-  };
-  for_sections<kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1, kSection<First>>(begin, end, add);
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+        if (kRows >= 3) prefetch(x[r] + i);
+        GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) set[r] += y[v] * Other::load(x[r] + i, v);
+      }
+    });
+    if (kOwn) own += own_set;
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[r];
+  }
   if (kOwn) widen<T>(own, own_sum);
   GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(products[r], sums[r]);
 }
