@@ -4,60 +4,64 @@ namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
 // Order of summation of one pair over n elements. It is the same in every kernel here and for any number of rows, so the product
-// of two rows depends on nothing but them:
-//   a chain adds kSteps steps, lane by lane, from zero;
-//   a section of kChains * kSteps steps has chain c take step c and every kChains-th after it; what is left of a tile after its last
-//   section is in chains of neighbouring steps;
-//   the chains of a tile are added up in their order, and tiles in double.
-// A kernel of few rows walks the chains of a section side by side, because an addition waits for the one before it.
+// of two rows depends on nothing but them: lane by lane over the vectors of a section, from zero; sections ascending over a tile,
+// the even elements of 16-bit rows before the odd ones; tiles ascending, in double; what does not fill a vector at the end.
+// Sections start from zero so that a processor can compute several at a time: their additions do not wait for each other.
 //
-// Of equal elements every float32 addition may round the same way. At most 40 of them, 8 in a chain and 32 chains, cost 7e-7.
-constexpr int kSteps = 8;
-constexpr int kChains = 4;
+// Of equal elements every float32 addition may round the same way. At most 40 of them, 8 in a section and 32 sections, cost 7e-7.
+constexpr int kSteps = 8;  // of a section
+template <typename Row>
+constexpr int64_t kSection = kSteps * Row::kElements;
 
 // Rows of a block. Its sums and rows have to fit the registers: 16 of them, or AVX-512's 32.
 constexpr int kBlock = GRADPROJ_VECTOR_BYTES == 64 ? 5 : 3;
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// Calls add(count, at, stride, steps) for all chains of elements [begin, end), part of a tile from a section's start on: `count`
-// of them at a time, a constant, the first from element `at` on in steps of `stride` elements, each further one a step behind.
-template <typename Row, int kSets, typename F>
-inline __attribute__((always_inline)) void for_chains(int64_t begin, int64_t end, const F& add) {
-  constexpr int64_t kStep = Row::kElements, kSection = kChains * kSteps * kStep;
-  static_assert(kTile % kSection == 0);
-  for (; begin + kSection <= end; begin += kSection)
-    for (int c = 0; c < kChains; c += kSets) add(Count<kSets>{}, begin + c * kStep, kChains * kStep, kSteps);
-  for (; begin < end; begin += kSteps * kStep)
-    add(Count<1>{}, begin, kStep, static_cast<int>(at_most((end - begin) / kStep, kSteps)));
+// Calls step(i) for the steps of a section from element `at` on, as many as there are in front of `end`.
+template <typename Row, typename F>
+inline __attribute__((always_inline)) void for_steps(int64_t at, int64_t end, const F& step) {
+  if (end - at >= kSection<Row>)
+    for (int64_t i = at; i < at + kSection<Row>; i += 2 * Row::kElements) step(i), step(i + Row::kElements);
+  else
+    for (; at < end; at += Row::kElements) step(at);
 }
 
-// Adds the products of kX rows x with kY rows y in kSets chains to a vector per pair; if kTriangle, y is x and only pairs a <= b
-// count. Each load serves several products.
-template <typename T, typename S, int kX, int kY, bool kTriangle, int kSets>
-inline void block(const S* const* x_rows, const S* const* y_rows, int64_t at, int64_t stride, int steps,
-                  typename Vector<T>::type* vectors) {
+// How many of the vectors of a step are summed side by side: all, if the registers hold their sums.
+template <typename Row>
+constexpr int side_by_side(int sums) {
+  return sums * Row::kVectors <= (GRADPROJ_VECTOR_BYTES == 64 ? 20 : 10) ? Row::kVectors : 1;
+}
+
+// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle, y
+// is x and only pairs a <= b count. Each load serves several products.
+template <typename T, typename S, int kX, int kY, bool kTriangle>
+inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end, typename Vector<T>::type* vectors) {
   using Row = Step<T, S, false>;
   using V = typename Row::V;
+  constexpr int kSide = side_by_side<Row>(kTriangle ? kX * (kX + 1) / 2 : kX * kY);
   const S *x[kX], *y[kY];
-  V set[kSets][kX][kY];
-  GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) x[a] = x_rows[a] + at;
-  GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b] + at;
-  GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-    GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-      GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[u][a][b] = V{};
-  for (int64_t i = 0; i < steps * stride; i += stride)
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-      GRADPROJ_UNROLL for (int v = 0; v < Row::kVectors; ++v) {
-        V vx[kX], vy[kY];
-        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i + u * Row::kElements, v);
-        if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i + u * Row::kElements, v);
+  GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) x[a] = x_rows[a];
+  GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b];
+  for (int64_t at = begin; at < end; at += kSection<Row>)
+    GRADPROJ_UNROLL for (int first = 0; first < Row::kVectors; first += kSide) {
+      V set[kSide][kX][kY];
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
         GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-          GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[u][a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
-      }
-  GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u)
-    GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
-      GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[u][a][b];
+          GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[v][a][b] = V{};
+      for_steps<Row>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+          V vx[kX], vy[kY];
+          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i, first + v);
+          if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i, first + v);
+          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+            GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[v][a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
+        }
+      });
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
+        GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
+          GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[v][a][b];
+    }
 }
 
 // Up to kBlock rows: each is read once.
@@ -68,44 +72,41 @@ void gram_one_block(const S* const* rows, int64_t n, PairSum* sums) {
   for (int64_t tile = 0; tile < n; tile += kTile) {
     V vectors[kPairs];
     GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) vectors[p] = V{};
-    for_chains<Step<T, S, false>, kPairs <= 3 ? 4 : kPairs <= 6 ? 2 : 1>(
-        tile, tile + at_most(n - tile, kTile), [&](auto count, int64_t at, int64_t stride, int steps) __attribute__((always_inline)) {
-          block<T, S, kRows, kRows, true, decltype(count)::value>(rows, rows, at, stride, steps, vectors);
-        });
+    block<T, S, kRows, kRows, true>(rows, rows, tile, tile + at_most(n - tile, kTile), vectors);
     GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
 
-// All pairs of any number of rows in one chain, block by block, to vectors in that order.
+// All pairs of any number of rows over elements [begin, end), block by block, to vectors in that order.
 template <typename T, typename S>
-inline void add_blocks(const S* const* rows, int num_rows, int64_t at, int64_t stride, int steps, typename Vector<T>::type* vectors) {
+inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_t end, typename Vector<T>::type* vectors) {
   for (int i = 0; i < num_rows; i += kBlock) {
     with_count<kBlock>(at_most(num_rows - i, kBlock), [&](auto count) {
       constexpr int kX = decltype(count)::value;
-      block<T, S, kX, kX, true, 1>(rows + i, rows + i, at, stride, steps, vectors);
+      block<T, S, kX, kX, true>(rows + i, rows + i, begin, end, vectors);
       vectors += kX * (kX + 1) / 2;
     });
     for (int j = i + kBlock; j < num_rows; j += kBlock)
       with_count<kBlock>(at_most(num_rows - j, kBlock), [&](auto count) {
         constexpr int kY = decltype(count)::value;
-        block<T, S, kBlock, kY, false, 1>(rows + i, rows + j, at, stride, steps, vectors);
+        block<T, S, kBlock, kY, false>(rows + i, rows + j, begin, end, vectors);
         vectors += kBlock * kY;
       });
   }
 }
 
-// All blocks go through a chain before they go on: its elements are in L1 for all of them, and the processor's prefetchers see all
-// rows advance side by side.
+// All blocks go through a section before they go on: the processor's prefetchers then see all rows advance side by side, and run
+// ahead of them while the blocks compute.
 template <typename T, typename S>
 void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   using V = typename Vector<T>::type;
+  constexpr int64_t kLength = kSection<Step<T, S, false>>;
   const int pairs = num_rows * (num_rows + 1) / 2;
   V* vectors = reinterpret_cast<V*>(sums + pairs);
   for (int64_t tile = 0; tile < n; tile += kTile) {
+    const int64_t end = tile + at_most(n - tile, kTile);
     for (int p = 0; p < pairs; ++p) vectors[p] = V{};
-    for_chains<Step<T, S, false>, 1>(tile, tile + at_most(n - tile, kTile), [&](auto, int64_t at, int64_t stride, int steps) {
-      add_blocks<T, S>(rows, num_rows, at, stride, steps, vectors);
-    });
+    for (int64_t at = tile; at < end; at += kLength) add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kLength), vectors);
     for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
@@ -138,32 +139,27 @@ inline void row_products(const G* g, const void* const* rows, int64_t begin, int
     x[r] = static_cast<const S*>(rows[r]);
     products[r] = V{};
   }
-  for_chains<First, kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1>(
-      begin, end, [&](auto count, int64_t at, int64_t stride, int steps) __attribute__((always_inline)) {
-        constexpr int kSets = decltype(count)::value;
-        V own_set[kSets], set[kSets][kRows];
-        GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-          own_set[u] = V{};
-          GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[u][r] = V{};
-        }
-        for (int64_t first = at; first < at + steps * stride; first += stride)
-          GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-            const int64_t i = first + u * First::kElements;
-            V y[First::kVectors];
-            GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) {
-              y[v] = First::load(g + i, v);
-              if (kOwn) own_set[u] += y[v] * y[v];
-            }
-            GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
-              if (kRows >= 3) prefetch(x[r] + i);
-              GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) set[u][r] += y[v] * Other::load(x[r] + i, v);
-            }
-          }
-        GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-          if (kOwn) own += own_set[u];
-          GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[u][r];
+  constexpr int kSide = side_by_side<First>(kRows + kOwn);
+  for (int64_t at = begin; at < end; at += kSection<First>)
+    GRADPROJ_UNROLL for (int first = 0; first < First::kVectors; first += kSide) {
+      V own_set[kSide], set[kSide][kRows];
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+        own_set[v] = V{};
+        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] = V{};
+      }
+      for_steps<First>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+        if (kRows >= 3 && first == 0) GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) prefetch(x[r] + i);
+        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+          const V y = First::load(g + i, first + v);
+          if (kOwn) own_set[v] += y * y;
+          GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] += y * Other::load(x[r] + i, first + v);
         }
       });
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+        if (kOwn) own += own_set[v];
+        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[v][r];
+      }
+    }
   if (kOwn) widen<T>(own, own_sum);
   GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(products[r], sums[r]);
 }
