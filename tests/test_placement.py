@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gradproj
+from cases import placed
 from gradproj import functional
 from gradproj.kept_gram import KeptGram
 
@@ -43,20 +44,6 @@ def cpu_kernels():
 def make_rows(count, dtypes, shapes=SHAPES):
     generator = torch.Generator().manual_seed(count)
     return [[torch.randn(s, generator=generator).to(dtypes[r % len(dtypes)]) for s in shapes] for r in range(count)]
-
-
-def placed(row, shift, gap):
-    """A copy of ``row`` in one buffer, its first tensor ``shift`` bytes past a 64-byte boundary, ``gap`` elements between tensors."""
-    size = row[0].element_size()
-    shift = shift // size * size
-    buffer = torch.empty(sum(t.numel() + gap for t in row) * size + 128, dtype=torch.uint8)
-    at = -buffer.data_ptr() % 64 + shift
-    result = []
-    for t in row:
-        length = t.numel() * size
-        result.append(buffer[at : at + length].view(t.dtype).view(t.shape).copy_(t))
-        at += length + gap * size
-    return result
 
 
 def placements(rows):
@@ -175,7 +162,10 @@ def test_every_instruction_set(name):
         pytest.skip("a process of this test")
     env = {**os.environ, "GRADPROJ_CPU": name}
     probe = "import torch, gradproj; gradproj.backends(); torch.ops.gradproj.gram([torch.ones(1)], 1)"
-    if "not supported" in subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=False).stderr:
+    if (
+        "not supported"
+        in subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=False).stderr
+    ):
         pytest.skip(f"this processor does not run {name}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
