@@ -1,18 +1,18 @@
 // Inner products of the rows. Reads R N bytes once, writes R^2 numbers per part. Products are float32 (float64 if anything is),
 // sums float64.
 //
-// Order of summation of a pair: as gram_kernel.h says within a slice; slices ascending within a chunk, in kLanes sums; chunks as a
-// binary tree over their number. Chunks depend on the sizes of the columns alone, and a tree allows any power of two of them to be
-// a task. So neither addresses, nor threads, nor the other rows change a bit of the product of two rows. One exception: rows that
-// meet another dtype or layout in a column go through float32 tiles, and 16-bit pairs then are summed in another order.
+// Order of summation of a pair: within a slice as gram_kernel.h says, slices ascending within a chunk, chunks as a binary tree
+// over their number. Where chunks end depends on the sizes of the columns alone, and a tree lets any power of two of them be a
+// task. So neither addresses, nor threads, nor the other rows change a bit of the product of two rows. One exception: in a column
+// whose rows differ in dtype, 16-bit rows are multiplied in float32 tiles, in another order than among themselves.
 #include "ops.h"
 #include "rows.h"
 
 namespace gradproj::cpu {
 namespace {
 
-// Adds up lists of numbers in the order of a binary tree over their indices, which ascend; what is missing counts as zeros. The sum
-// of 2^k aligned neighbours may be made by a tree of their own.
+// Adds up lists of numbers in the order of a binary tree over their ascending indices; what is missing counts as zeros. 2^k
+// aligned neighbours may be added up first, by a tree of their own.
 class TreeSum {
  public:
   explicit TreeSum(int64_t width) : width_(static_cast<size_t>(width)) {}
@@ -50,12 +50,14 @@ class TreeSum {
   std::vector<bool> full_;            // which levels of it are in use
 };
 
-// The sums of every task for every part that it meets, at slot task + part. No two share one: tasks and parts both ascend along the
-// plan, so of two neighbouring combinations at least one number is larger.
+// The sums of every task for every part that it meets, at slot task + part. No two share one: tasks and parts both ascend
+// along the plan, so of two neighbouring combinations at least one number is larger.
 class TaskSums {
  public:
   TaskSums(const Plan& plan, const Chunks& chunks, int64_t pairs)
-      : pairs_(pairs), sums_(static_cast<size_t>((chunks.tasks() + plan.parts) * pairs)), ranges_(static_cast<size_t>(plan.parts)) {
+      : pairs_(pairs),
+        sums_(static_cast<size_t>((chunks.tasks() + plan.parts) * pairs)),
+        ranges_(static_cast<size_t>(plan.parts)) {
     for (size_t s = 0; s < plan.segments.size(); ++s) {
       Range& range = ranges_[static_cast<size_t>(plan.segments[s].part)];
       if (range.begin == range.end) range.begin = chunks.first_task_of(s);
@@ -80,7 +82,7 @@ class TaskSums {
   std::vector<Range> ranges_;
 };
 
-// One task: its slices, each in place if there is a kernel that reads its rows, else through buffers.
+// One task: its slices, each in place if there is a kernel that reads its rows where they lie, else in tiles.
 template <typename T>
 void gram_task(const Plan& plan, const Chunks& chunks, int64_t task, bool row_only, int64_t pairs, TaskSums& found) {
   std::vector<PairSum> sums(static_cast<size_t>(2 * pairs));
@@ -112,7 +114,8 @@ void gram_task(const Plan& plan, const Chunks& chunks, int64_t task, bool row_on
       for (int64_t done = 0; done < s.n;) {
         const int64_t n = whole ? s.n : std::min<int64_t>(kTile, s.n - done);
         for (int r = 0; r < plan.rows; ++r)
-          rows[static_cast<size_t>(r)] = stored ? reader.stored(s.segment, r, s.start + done, n) : reader.read(s.segment, r, s.start + done, n);
+          rows[static_cast<size_t>(r)] =
+              stored ? reader.stored(s.segment, r, s.start + done, n) : reader.read(s.segment, r, s.start + done, n);
         (stored ? *stored : reader.kernels_of_t()).gram(rows.data(), plan.rows, n, row_only, sums.data());
         done += n;
       }

@@ -3,12 +3,12 @@
 namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
-// Order of summation of one pair over n elements. It is the same in every kernel here and for any number of rows, so the product
-// of two rows depends on nothing but them: lane by lane over the vectors of a section, from zero; sections ascending over a tile,
-// the even elements of 16-bit rows before the odd ones; tiles ascending, in double; what does not fill a vector at the end.
-// Sections start from zero so that a processor can compute several at a time: their additions do not wait for each other.
+// Order of summation of one pair over n elements, the same in every kernel here and for any number of rows, so that the product
+// of two rows depends on nothing but them: lane by lane over the vectors of a section, from zero; the sections of a tile ascending,
+// of 16-bit rows the even elements of each before the odd ones; tiles ascending, in double; then what fills no vector at the end.
+// A section starts from zero so that its additions do not wait for those before: a processor has several sections in flight.
 //
-// Of equal elements every float32 addition may round the same way. At most 32 of them, 16 in a section and 16 sections, cost 6e-7.
+// Of equal elements every float32 addition may round the same way. 32 of them, 16 in a section and 16 sections, cost 6e-7.
 constexpr int kSteps = 16;
 template <typename Row>
 constexpr int64_t kSection = kSteps * Row::kElements;
@@ -33,10 +33,11 @@ constexpr int side_by_side(int sums) {
   return sums * Row::kVectors <= (GRADPROJ_VECTOR_BYTES == 64 ? 20 : 10) ? Row::kVectors : 1;
 }
 
-// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle, y
-// is x and only pairs a <= b count. Each load serves several products.
+// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle,
+// y is x and only pairs a <= b count. Each load serves several products.
 template <typename T, typename S, int kX, int kY, bool kTriangle>
-inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end, typename Vector<T>::type* vectors) {
+inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end,
+                  typename Vector<T>::type* vectors) {
   using Row = Step<T, S, false>;
   using V = typename Row::V;
   constexpr int kSide = side_by_side<Row>(kTriangle ? kX * (kX + 1) / 2 : kX * kY);
@@ -95,8 +96,8 @@ inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_
   }
 }
 
-// All blocks go through a section before they go on: the processor's prefetchers then see all rows advance side by side, and run
-// ahead of them while the blocks compute.
+// All blocks go through a section before they go on: the processor's prefetchers then see all rows advance side by side, and
+// run ahead of them while the blocks compute.
 template <typename T, typename S>
 void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   using V = typename Vector<T>::type;
@@ -106,7 +107,8 @@ void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   for (int64_t tile = 0; tile < n; tile += kTile) {
     const int64_t end = tile + at_most(n - tile, kTile);
     for (int p = 0; p < pairs; ++p) vectors[p] = V{};
-    for (int64_t at = tile; at < end; at += kLength) add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kLength), vectors);
+    for (int64_t at = tile; at < end; at += kLength)
+      add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kLength), vectors);
     for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }

@@ -118,7 +118,10 @@ class TileReader {
   // The same in the dtype of the row.
   const void* stored(size_t segment, int row, int64_t start, int64_t n) {
     const RowView& view = plan_.row_views(segment)[row];
-    if (!view.data) return std::fill_n(buffer(row), n, T(0)), buffer(row);
+    if (!view.data) {
+      std::fill_n(buffer(row), n, T(0));
+      return buffer(row);
+    }
     if (plan_.segments[segment].ndim == 0) return view.data + start * element_size(view.dtype);
     move_tile<true>(plan_, segment, row, start, n, reinterpret_cast<char*>(buffer(row)));
     return buffer(row);

@@ -71,7 +71,8 @@ class Chunks {
   void each_slice(int64_t begin, int64_t end, const F& f) const {
     int64_t at = begin * kChunk;
     const int64_t stop = std::min(end * kChunk, starts_.back());
-    for (auto s = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1); at < stop; ++s) {
+    auto s = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1);
+    for (; at < stop; ++s) {
       const int64_t n = std::min(starts_[s + 1], stop) - at;
       f(Slice{s, at - starts_[s], n});
       at += n;
