@@ -2,10 +2,13 @@
 //
 // A row is a list of n buffers (one per parameter); R rows are R x n buffers, row-major. Column i holds buffer i of every
 // row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). A plan turns columns into
-// segments. A dense segment is a run of elements that every row holds gap-free and in the same order, so that one flat loop
-// walks it whatever its shape; neighbours that touch in memory in every row become one segment. What has no such run (a
-// transposed g against a contiguous d, a sliced view) is a strided segment with sizes and strides of its own, coalesced and
-// ordered by row 0. An absent buffer counts as zeros and is a null pointer.
+// segments, one per column that holds anything. A dense segment is a run of elements that every row holds gap-free and in the
+// same order, so that one flat loop walks it whatever its shape. What has no such run (a transposed g against a contiguous d, a
+// sliced view) is a strided segment with sizes and strides of its own, coalesced and ordered by the first row that is present.
+// An absent buffer counts as zeros and is a null pointer.
+//
+// Nothing in a plan but the addresses depends on where buffers lie: sums that follow it have the same bits for any placement.
+// So columns that touch in memory stay segments of their own.
 #pragma once
 
 #include <algorithm>
@@ -181,26 +184,10 @@ inline Plan make_plan(const std::vector<Buffer>& buffers, const Layout& layout) 
       plan.any_f64 = plan.any_f64 || b.dtype == DType::f64;
     }
     if (leader < 0 || column[leader * n].numel == 0) continue;
-    const int64_t numel = column[leader * n].numel;
     const bool dense = flat || detail::coalesce(column, rows, n, leader, sizes, strides);
 
-    if (dense && !plan.segments.empty() && plan.segments.back().ndim == 0 && plan.segments.back().part == part) {
-      Segment& last = plan.segments.back();
-      const RowView* before = plan.row_views(plan.segments.size() - 1);
-      bool touches = true;
-      for (int r = 0; r < rows && touches; ++r) {
-        const Buffer& b = column[r * n];
-        touches = b.present ? before[r].data && before[r].dtype == b.dtype &&
-                                  before[r].data + last.numel * element_size(b.dtype) == b.data
-                            : !before[r].data;
-      }
-      if (touches) {
-        last.numel += numel;
-        continue;
-      }
-    }
     plan.segments.push_back(
-        {numel, static_cast<int64_t>(plan.dims.size()), dense ? 0 : static_cast<int32_t>(sizes.size()), part});
+        {column[leader * n].numel, static_cast<int64_t>(plan.dims.size()), dense ? 0 : static_cast<int32_t>(sizes.size()), part});
     for (int r = 0; r < rows; ++r) {
       const Buffer& b = column[r * n];
       plan.views.push_back({b.present ? b.data : nullptr, b.dtype});

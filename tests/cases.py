@@ -41,6 +41,20 @@ def make_buffer(
     raise ValueError(layout)
 
 
+def placed(row, shift, gap):
+    """A copy of ``row`` in one buffer, its first tensor ``shift`` bytes past a 64-byte boundary, ``gap`` elements between tensors."""
+    size = row[0].element_size()
+    shift = shift // size * size
+    buffer = torch.empty(sum(t.numel() + gap for t in row) * size + 128, dtype=torch.uint8)
+    at = -buffer.data_ptr() % 64 + shift
+    result = []
+    for t in row:
+        length = t.numel() * size
+        result.append(buffer[at : at + length].view(t.dtype).view(t.shape).copy_(t))
+        at += length + gap * size
+    return result
+
+
 @st.composite
 def rows(draw, max_directions=8, none_in_grads=True, dtypes=DTYPES, max_buffers=5, device="cpu"):
     """(grads, directions): lists of buffers that differ in everything that may differ."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import DTYPES, assert_combined_close, assert_gram_close, make_buffer
+from cases import DTYPES, assert_combined_close, assert_gram_close, make_buffer, placed
 from cuda_emulation import (
     COMBINE,
     GRAM,
@@ -77,6 +77,29 @@ def test_every_alignment_of_both_rows(driver, tmp_path):
                 g, d = (make_buffer((n + o,), t, "contiguous", generator)[o:] for o, t in ((a, g_type), (b, d_type)))
                 cases += [Case(PROJECT, [[g], [d]]), Case(COMBINE, [[g], [d]], [0.5, 2.0])]
     verified(driver, cases, tmp_path)
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: " with ".join(str(t)[6:] for t in pair))
+def test_tensors_at_16_bytes_give_the_same_bits_anywhere(builds, tmp_path, dtypes):
+    """Touching or apart, as torch's allocator may place them; and the product of two rows is the same for any number of
+    rows, in one pass or several, and if only the gradient's are wanted."""
+    driver, whole = builds["plain"].result(), dense_rows(13, [304, 64, 1904, 16], *dtypes)
+    for count in (2, 3, 5, 9, 13):
+        rows = whole[:count]
+        places = [
+            rows,
+            [placed(row, 0, 0) for row in rows],
+            [placed(row, 16 * r % 64, 8) for r, row in enumerate(rows)],
+        ]
+        results = run(driver, [Case(PROJECT, place) for place in places], tmp_path)
+        if count == 2:
+            first = results[0].gram[0]
+        for result in results:
+            assert torch.equal(result.gram, results[0].gram) and torch.equal(result.gram[0, :2, :2], first)
+            assert result.weights.tobytes() == results[0].weights.tobytes()
+            assert all(map(torch.equal, result.grads, results[0].grads))
+        (row_only,) = run(driver, [Case(GRAM, rows, gram_dd=results[0].gram[:, 1:, 1:].numpy().copy())], tmp_path)
+        assert torch.equal(row_only.gram, results[0].gram)
 
 
 def test_pairs_of_types_have_instances(driver, tmp_path):

@@ -24,19 +24,19 @@ struct Terms {
 };
 
 template <typename T>
-void combine_chunk(const Plan& plan, const Chunks& chunks, int64_t chunk, const double* weights) {
+void combine_task(const Plan& plan, const Chunks& chunks, int64_t task, const double* weights) {
   Terms terms;
   std::vector<const void*> rows;
   TileReader<T> reader(plan);
-  for (Slice s = chunks.first(chunk); s.n > 0; s = chunks.next(s, chunk)) {
+  chunks.each_slice(chunks.begin(task), chunks.end(task), [&](const Slice& s) {
     const RowView* views = plan.row_views(s.segment);
     terms.take(views, weights + int64_t{plan.segments[s.segment].part} * plan.rows, plan.rows);
-    if (terms.leave_row_0()) continue;
+    if (terms.leave_row_0()) return;
     const int count = static_cast<int>(terms.rows.size());
     if (const RowKernels* kernels = in_place(plan, s, terms.rows, rows)) {
       char* out = const_cast<char*>(views[0].data) + s.start * element_size(views[0].dtype);
       kernels->combine(out, rows.data(), terms.weights.data(), count, s.n);
-      continue;
+      return;
     }
     rows.resize(terms.rows.size());
     for (int64_t done = 0; done < s.n; done += kTile) {
@@ -46,7 +46,7 @@ void combine_chunk(const Plan& plan, const Chunks& chunks, int64_t chunk, const 
       reader.kernels_of_t().combine(out, rows.data(), terms.weights.data(), count, n);
       reader.write(s.segment, out, s.start + done, n);
     }
-  }
+  });
 }
 
 bool all_leave_row_0(const Plan& plan, const double* weights) {
@@ -61,9 +61,9 @@ bool all_leave_row_0(const Plan& plan, const double* weights) {
 void combine(const Plan& plan, const double* weights) {
   if (all_leave_row_0(plan, weights)) return;
   const Chunks chunks(plan, 0);
-  parallel(chunks.count(), [&](int64_t i) {
-    const int64_t chunk = chunks.count() - 1 - i;
-    plan.any_f64 ? combine_chunk<double>(plan, chunks, chunk, weights) : combine_chunk<float>(plan, chunks, chunk, weights);
+  parallel(chunks.tasks(), [&](int64_t i) {
+    const int64_t task = chunks.tasks() - 1 - i;
+    plan.any_f64 ? combine_task<double>(plan, chunks, task, weights) : combine_task<float>(plan, chunks, task, weights);
   });
 }
 

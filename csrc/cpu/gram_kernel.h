@@ -3,102 +3,112 @@
 namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
-// Additions of float32 to one lane before it is widened. Of equal elements every one may round the same way: then 48 of them
-// cost 8e-7 of the sum.
-constexpr int kChain = 48;
+// Order of summation of one pair over n elements, the same in every kernel here and for any number of rows, so that the product
+// of two rows depends on nothing but them: lane by lane over the vectors of a section, from zero; the sections of a tile ascending,
+// of 16-bit rows the even elements of each before the odd ones; tiles ascending, in double; then what fills no vector at the end.
+// A section starts from zero so that its additions do not wait for those before: a processor has several sections in flight.
+//
+// Of equal elements every float32 addition may round the same way. 32 of them, 16 in a section and 16 sections, cost 6e-7.
+constexpr int kSteps = 16;
+template <typename Row>
+constexpr int64_t kSection = kSteps * Row::kElements;
 
 // Rows of a block. Its sums and rows have to fit the registers: 16 of them, or AVX-512's 32.
 constexpr int kBlock = GRADPROJ_VECTOR_BYTES == 64 ? 5 : 3;
 
-// Bytes of each row that all blocks go through before they go on. So little, because the processor's prefetchers then see all
-// rows advance side by side, and run ahead of them while the blocks compute.
-constexpr int64_t kBlockTile = 512;
-
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// Adds the products of kX rows x with kY rows y over n elements from begin, a multiple of a step, to a vector per pair; if
-// kTriangle, y is x and only pairs a <= b count. Each load serves several products.
+// Calls step(i) for the steps of a section from element `at` on, as many as there are in front of `end`.
+template <typename Row, typename F>
+inline __attribute__((always_inline)) void for_steps(int64_t at, int64_t end, const F& step) {
+  if (end - at >= kSection<Row>)
+    for (int64_t i = at; i < at + kSection<Row>; i += 2 * Row::kElements) step(i), step(i + Row::kElements);
+  else
+    for (; at < end; at += Row::kElements) step(at);
+}
+
+// How many of the vectors of a step are summed side by side: all, if the registers hold their sums.
+template <typename Row>
+constexpr int side_by_side(int sums) {
+  return sums * Row::kVectors <= (GRADPROJ_VECTOR_BYTES == 64 ? 20 : 10) ? Row::kVectors : 1;
+}
+
+// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle,
+// y is x and only pairs a <= b count. Each load serves several products.
 template <typename T, typename S, int kX, int kY, bool kTriangle>
-inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t n, typename Vector<T>::type* vectors) {
+inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end,
+                  typename Vector<T>::type* vectors) {
   using Row = Step<T, S, false>;
   using V = typename Row::V;
-  constexpr int kPairs = kTriangle ? kX * (kX + 1) / 2 : kX * kY;
-  constexpr int kSets = kPairs <= 3 ? 4 : kPairs <= 6 ? 2 : 1;  // of sums, so that additions need not wait for each other
-  constexpr int kSteps = kSets == 1 ? 2 : kSets;
+  constexpr int kSide = side_by_side<Row>(kTriangle ? kX * (kX + 1) / 2 : kX * kY);
   const S *x[kX], *y[kY];
-  V set[kSets][kX][kY];
-  GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b] + begin;
-  GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a) {
-    x[a] = x_rows[a] + begin;
-    GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) {
-      set[0][a][b] = vectors[p++];
-      GRADPROJ_UNROLL for (int u = 1; u < kSets; ++u) set[u][a][b] = V{};
-    }
-  }
-  const auto step = [&](int64_t at, V(&sums)[kX][kY]) __attribute__((always_inline)) {
-    GRADPROJ_UNROLL for (int v = 0; v < Row::kVectors; ++v) {
-      V vx[kX], vy[kY];
-      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + at, v);
-      if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + at, v);
-      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-        GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) sums[a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
-    }
-  };
-  int64_t at = 0;
-  for (; at + kSteps * Row::kElements <= n; at += kSteps * Row::kElements)
-    GRADPROJ_UNROLL for (int u = 0; u < kSteps; ++u) step(at + u * Row::kElements, set[u % kSets]);
-  for (; at < n; at += Row::kElements) step(at, set[0]);
-  GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
-    GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) {
-      GRADPROJ_UNROLL for (int u = 1; u < kSets; ++u) set[0][a][b] += set[u][a][b];
-      vectors[p++] = set[0][a][b];
+  GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) x[a] = x_rows[a];
+  GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b];
+  for (int64_t at = begin; at < end; at += kSection<Row>)
+    GRADPROJ_UNROLL for (int first = 0; first < Row::kVectors; first += kSide) {
+      V set[kSide][kX][kY];
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
+        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+          GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[v][a][b] = V{};
+      for_steps<Row>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+          V vx[kX], vy[kY];
+          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i, first + v);
+          if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i, first + v);
+          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+            GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[v][a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
+        }
+      });
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
+        GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
+          GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[v][a][b];
     }
 }
 
-// Up to kBlock rows: each is read once, and the sums stay in registers for as long as a chain may be.
+// Up to kBlock rows: each is read once.
 template <typename T, typename S, int kRows>
 void gram_one_block(const S* const* rows, int64_t n, PairSum* sums) {
-  using Row = Step<T, S, false>;
+  using V = typename Vector<T>::type;
   constexpr int kPairs = kRows * (kRows + 1) / 2;
-  // Up to two rows are summed in four sets (see block), each of which takes kChain additions.
-  constexpr int64_t kRun = kChain / Row::kVectors * Row::kElements * (kRows <= 2 ? 4 : 1);
-  for (int64_t at = 0; at < n; at += kRun) {
-    typename Row::V vectors[kPairs];
-    GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) vectors[p] = typename Row::V{};
-    block<T, S, kRows, kRows, true>(rows, rows, at, at_most(n - at, kRun), vectors);
+  for (int64_t tile = 0; tile < n; tile += kTile) {
+    V vectors[kPairs];
+    GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) vectors[p] = V{};
+    block<T, S, kRows, kRows, true>(rows, rows, tile, tile + at_most(n - tile, kTile), vectors);
     GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
 
-// All pairs of any number of rows over n elements from begin, block by block, to vectors in that order.
+// All pairs of any number of rows over elements [begin, end), block by block, to vectors in that order.
 template <typename T, typename S>
-inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_t n, typename Vector<T>::type* vectors) {
+inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_t end, typename Vector<T>::type* vectors) {
   for (int i = 0; i < num_rows; i += kBlock) {
     with_count<kBlock>(at_most(num_rows - i, kBlock), [&](auto count) {
       constexpr int kX = decltype(count)::value;
-      block<T, S, kX, kX, true>(rows + i, rows + i, begin, n, vectors);
+      block<T, S, kX, kX, true>(rows + i, rows + i, begin, end, vectors);
       vectors += kX * (kX + 1) / 2;
     });
     for (int j = i + kBlock; j < num_rows; j += kBlock)
       with_count<kBlock>(at_most(num_rows - j, kBlock), [&](auto count) {
         constexpr int kY = decltype(count)::value;
-        block<T, S, kBlock, kY, false>(rows + i, rows + j, begin, n, vectors);
+        block<T, S, kBlock, kY, false>(rows + i, rows + j, begin, end, vectors);
         vectors += kBlock * kY;
       });
   }
 }
 
+// All blocks go through a section before they go on: the processor's prefetchers then see all rows advance side by side, and
+// run ahead of them while the blocks compute.
 template <typename T, typename S>
 void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
-  using Row = Step<T, S, false>;
-  constexpr int64_t kRun = kChain / Row::kVectors * Row::kElements, kTileElements = kBlockTile / static_cast<int64_t>(sizeof(S));
+  using V = typename Vector<T>::type;
+  constexpr int64_t kLength = kSection<Step<T, S, false>>;
   const int pairs = num_rows * (num_rows + 1) / 2;
-  auto* vectors = reinterpret_cast<typename Row::V*>(sums + pairs);
-  for (int64_t at = 0; at < n;) {
-    const int64_t stop = at + at_most(n - at, kRun);
-    for (int p = 0; p < pairs; ++p) vectors[p] = typename Row::V{};
-    for (; at < stop; at += kTileElements) add_blocks<T, S>(rows, num_rows, at, at_most(stop - at, kTileElements), vectors);
-    at = stop;
+  V* vectors = reinterpret_cast<V*>(sums + pairs);
+  for (int64_t tile = 0; tile < n; tile += kTile) {
+    const int64_t end = tile + at_most(n - tile, kTile);
+    for (int p = 0; p < pairs; ++p) vectors[p] = V{};
+    for (int64_t at = tile; at < end; at += kLength)
+      add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kLength), vectors);
     for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
@@ -119,57 +129,50 @@ void gram_full(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
 // Directions that walk in step with the gradient: what 16 registers hold.
 constexpr int kGroup = 8;
 
-// <g, g> if kOwn, and <g, rows[r]>, over elements begin to end.
+// <g, g> if kOwn, and <g, rows[r]>, over elements [begin, end), a tile or less.
 template <typename T, typename G, typename S, int kRows, bool kOwn>
 inline void row_products(const G* g, const void* const* rows, int64_t begin, int64_t end, PairSum& own_sum, PairSum* sums) {
   using First = Step<T, G, !std::is_same_v<G, S>>;
   using Other = Step<T, S, !std::is_same_v<G, S>>;
   using V = typename First::V;
-  constexpr int kSets = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
-  constexpr int64_t kBody = kSets * First::kElements, kRun = kChain / First::kVectors * kBody;
   const S* x[kRows];
-  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) x[r] = static_cast<const S*>(rows[r]);
-  for (int64_t at = begin; at < end;) {
-    const int64_t stop = end - at < kRun ? end : at + kRun;
-    V own[kSets], set[kSets][kRows];
-    GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-      own[u] = V{};
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[u][r] = V{};
-    }
-    for (; at + kBody <= stop; at += kBody)
-      GRADPROJ_UNROLL for (int u = 0; u < kSets; ++u) {
-        const int64_t i = at + u * First::kElements;
-        V y[First::kVectors];
-        GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) {
-          y[v] = First::load(g + i, v);
-          if (kOwn) own[u] += y[v] * y[v];
-        }
-        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
-          if (kRows >= 3) prefetch(x[r] + i);
-          GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) set[u][r] += y[v] * Other::load(x[r] + i, v);
-        }
-      }
-    GRADPROJ_UNROLL for (int u = 1; u < kSets; ++u) {
-      own[0] += own[u];
-      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[0][r] += set[u][r];
-    }
-    if (kOwn) widen<T>(own[0], own_sum);
-    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(set[0][r], sums[r]);
-    for (; at < stop; ++at) {
-      const T y = decode(g[at]);
-      if (kOwn) own_sum.lanes[0] += static_cast<double>(y * y);
-      for (int r = 0; r < kRows; ++r) sums[r].lanes[0] += static_cast<double>(y * decode(x[r][at]));
-    }
+  V own{}, products[kRows];
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+    x[r] = static_cast<const S*>(rows[r]);
+    products[r] = V{};
   }
+  constexpr int kSide = side_by_side<First>(kRows + kOwn);
+  for (int64_t at = begin; at < end; at += kSection<First>)
+    GRADPROJ_UNROLL for (int first = 0; first < First::kVectors; first += kSide) {
+      V own_set[kSide], set[kSide][kRows];
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+        own_set[v] = V{};
+        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] = V{};
+      }
+      for_steps<First>(at, end, [&](int64_t i) __attribute__((always_inline)) {
+        if (kRows >= 3 && first == 0) GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) prefetch(x[r] + i);
+        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+          const V y = First::load(g + i, first + v);
+          if (kOwn) own_set[v] += y * y;
+          GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] += y * Other::load(x[r] + i, first + v);
+        }
+      });
+      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
+        if (kOwn) own += own_set[v];
+        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[v][r];
+      }
+    }
+  if (kOwn) widen<T>(own, own_sum);
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(products[r], sums[r]);
 }
 
-// The pairs of row 0 with rows 0 .. num_rows - 1. Several groups read the gradient again, so they take a tile at a time.
+// The pairs of row 0 with rows 0 .. num_rows - 1.
 template <typename T, typename G, typename S>
 void gram_row(const void* const* rows, int num_rows, int64_t n, PairSum* sums) {
   const G* g = static_cast<const G*>(rows[0]);
-  const int64_t step = num_rows <= 1 + kGroup ? n : kTile;
-  for (int64_t at = 0; at < n; at += step) {
-    const int64_t end = n - at < step ? n : at + step;
+  const int64_t whole = n - n % Step<T, G, !std::is_same_v<G, S>>::kElements;
+  for (int64_t at = 0; at < whole; at += kTile) {
+    const int64_t end = at + at_most(whole - at, kTile);
     for (int r = 1; r < num_rows; r += kGroup)
       with_count<kGroup>(num_rows - r < kGroup ? num_rows - r : kGroup, [&](auto count) {
         constexpr int kRows = decltype(count)::value;
@@ -178,6 +181,11 @@ void gram_row(const void* const* rows, int num_rows, int64_t n, PairSum* sums) {
         else
           row_products<T, G, S, kRows, false>(g, rows + r, at, end, sums[0], sums + r);
       });
+  }
+  for (int64_t at = whole; at < n; ++at) {
+    const T y = decode(g[at]);
+    sums[0].lanes[0] += static_cast<double>(y * y);
+    for (int r = 1; r < num_rows; ++r) sums[r].lanes[0] += static_cast<double>(y * decode(static_cast<const S*>(rows[r])[at]));
   }
 }
 

@@ -16,6 +16,27 @@ inline const RowKernels* row_kernels(DType gradient, DType direction) {
   return nullptr;
 }
 
+// The kernels that read all rows of a segment as they are stored, absent ones aside; null: there are none.
+inline const RowKernels* stored_kernels(const Plan& plan, size_t segment, bool row_only) {
+  const RowView* views = plan.row_views(segment);
+  const RowView* other = nullptr;  // the first direction that is present
+  for (int r = 1; r < plan.rows; ++r) {
+    if (!views[r].data) continue;
+    if (!other) other = &views[r];
+    if (views[r].dtype != other->dtype) return nullptr;
+  }
+  const DType gradient = (views[0].data ? views[0] : *other).dtype;
+  if (plan.any_f64 && gradient != DType::f64) return nullptr;
+  const RowKernels* found = row_kernels(gradient, other ? other->dtype : gradient);
+  return found && (row_only || !found->mixed) ? found : nullptr;
+}
+
+// Whether no row of a segment is absent or strided.
+inline bool all_in_memory(const Plan& plan, size_t segment) {
+  const RowView* views = plan.row_views(segment);
+  return plan.segments[segment].ndim == 0 && std::all_of(views, views + plan.rows, [](const RowView& v) { return v.data; });
+}
+
 // The kernels that read the rows `which` (ascending) of a slice where they lie, and the addresses of those rows. Null if a row is
 // absent or strided, or there are no such kernels: then a buffer has to do.
 inline const RowKernels* in_place(const Plan& plan, const Slice& s, const std::vector<int>& which,
@@ -92,6 +113,18 @@ class TileReader {
     }
     converters().load(from, view.dtype, out, n);
     return out;
+  }
+
+  // The same in the dtype of the row.
+  const void* stored(size_t segment, int row, int64_t start, int64_t n) {
+    const RowView& view = plan_.row_views(segment)[row];
+    if (!view.data) {
+      std::fill_n(buffer(row), n, T(0));
+      return buffer(row);
+    }
+    if (plan_.segments[segment].ndim == 0) return view.data + start * element_size(view.dtype);
+    move_tile<true>(plan_, segment, row, start, n, reinterpret_cast<char*>(buffer(row)));
+    return buffer(row);
   }
 
   // Row 0 from a tile: the counterpart of read.

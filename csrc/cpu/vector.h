@@ -112,6 +112,14 @@ struct Step<float, F16, true> : Step<float, float, true> {
 // Adds lane l of a vector to lane l modulo kLanes of a sum: the order depends on the vector's width alone.
 template <typename T>
 inline void widen(typename Vector<T>::type v, PairSum& sum) {
+#if GRADPROJ_VECTOR_BYTES == 64  // of __builtin_convertvector gcc makes twice as many instructions
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const __m512 x = reinterpret_cast<__m512>(v);
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    *reinterpret_cast<__m512d*>(sum.lanes) = *reinterpret_cast<const __m512d*>(sum.lanes) + low + high;
+    return;
+  }
+#endif
   constexpr int kWidth = Vector<double>::kWidth;
   typedef T part __attribute__((vector_size(kWidth * sizeof(T)), may_alias));
   GRADPROJ_UNROLL for (int l = 0; l < Vector<T>::kWidth; l += kWidth)

@@ -1,5 +1,5 @@
-// How an op walks a plan on the CPU: in chunks of a fixed number of elements, handed to torch's threads. Where a chunk ends
-// depends on the plan alone, never on the number of threads, so sums are the same for any of them.
+// How an op walks a plan on the CPU: its elements, all segments one after the other, in chunks of kChunk, and 2^k neighbouring
+// chunks as a task of torch's threads. Where a chunk ends depends on the sizes of the segments alone.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,8 +12,8 @@
 
 namespace gradproj::cpu {
 
-constexpr int64_t kChunkElements = 1 << 16;  // at least: a smaller plan is one chunk, run on the calling thread
-constexpr int64_t kMaxChunks = 1024;
+constexpr int64_t kChunk = 1 << 16;  // elements: a smaller plan is run on the calling thread
+constexpr int64_t kMostTasks = 1024;
 
 // Runs f(i) for i < count on torch's threads, each i once.
 template <typename F>
@@ -37,16 +37,16 @@ void parallel(int64_t count, const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
-// What a chunk has of one segment.
+// A run of elements of one segment.
 struct Slice {
   size_t segment;
   int64_t start;  // in the segment
-  int64_t n;      // 0: there is none
+  int64_t n;
 };
 
 class Chunks {
  public:
-  // bytes: what each chunk keeps until the end; all together stay under 512 KiB.
+  // bytes: what each task keeps until the end; all together stay under 512 KiB.
   Chunks(const Plan& plan, int64_t bytes) {
     starts_.reserve(plan.segments.size() + 1);
     int64_t total = 0;
@@ -55,30 +55,34 @@ class Chunks {
       total += s.numel;
     }
     starts_.push_back(total);
-    const int64_t most = std::max<int64_t>(1, std::min(kMaxChunks, (int64_t{1} << 19) / std::max<int64_t>(1, bytes)));
-    elements_ = std::max(kChunkElements, (total + most - 1) / most);
-    elements_ = (elements_ + kTile - 1) / kTile * kTile;
+    count_ = (total + kChunk - 1) / kChunk;
+    const int64_t most = std::clamp((int64_t{1} << 19) / std::max<int64_t>(1, bytes), int64_t{1}, kMostTasks);
+    while (tasks() > most) per_task_ *= 2;
   }
-  int64_t count() const { return (starts_.back() + elements_ - 1) / elements_; }
-  int64_t first_of(size_t segment) const { return starts_[segment] / elements_; }
-  int64_t last_of(size_t segment) const { return (starts_[segment + 1] - 1) / elements_; }
+  int64_t tasks() const { return (count_ + per_task_ - 1) / per_task_; }
+  // Chunks [begin, end) of a task.
+  int64_t begin(int64_t task) const { return task * per_task_; }
+  int64_t end(int64_t task) const { return std::min(begin(task + 1), count_); }
+  int64_t first_task_of(size_t segment) const { return starts_[segment] / kChunk / per_task_; }
+  int64_t last_task_of(size_t segment) const { return (starts_[segment + 1] - 1) / kChunk / per_task_; }
 
-  Slice first(int64_t chunk) const {
-    const int64_t begin = chunk * elements_;
-    const auto segment = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
-    return slice(static_cast<size_t>(segment), begin, chunk);
+  // Calls f(slice) for what chunks [begin, end) have of every segment.
+  template <typename F>
+  void each_slice(int64_t begin, int64_t end, const F& f) const {
+    int64_t at = begin * kChunk;
+    const int64_t stop = std::min(end * kChunk, starts_.back());
+    auto s = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1);
+    for (; at < stop; ++s) {
+      const int64_t n = std::min(starts_[s + 1], stop) - at;
+      f(Slice{s, at - starts_[s], n});
+      at += n;
+    }
   }
-  Slice next(const Slice& s, int64_t chunk) const { return slice(s.segment + 1, starts_[s.segment + 1], chunk); }
 
  private:
-  Slice slice(size_t segment, int64_t begin, int64_t chunk) const {
-    const int64_t end = std::min((chunk + 1) * elements_, starts_.back());
-    if (begin >= end) return {segment, 0, 0};
-    return {segment, begin - starts_[segment], std::min(starts_[segment + 1], end) - begin};
-  }
-
   std::vector<int64_t> starts_;  // of every segment, in elements, and the total
-  int64_t elements_;             // of a chunk
+  int64_t count_;                // of chunks
+  int64_t per_task_ = 1;
 };
 
 }  // namespace gradproj::cpu
