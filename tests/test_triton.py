@@ -150,6 +150,9 @@ class Counted:
         self.launched.append(self.name)
         return self.kernel[grid]
 
+    def warmup(self, *arguments, **options):
+        return self.kernel.warmup(*arguments, **options)
+
 
 @pytest.fixture
 def launched(monkeypatch):

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from gradproj import torch_backend
+from gradproj import torch_backend, validate
 from gradproj.triton_kernels.combine import INTERPRETED, narrow
-from gradproj.triton_kernels.table import implement
+from gradproj.triton_kernels.table import Start, implement, keep, launch, refusing, upload
 
 WARPS = 8
 COLUMNS = tl.constexpr(64)  # inputs that a program takes at a time
@@ -249,49 +249,90 @@ def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
     tl.store(squares + tl.load(line + NUMBER), tl.sum(total, axis=0))
 
 
+class Launch(NamedTuple):
+    """The layers of one form: their lines, [n, FIELDS] int64, and how many programs they take."""
+
+    form: Form
+    lines: Tensor
+    programs: int
+
+
+class Table(NamedTuple):
+    """What one call walks. Like ``table.Table`` it is kept by the addresses of its buffers, which have been checked.
+
+    Attributes:
+        others: layers that go to a BLAS, also as a tensor in ``others_at``.
+        memory: what all tensors here are views of, on the device.
+        ready: event recorded after its upload; None on the CPU.
+    """
+
+    launches: list[Launch]
+    others: list[int]
+    others_at: Tensor
+    memory: Tensor
+    ready: torch.cuda.Event | None
+
+    @staticmethod
+    def of(
+        weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor | None]
+    ) -> "Table":
+        """Raises :class:`Refused`: what ``gradproj.pin_`` refuses."""
+        with refusing():
+            validate.check_pin(weights, bases, targets, biases)
+        others: list[int] = []
+        lines: dict[Form, list[Line]] = {}
+        for k, (w, u, b, c) in enumerate(zip(weights, bases, targets, biases, strict=True)):
+            if not _fits(w, u, b):
+                others.append(k)
+            elif w.numel() and u.shape[1]:
+                form = _form(w, u)
+                mine = lines.setdefault(form, [])
+                first = mine[-1].first + mine[-1].programs if mine else 0
+                mine.append(_line(w, u, b, c, k, -(-w.shape[0] // form.rows), first))
+        arrays = [np.array(row, dtype=np.int64) for row in (others, *lines.values())]
+        memory, (others_at, *tables), ready = upload(arrays, weights[0].device)
+        launches = [
+            Launch(form, at, mine[-1].first + mine[-1].programs)
+            for (form, mine), at in zip(lines.items(), tables, strict=True)
+        ]
+        return Table(launches, others, others_at, memory, ready)
+
+
 @implement
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
     """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
-    device = weights[0].device if weights else torch.device("cpu")
-    bias_of = dict(zip(biased, biases, strict=True))
+    if not weights:
+        return torch.zeros(0, dtype=torch.float64)
+    device = weights[0].device
+    bias_of: list[Tensor | None] = [None] * len(weights)
+    for k, bias in zip(biased, biases, strict=True):
+        bias_of[k] = bias
+    with refusing():
+        key = validate.pin_signature(weights, bases, targets, biases, biased)
+    table = keep(key, device, lambda: Table.of(weights, bases, targets, bias_of))
     squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
-    others: list[int] = []
-    held: dict[int, tuple[Tensor, Tensor | None]] = {}  # alive until the launch
-    forms: dict[Form, list[int]] = {}
+    starts = []
+    for form, lines, programs in table.launches:
+        partial = torch.empty(programs, dtype=torch.float64, device=device)
+        starts.append(Start(pin_kernel, form, programs, (lines, partial, len(lines), form), WARPS))
+        starts.append(Start(pin_finish_kernel, (), len(lines), (lines, partial, squares, 256)))
     with torch.cuda.device_of(squares):
-        for k, w in enumerate(weights):
-            if not _fits(w, bases[k], targets[k]):
-                others.append(k)
-            elif w.numel() and bases[k].shape[1]:
-                target = targets[k]
-                held[k] = bases[k].float(), None if target is None else target.float()
-                forms.setdefault(_form(w, held[k][0]), []).append(k)
-        for form, mine in forms.items():
-            lines, programs = [], 0
-            for k in mine:
-                lines.append(_line(weights[k], *held[k], bias_of.get(k), form, k, programs))
-                programs += lines[-1][15]
-            table = torch.from_numpy(np.array(lines, dtype=np.int64)).to(device, non_blocking=True)
-            partial = torch.empty(programs, dtype=torch.float64, device=device)
-            pin_kernel[(programs,)](table, partial, len(mine), form, num_warps=WARPS)
-            pin_finish_kernel[(len(mine),)](table, partial, squares, 256)
-    if others:
-        some = [k for k in others if k in bias_of]
-        squares[others] = torch_backend.pin_(
-            [weights[k] for k in others],
-            [bases[k] for k in others],
-            [targets[k] for k in others],
-            [bias_of[k] for k in some],
-            [others.index(k) for k in some],
-        )
+        launch(device, starts)
+    if table.others:
+        some = [(at, bias_of[k]) for at, k in enumerate(table.others) if bias_of[k] is not None]
+        lists = ([row[k] for k in table.others] for row in (weights, bases, targets))
+        found = torch_backend.pin_(*lists, [bias for _, bias in some], [at for at, _ in some])
+        squares.index_copy_(0, table.others_at, found)
     return squares
 
 
-def _fits(w: Tensor, *others: Tensor | None) -> bool:
-    """Not float64, and offsets within a tile, of 128 x 128 at most, have 32 bits."""
-    return w.dtype in _TYPES and all(s < 1 << 23 for t in (w, *others) if t is not None for s in t.stride())
+def _fits(w: Tensor, u: Tensor, target: Tensor | None) -> bool:
+    """No float64; U and B in float32; offsets within a tile, of 128 x 128 at most, have 32 bits."""
+    wide = [t for t in (u, target) if t is not None]
+    types_fit = w.dtype in _TYPES and all(t.dtype == torch.float32 for t in wide)
+    return types_fit and all(s < 1 << 23 for t in (w, *wide) for s in t.stride())
 
 
 def _form(w: Tensor, u: Tensor) -> Form:
@@ -319,10 +360,27 @@ def _rows(dtype: torch.dtype, ranks: int) -> int:
 
 
 def _line(
-    w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, form: Form, number: int, first: int
-) -> list[int]:
-    addresses = [0 if t is None else t.data_ptr() for t in (w, u, target, bias)]
-    of_target = (0, 0) if target is None else target.stride()
-    of_bias = 0 if bias is None else bias.stride(0)
-    programs = -(-w.shape[0] // form.rows)
-    return [*addresses, *w.shape, u.shape[1], *w.stride(), *u.stride(), *of_target, of_bias, number, programs, first]
+    w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, number: int, programs: int, first: int
+) -> Line:
+    weight_row, weight_column = w.stride()
+    basis_row, basis_column = u.stride()
+    target_row, target_column = (0, 0) if target is None else target.stride()
+    return Line(
+        weight=w.data_ptr(),
+        basis=u.data_ptr(),
+        target=0 if target is None else target.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        outputs=w.shape[0],
+        inputs=w.shape[1],
+        rank=u.shape[1],
+        weight_row=weight_row,
+        weight_column=weight_column,
+        basis_row=basis_row,
+        basis_column=basis_column,
+        target_row=target_row,
+        target_column=target_column,
+        bias_stride=0 if bias is None else bias.stride(0),
+        number=number,
+        programs=programs,
+        first=first,
+    )
