@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple

@@ -274,7 +274,8 @@ def _pin_on(
     """|W U - B|^2 of weights on one device."""
     backend = select(device.type, "pin_")
     if backend.name == "torch":  # it walks layer by layer: nothing may be refused once the first is written
-        validate.check_pin_once(w, u, b, c)
+        check = validate.check_pin if torch.compiler.is_compiling() else validate.check_pin_once
+        check(w, u, b, c)
     biased = [k for k, t in enumerate(c) if t is not None]
     with torch.no_grad():
         return backend.op("pin_")(w, u, b, [c[k] for k in biased], biased)
