@@ -158,14 +158,16 @@ def keep(key: tuple, device: torch.device, build: Callable[[], Any]) -> Any:
     """The table under ``key``, built once; on the device when the current stream comes to use it. A table says what its
     ``memory`` there is, and with what event the upload was ``ready``."""
     with _lock:
-        table = _tables.pop(key, None)
+        table = _tables.get(key)
         if table is None and _capturing(device):
             raise Refused(
                 "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a CUDA "
                 "graph is captured; run one step with the same buffers before the capture"
             )
-        table = table or build()
-        _tables[key] = table
+        if table is None:
+            table = _tables[key] = build()
+        elif table is not next(reversed(_tables.values())):  # a key is long: it is hashed once
+            _tables.move_to_end(key)
         while len(_tables) > 1 and sum(t.memory.nbytes for t in _tables.values()) > CACHE_BYTES:
             _tables.popitem(last=False)
         if _capturing(device):  # the capture began with a synchronisation, so that the upload is done
