@@ -25,3 +25,14 @@ def test_pin(case, tables, benchmark):
     lines.append(pinned.line(row))
     layers = pinned.make_layers(case, "cpu")
     benchmark.pedantic(pinned.fused, (layers,), rounds=3)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
+def test_small_layers(biased, tables):
+    each, above = pinned.small_layers(biased)
+    title = "pin_ of small layers: us a layer"
+    lines = tables.setdefault(
+        title, ["| case | pin_ | above three torch calls (five with a bias) |", "| --- | ---: | ---: |"]
+    )
+    case = f"{pinned.SMALL} layers of 32 x 32{', with biases' if biased else ''}, rank {pinned.SMALL_RANK}"
+    lines.append(f"| {case} | {each:.1f} | {above:+.1f} |")

@@ -1,4 +1,5 @@
-"""What the Triton backend launches, compiled without a GPU for sm_90 and sm_80.
+"""What the Triton backend launches, compiled without a GPU for sm_90 and sm_80 with the Triton that is installed. With every
+Triton and in every form: triton_versions.py.
 
 Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is atomic;
 ``pin_`` multiplies on tensor cores.
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+import triton_versions
 
 COMPILE = Path(__file__).parent / "triton_compile.py"
 # op,rows,dtype,flags (triton_compile.py says what they mean).
@@ -111,6 +114,16 @@ def test_pin_moves_weight_and_basis_16_bytes_at_a_time(built, name):
 @pytest.mark.parametrize("name", PINS)
 def test_pin_keeps_everything_in_registers(built, name):
     assert "STACK:0" in built[name].usage and "local" not in built[name].ptx
+
+
+def test_cases_are_among_those_of_all_versions():
+    """What is tested here is compiled with every Triton."""
+    assert set(CASES) <= set(triton_versions.CASES)
+
+
+def test_every_form_of_a_pin_is_compiled():
+    cases = [case.split(",") for case in triton_versions.pin_cases()]
+    assert len({(*case[1:3], *sorted(case[3:])) for case in cases}) == len(cases) == 2 * 3 * 5 * 3
 
 
 def test_no_atomics(built):

@@ -1,7 +1,19 @@
 """Compiles what an op launches, without a GPU: triton_compile.py FOLDER op,rows,dtype,flag,flag.. ...
 
-For ``pin_`` rows are the rank. The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. Flags:
-``mixed`` (directions are bfloat16), ``strided``, ``transposed`` (a weight), ``gram_dd``, a method's name, ``sm80`` (instead of 90).
+The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. For ``pin_``
+rows are the rank. Flags:
+
+    sm80, sm100   for this architecture instead of sm_90
+    strided       directions, or the weight of ``pin_``, have no dense dimension
+    mixed         directions are bfloat16
+    absent        a second column lacks the first direction
+    gram_dd       the Gram of the directions is known
+    parts         two columns, of a part each
+    transposed    a weight whose columns are dense
+    bias          one more row of U, so that its columns are not aligned
+    orthogonal, conflict, mix     the method
+
+Takes this checkout's kernels, with torch, numpy and triton importable, whether gradproj is installed or not.
 """
 
 import subprocess
@@ -13,6 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "python"))
+
+import gradproj
+
+gradproj.__path__.append(str(ROOT))  # its triton_kernels lie there
+
 from gradproj.triton_kernels.combine import combine_
 from gradproj.triton_kernels.gram import gram
 from gradproj.triton_kernels.pin import pin_
@@ -20,7 +39,7 @@ from gradproj.triton_kernels.project import project_
 from gradproj.triton_kernels.weights import METHODS, weights
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 N = 4096
 
 
@@ -39,19 +58,29 @@ class Device:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def rows(count: int, dtype: torch.dtype, flags: list[str]) -> list[list[torch.Tensor]]:
+def rows(count: int, dtype: torch.dtype, flags: list[str]) -> list[list[torch.Tensor | None]]:
+    """One column; two of those with ``absent`` and with ``parts``."""
     found = []
     for r in range(count):
         t = torch.zeros(16, 16, N // 256, dtype=torch.bfloat16 if r and "mixed" in flags else dtype)
-        found.append([t.permute(2, 0, 1) if r and "strided" in flags else t])
+        t = t.permute(2, 0, 1) if r and "strided" in flags else t
+        found.append([t])
+        if "absent" in flags or "parts" in flags:
+            found[-1].append(None if r == 1 and "absent" in flags else t.clone())
     return found
 
 
 def pin(rank: int, dtype: torch.dtype, flags: list[str]) -> None:
-    weight = torch.zeros(256, 512, dtype=dtype)
-    basis = torch.zeros(rank, 256 if "transposed" in flags else 512)
-    target = torch.zeros(512 if "transposed" in flags else 256, rank)
-    pin_([weight.T if "transposed" in flags else weight], [basis.T], [target], [], [])
+    outputs, inputs = 256, 512
+    if "transposed" in flags:
+        weight = torch.zeros(inputs, outputs, dtype=dtype).T
+    elif "strided" in flags:
+        weight = torch.zeros(outputs, inputs, 2, dtype=dtype)[:, :, 0]
+    else:
+        weight = torch.zeros(outputs, inputs, dtype=dtype)
+    biases = [torch.zeros(outputs, dtype=dtype)] if "bias" in flags else []
+    basis = torch.zeros(rank, inputs + len(biases)).T
+    pin_([weight], [basis], [torch.zeros(outputs, rank)], biases, [0][: len(biases)])
 
 
 def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
@@ -59,14 +88,16 @@ def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
         return pin(count, dtype, flags)
     g, *directions = rows(count, dtype, flags)
     flat = [t for d in directions for t in d]
-    gram_dd = torch.zeros(count - 1, count - 1, dtype=torch.float64) if "gram_dd" in flags else None
+    parts = ([0, 1], 2) if "parts" in flags else ((), 0)
+    gram_dd = torch.zeros(*parts[1:][: bool(parts[0])], count - 1, count - 1, dtype=torch.float64)
+    known = gram_dd if "gram_dd" in flags else None
     method = next((f for f in flags if f in METHODS), "orthogonal")
     if op == "gram":
-        gram([*g, *flat], count, gram_dd)
+        gram([*g, *flat], count, known, *parts)
     elif op == "combine_":
-        combine_(g, flat, torch.zeros(count, dtype=torch.float64))
+        combine_(g, flat, torch.zeros(*gram_dd.shape[:-2], count, dtype=torch.float64), *parts)
     elif op == "project_":
-        project_(g, flat, method, 0.5, 0.0, gram_dd)
+        project_(g, flat, method, 0.5, 0.0, known, *parts)
     else:
         weights(torch.zeros(count, count, dtype=torch.float64), method, 0.5, 0.0)
 
@@ -79,13 +110,22 @@ def write(kernel, path: Path) -> None:
 
 
 driver.set_active(Device())
-launch = JITFunction.run
+compile_kernel = JITFunction.run
 for case in sys.argv[2:]:
     op, count, dtype, *flags = case.split(",")
-    Device.capability = 80 if "sm80" in flags else 90
+    Device.capability = next((int(f[2:]) for f in flags if f in ("sm80", "sm100")), 90)
 
     def compile_only(self, *args, warmup, case=case, **kwargs):
-        write(launch(self, *args, warmup=True, **kwargs), Path(sys.argv[1]) / f"{case},{self.__name__}")
+        path = Path(sys.argv[1]) / f"{case},{self.__name__}"
+        kernel = compile_kernel(self, *args, warmup=True, **kwargs)
+        number = 1
+        while path.with_suffix(".hash").exists() and path.with_suffix(".hash").read_text() != kernel.hash:
+            number += 1  # another form in the same call
+            path = path.with_name(f"{case},{self.__name__} {number}")
+        if not path.with_suffix(".hash").exists():
+            path.with_suffix(".hash").write_text(kernel.hash)
+            write(kernel, path)
 
     JITFunction.run = compile_only
+    print(f"compiling {case}", flush=True)
     call(op, int(count), DTYPES[dtype], flags)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.triton_kernels.table import Table, check_small, implement
+from gradproj.triton_kernels.table import Start, Table, check_small, implement, launch
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
 
 GROUP = tl.constexpr(8)  # rows whose loads are in flight together
@@ -83,17 +83,13 @@ def combine_kernel(
 
 def combine(table: Table, weights: Tensor) -> None:
     """Any number of rows in one pass."""
+    starts = []
+    for at in table.launches:
+        form = at.rows, at.dtypes, at.instance
+        arguments = (*at.arguments, weights, table.num_rows, *form)
+        starts.append(Start(combine_kernel, form, at.grid, arguments, at.warps))
     with torch.cuda.device_of(weights):
-        for launch in table.launches:
-            combine_kernel[(launch.grid,)](
-                *launch.arguments,
-                weights,
-                table.num_rows,
-                launch.rows,
-                launch.dtypes,
-                launch.instance,
-                num_warps=launch.warps,
-            )
+        launch(table.device, starts)
 
 
 @implement

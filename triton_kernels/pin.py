@@ -9,14 +9,50 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from gradproj import torch_backend
+from gradproj import torch_backend, validate
 from gradproj.triton_kernels.combine import INTERPRETED, narrow
-from gradproj.triton_kernels.table import implement
+from gradproj.triton_kernels.table import Start, implement, keep, launch, refusing, upload
 
 WARPS = 8
 COLUMNS = tl.constexpr(64)  # inputs that a program takes at a time
-FIELDS = tl.constexpr(17)  # of a layer's line in the table
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Line(NamedTuple):
+    """A layer in the table. Strides are in elements.
+
+    Attributes:
+        weight, basis, target, bias: addresses; 0 without a target or a bias.
+        number: of the layer among all, which is its place in the result.
+        programs: that share its rows.
+        first: the number of the first of them.
+    """
+
+    weight: int
+    basis: int
+    target: int
+    bias: int
+    outputs: int
+    inputs: int
+    rank: int
+    weight_row: int
+    weight_column: int
+    basis_row: int
+    basis_column: int
+    target_row: int
+    target_column: int
+    bias_stride: int
+    number: int
+    programs: int
+    first: int
+
+
+# Where a line has them, for the kernels: the fields of Line, in its order.
+(
+    WEIGHT, BASIS, TARGET, BIAS, OUTPUTS, INPUTS, RANK, WEIGHT_ROW, WEIGHT_COLUMN, BASIS_ROW, BASIS_COLUMN, TARGET_ROW,
+    TARGET_COLUMN, BIAS_STRIDE, NUMBER, PROGRAMS, FIRST,
+) = map(tl.constexpr, range(len(Line._fields)))  # fmt: skip
+FIELDS = tl.constexpr(len(Line._fields))
 
 
 class Form(NamedTuple):
@@ -42,12 +78,12 @@ class Form(NamedTuple):
 
 @triton.jit
 def find_layer(table, layers, program):
-    """The layer whose programs ``program`` is among: the last whose first is not behind it."""
+    """The layer that ``program`` works on: the last whose first program is <= ``program``."""
     low = layers * 0
     high = layers - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if tl.load(table + middle * FIELDS + 16) <= program:
+        if tl.load(table + middle * FIELDS + FIRST) <= program:
             low = middle
         else:
             high = middle - 1
@@ -85,7 +121,8 @@ def dot_split(a_high, a_low, b_high, b_low):
 @triton.jit
 def weight_tile(w, step, stride, start, outputs, inputs, form: tl.constexpr):
     """Where [rows, COLUMNS] of W lie, from input ``start`` on, and which of them there are. ``w``: of the first row."""
-    rows = tl.arange(0, form.rows)[:, None]
+    num_rows: tl.constexpr = form.rows
+    rows = tl.arange(0, num_rows)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     if form.layout == "rows":
         places = (w + start) + (rows * step + columns)
@@ -99,7 +136,8 @@ def weight_tile(w, step, stride, start, outputs, inputs, form: tl.constexpr):
 @triton.jit
 def load_basis(u, step, stride, start, inputs, rank, form: tl.constexpr):
     """[ranks, COLUMNS] of U^T, from input ``start`` on. ``u``: of the first of ``rank`` columns that are left."""
-    ranks = tl.arange(0, form.ranks)[:, None]
+    num_ranks: tl.constexpr = form.ranks
+    ranks = tl.arange(0, num_ranks)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     if form.layout == "strided":
         places = (u + tl.cast(start, tl.int64) * step) + (ranks * stride + columns * step)
@@ -111,17 +149,20 @@ def load_basis(u, step, stride, start, inputs, rank, form: tl.constexpr):
 @triton.jit
 def load_of_bias(u, step, stride, inputs, rank, form: tl.constexpr):
     """[1, ranks] of U: what belongs to the bias's input."""
-    ranks = tl.arange(0, form.ranks)[None, :]
+    num_ranks: tl.constexpr = form.ranks
+    ranks = tl.arange(0, num_ranks)[None, :]
     return tl.load(u + inputs.to(tl.int64) * step + ranks * stride, mask=ranks < rank, other=0.0)
 
 
 @triton.jit
 def load_target(line, first_row, first, outputs, rank, form: tl.constexpr):
     """[rows, ranks] of B."""
-    step, stride = tl.load(line + 11), tl.load(line + 12)
-    target = tl.load(line + 2).to(tl.pointer_type(tl.float32)) + first_row.to(tl.int64) * step + first * stride
-    rows = tl.arange(0, form.rows)[:, None]
-    ranks = tl.arange(0, form.ranks)[None, :]
+    step, stride = tl.load(line + TARGET_ROW), tl.load(line + TARGET_COLUMN)
+    target = tl.load(line + TARGET).to(tl.pointer_type(tl.float32)) + first_row.to(tl.int64) * step + first * stride
+    num_rows: tl.constexpr = form.rows
+    num_ranks: tl.constexpr = form.ranks
+    rows = tl.arange(0, num_rows)[:, None]
+    ranks = tl.arange(0, num_ranks)[None, :]
     offsets = rows * step.to(tl.int32) + ranks * stride.to(tl.int32)
     return tl.load(target + offsets, mask=(rows < outputs) & (ranks < rank), other=0.0)
 
@@ -131,16 +172,18 @@ def pin_kernel(table, partial, layers, form: tl.constexpr):
     """A program takes some rows of one weight: reads them from memory once, again from cache, the last first, writes them once;
     per block of columns of U, which are orthogonal to all others, so that one block after the other is exact. Reads the
     block twice too. Writes |W U - B|^2. Offsets within a tile are 32-bit: pointers would take twice the registers."""
+    num_rows: tl.constexpr = form.rows  # Triton 3.6 and 3.7 take no plain number, as in form.rows, for a shape
+    num_ranks: tl.constexpr = form.ranks
     program = tl.program_id(0)
     line = table + find_layer(table, layers, program) * FIELDS
-    first_row = (program - tl.load(line + 16).to(tl.int32)) * form.rows
-    outputs, inputs = tl.load(line + 4).to(tl.int32), tl.load(line + 5).to(tl.int32)
-    u = tl.load(line + 1).to(tl.pointer_type(tl.float32))
-    u_step, u_stride = tl.load(line + 9).to(tl.int32), tl.load(line + 10).to(tl.int32)
+    first_row = (program - tl.load(line + FIRST).to(tl.int32)) * num_rows
+    outputs, inputs = tl.load(line + OUTPUTS).to(tl.int32), tl.load(line + INPUTS).to(tl.int32)
+    u = tl.load(line + BASIS).to(tl.pointer_type(tl.float32))
+    u_step, u_stride = tl.load(line + BASIS_ROW).to(tl.int32), tl.load(line + BASIS_COLUMN).to(tl.int32)
     if form.aligned:
         u, u_stride, inputs = tl.multiple_of(u, 16), tl.multiple_of(u_stride, 4), tl.multiple_of(inputs, 4)
-    w = tl.load(line).to(tl.pointer_type(form.dtype))
-    step, stride = tl.load(line + 7).to(tl.int32), tl.load(line + 8).to(tl.int32)
+    w = tl.load(line + WEIGHT).to(tl.pointer_type(form.dtype))
+    step, stride = tl.load(line + WEIGHT_ROW).to(tl.int32), tl.load(line + WEIGHT_COLUMN).to(tl.int32)
     if form.layout == "columns":
         w, stride = tl.multiple_of(w + first_row, 16), tl.multiple_of(stride, 16)
         outputs = tl.multiple_of(outputs, 16)
@@ -149,18 +192,18 @@ def pin_kernel(table, partial, layers, form: tl.constexpr):
     if form.layout == "rows":
         w, step, inputs = tl.multiple_of(w, 16), tl.multiple_of(step, 16), tl.multiple_of(inputs, 16)
     outputs -= first_row
-    rank = tl.load(line + 6).to(tl.int32)
-    rows = tl.arange(0, form.rows)[:, None]
-    bias = tl.load(line + 3).to(tl.pointer_type(form.dtype))
-    biases = bias + (first_row + rows).to(tl.int64) * tl.load(line + 13)
-    has_bias = tl.load(line + 3) != 0
-    square = tl.zeros([form.rows], dtype=tl.float64)
-    stages: tl.constexpr = 3 if form.ranks == 64 else 2  # of tiles under way: what shared memory holds
+    rank = tl.load(line + RANK).to(tl.int32)
+    rows = tl.arange(0, num_rows)[:, None]
+    bias = tl.load(line + BIAS).to(tl.pointer_type(form.dtype))
+    biases = bias + (first_row + rows).to(tl.int64) * tl.load(line + BIAS_STRIDE)
+    has_bias = tl.load(line + BIAS) != 0
+    square = tl.zeros([num_rows], dtype=tl.float64)
+    stages: tl.constexpr = 3 if num_ranks == 64 else 2  # of tiles under way: what shared memory holds
     # What does not change from block to block is computed again: kept, it would take the registers of the loops within.
-    for first in tl.range(0, rank, form.ranks, num_stages=1, disable_licm=True):
+    for first in tl.range(0, rank, num_ranks, num_stages=1, disable_licm=True):
         block = u + tl.cast(first, tl.int64) * u_stride
-        moved = tl.zeros([form.rows, form.ranks], dtype=tl.float32)
-        if tl.load(line + 2) != 0:
+        moved = tl.zeros([num_rows, num_ranks], dtype=tl.float32)
+        if tl.load(line + TARGET) != 0:
             moved -= load_target(line, first_row, first, outputs, rank - first, form)
         if has_bias:
             of_bias = load_of_bias(block, u_step, u_stride, inputs, rank - first, form)
@@ -198,12 +241,61 @@ def pin_kernel(table, partial, layers, form: tl.constexpr):
 def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
     """Adds up the programs of a layer, in fixed order."""
     line = table + tl.program_id(0) * FIELDS
-    first, count = tl.load(line + 16), tl.load(line + 15)
+    first, count = tl.load(line + FIRST), tl.load(line + PROGRAMS)
     total = tl.zeros([block], dtype=tl.float64)
     for start in range(0, count, block):
         index = start + tl.arange(0, block)
         total += tl.load(partial + first + index, mask=index < count, other=0.0)
-    tl.store(squares + tl.load(line + 14), tl.sum(total, axis=0))
+    tl.store(squares + tl.load(line + NUMBER), tl.sum(total, axis=0))
+
+
+class Launch(NamedTuple):
+    """The layers of one form: their lines, [n, FIELDS] int64, and how many programs they take."""
+
+    form: Form
+    lines: Tensor
+    programs: int
+
+
+class Table(NamedTuple):
+    """What one call walks. Like ``table.Table`` it is kept by the addresses of its buffers, which have been checked.
+
+    Attributes:
+        others: layers that go to a BLAS, also as a tensor in ``others_at``.
+        memory: what all tensors here are views of, on the device.
+        ready: event recorded after its upload; None on the CPU.
+    """
+
+    launches: list[Launch]
+    others: list[int]
+    others_at: Tensor
+    memory: Tensor
+    ready: torch.cuda.Event | None
+
+    @staticmethod
+    def of(
+        weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor | None]
+    ) -> "Table":
+        """Raises :class:`Refused`: what ``gradproj.pin_`` refuses."""
+        with refusing():
+            validate.check_pin(weights, bases, targets, biases)
+        others: list[int] = []
+        lines: dict[Form, list[Line]] = {}
+        for k, (w, u, b, c) in enumerate(zip(weights, bases, targets, biases, strict=True)):
+            if not _fits(w, u, b):
+                others.append(k)
+            elif w.numel() and u.shape[1]:
+                form = _form(w, u)
+                mine = lines.setdefault(form, [])
+                first = mine[-1].first + mine[-1].programs if mine else 0
+                mine.append(_line(w, u, b, c, k, -(-w.shape[0] // form.rows), first))
+        arrays = [np.array(row, dtype=np.int64) for row in (others, *lines.values())]
+        memory, (others_at, *tables), ready = upload(arrays, weights[0].device)
+        launches = [
+            Launch(form, at, mine[-1].first + mine[-1].programs)
+            for (form, mine), at in zip(lines.items(), tables, strict=True)
+        ]
+        return Table(launches, others, others_at, memory, ready)
 
 
 @implement
@@ -211,44 +303,36 @@ def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
     """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
-    device = weights[0].device if weights else torch.device("cpu")
-    bias_of = dict(zip(biased, biases, strict=True))
+    if not weights:
+        return torch.zeros(0, dtype=torch.float64)
+    device = weights[0].device
+    bias_of: list[Tensor | None] = [None] * len(weights)
+    for k, bias in zip(biased, biases, strict=True):
+        bias_of[k] = bias
+    with refusing():
+        key = validate.pin_signature(weights, bases, targets, biases, biased)
+    table = keep(key, device, lambda: Table.of(weights, bases, targets, bias_of))
     squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
-    others: list[int] = []
-    held: dict[int, tuple[Tensor, Tensor | None]] = {}  # alive until the launch
-    forms: dict[Form, list[int]] = {}
+    starts = []
+    for form, lines, programs in table.launches:
+        partial = torch.empty(programs, dtype=torch.float64, device=device)
+        starts.append(Start(pin_kernel, form, programs, (lines, partial, len(lines), form), WARPS))
+        starts.append(Start(pin_finish_kernel, (), len(lines), (lines, partial, squares, 256)))
     with torch.cuda.device_of(squares):
-        for k, w in enumerate(weights):
-            if not _fits(w, bases[k], targets[k]):
-                others.append(k)
-            elif w.numel() and bases[k].shape[1]:
-                target = targets[k]
-                held[k] = bases[k].float(), None if target is None else target.float()
-                forms.setdefault(_form(w, held[k][0]), []).append(k)
-        for form, mine in forms.items():
-            lines, programs = [], 0
-            for k in mine:
-                lines.append(_line(weights[k], *held[k], bias_of.get(k), form, k, programs))
-                programs += lines[-1][15]
-            table = torch.from_numpy(np.array(lines, dtype=np.int64)).to(device, non_blocking=True)
-            partial = torch.empty(programs, dtype=torch.float64, device=device)
-            pin_kernel[(programs,)](table, partial, len(mine), form, num_warps=WARPS)
-            pin_finish_kernel[(len(mine),)](table, partial, squares, 256)
-    if others:
-        some = [k for k in others if k in bias_of]
-        squares[others] = torch_backend.pin_(
-            [weights[k] for k in others],
-            [bases[k] for k in others],
-            [targets[k] for k in others],
-            [bias_of[k] for k in some],
-            [others.index(k) for k in some],
-        )
+        launch(device, starts)
+    if table.others:
+        some = [(at, bias_of[k]) for at, k in enumerate(table.others) if bias_of[k] is not None]
+        lists = ([row[k] for k in table.others] for row in (weights, bases, targets))
+        found = torch_backend.pin_(*lists, [bias for _, bias in some], [at for at, _ in some])
+        squares.index_copy_(0, table.others_at, found)
     return squares
 
 
-def _fits(w: Tensor, *others: Tensor | None) -> bool:
-    """Not float64, and offsets within a tile, of 128 x 128 at most, have 32 bits."""
-    return w.dtype in _TYPES and all(s < 1 << 23 for t in (w, *others) if t is not None for s in t.stride())
+def _fits(w: Tensor, u: Tensor, target: Tensor | None) -> bool:
+    """No float64; U and B in float32; offsets within a tile, of 128 x 128 at most, have 32 bits."""
+    wide = [t for t in (u, target) if t is not None]
+    types_fit = w.dtype in _TYPES and all(t.dtype == torch.float32 for t in wide)
+    return types_fit and all(s < 1 << 23 for t in (w, *wide) for s in t.stride())
 
 
 def _form(w: Tensor, u: Tensor) -> Form:
@@ -276,10 +360,27 @@ def _rows(dtype: torch.dtype, ranks: int) -> int:
 
 
 def _line(
-    w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, form: Form, number: int, first: int
-) -> list[int]:
-    addresses = [0 if t is None else t.data_ptr() for t in (w, u, target, bias)]
-    of_target = (0, 0) if target is None else target.stride()
-    of_bias = 0 if bias is None else bias.stride(0)
-    programs = -(-w.shape[0] // form.rows)
-    return [*addresses, *w.shape, u.shape[1], *w.stride(), *u.stride(), *of_target, of_bias, number, programs, first]
+    w: Tensor, u: Tensor, target: Tensor | None, bias: Tensor | None, number: int, programs: int, first: int
+) -> Line:
+    weight_row, weight_column = w.stride()
+    basis_row, basis_column = u.stride()
+    target_row, target_column = (0, 0) if target is None else target.stride()
+    return Line(
+        weight=w.data_ptr(),
+        basis=u.data_ptr(),
+        target=0 if target is None else target.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        outputs=w.shape[0],
+        inputs=w.shape[1],
+        rank=u.shape[1],
+        weight_row=weight_row,
+        weight_column=weight_column,
+        basis_row=basis_row,
+        basis_column=basis_column,
+        target_row=target_row,
+        target_column=target_column,
+        bias_stride=0 if bias is None else bias.stride(0),
+        number=number,
+        programs=programs,
+        first=first,
+    )

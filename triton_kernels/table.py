@@ -10,16 +10,18 @@ recorded on it, the copy's pinned source is held by torch until the copy is done
 ever, because the graph reads it at every replay.
 """
 
+import contextlib
+import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -84,7 +86,7 @@ class Launch(NamedTuple):
         return self.dtypes[self.rows.index(row)] if row in self.rows else None
 
     def position(self, row: int) -> int:
-        """Of the first row that is there, from ``row`` on."""
+        """Index of the first present row >= ``row``."""
         return sum(r < row for r in self.rows)
 
 
@@ -96,7 +98,7 @@ class Table(NamedTuple):
         bounds: [parts + 1] int64: the slots of part p, of all launches, are bounds[p] .. bounds[p + 1].
         slots: how many there are.
         memory: what all tensors here are views of, on the device.
-        ready: recorded behind its upload; None on the CPU.
+        ready: event recorded after its upload; None on the CPU.
     """
 
     num_rows: int
@@ -117,7 +119,7 @@ class Table(NamedTuple):
     def to_write(grads, directions, parts, num_parts: int) -> "Table":
         """Of an op that writes ``grads``."""
         if not grads or len(directions) % len(grads):
-            raise RuntimeError("gradproj: rows of different length")
+            raise Refused("gradproj: rows of different length")
         return Table.of([*grads, *directions], 1 + len(directions) // len(grads), parts, num_parts, written=True)
 
     @staticmethod
@@ -135,44 +137,121 @@ class Table(NamedTuple):
             written: whether row 0 will be.
             threads: of a program; tests take few. None: 256, or 128 for more than ``FEW_ROWS``.
         Raises:
-            RuntimeError: what the kernels do not take, saying what and where.
+            Refused: what the kernels do not take, saying what and where.
         """
         threads = threads or (256 if num_rows <= FEW_ROWS else 128)
         present = [t for t in rows if t is not None]
         if not present:
-            raise RuntimeError("gradproj: no tensor among the buffers")
+            raise Refused("gradproj: no tensor among the buffers")
         absent = tuple(i for i, t in enumerate(rows) if t is None) if len(present) < len(rows) else ()
-        key = (
-            present[0].device, num_rows, num_parts, tuple(parts), written, threads, absent,
-            tuple(map(attrgetter("dtype"), present)), tuple(map(Tensor.data_ptr, present)),
-            tuple(map(attrgetter("shape"), present)), tuple(map(Tensor.stride, present)),
-        )  # fmt: skip
-        with _lock:
-            table = _tables.pop(key, None)
-            if table is None:
-                table = _build(rows, num_rows, parts, num_parts, written, threads)
-            _tables[key] = table
-            while len(_tables) > 1 and sum(t.memory.nbytes for t in _tables.values()) > CACHE_BYTES:
-                _tables.popitem(last=False)
-            if _capturing(table.device):  # the capture began with a synchronisation, so that the upload is done
-                _captured[id(table)] = table
-            elif table.ready is not None:
-                stream = torch.cuda.current_stream(table.device)
-                stream.wait_event(table.ready)
-                table.memory.record_stream(stream)
-        return table
+        device = present[0].device
+        key = (device, num_rows, num_parts, tuple(parts), written, threads, absent, validate.signature(present))
+        return keep(key, device, lambda: _build(rows, num_rows, parts, num_parts, written, threads))
 
 
 _lock = threading.Lock()
-_tables: OrderedDict[tuple, Table] = OrderedDict()
-_captured: dict[int, Table] = {}
+_tables: OrderedDict[tuple, Any] = OrderedDict()
+_captured: dict[int, Any] = {}
+
+
+def keep(key: tuple, device: torch.device, build: Callable[[], Any]) -> Any:
+    """The table under ``key``, built once; on the device when the current stream comes to use it. A table says what its
+    ``memory`` there is, and with what event the upload was ``ready``."""
+    with _lock:
+        table = _tables.get(key)
+        if table is None and _capturing(device):
+            raise Refused(
+                "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a CUDA "
+                "graph is captured; run one step with the same buffers before the capture"
+            )
+        if table is None:
+            table = _tables[key] = build()
+        elif table is not next(reversed(_tables.values())):  # a key is long: it is hashed once
+            _tables.move_to_end(key)
+        while len(_tables) > 1 and sum(t.memory.nbytes for t in _tables.values()) > CACHE_BYTES:
+            _tables.popitem(last=False)
+        if _capturing(device):  # the capture began with a synchronisation, so that the upload is done
+            _captured[id(table)] = table
+        elif table.ready is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(table.ready)
+            table.memory.record_stream(stream)
+    return table
+
+
+class Refused(RuntimeError):
+    """What the kernels do not take, in words. Nothing has been written."""
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """What a check raises, as the one error that ops refuse by."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Refused(str(error)) from error
 
 
 def implement(function: Callable) -> Callable:
-    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on the CPU."""
+    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on the CPU.
+
+    A kernel that does not compile or start becomes one error that says what failed, where, and the way out.
+    """
+    name = function.__name__
+
+    @functools.wraps(function)
+    def op(*arguments):
+        try:
+            return function(*arguments)
+        except (Refused, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            cause: BaseException = error
+            device = next(_tensors(arguments)).device
+            called = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            while cause.__cause__ is not None:  # the compiler's own errors begin with a listing
+                cause = cause.__cause__
+            line = (str(cause).strip().splitlines() or [""])[0]
+            raise RuntimeError(
+                f"{name}: a Triton kernel does not compile or start (Triton {triton.__version__}, {called}): "
+                f"{type(cause).__name__}: {line}; use gradproj.use_backend('torch'), or install another Triton"
+            ) from error
+
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    ops.implement("gradproj_triton", function.__name__, function, "CPU" if interpreted else "CUDA")
+    ops.implement("gradproj_triton", name, op, "CPU" if interpreted else "CUDA")
     return function
+
+
+class Start(NamedTuple):
+    """A launch: ``kernel[grid](*arguments)``; ``form`` is what of it the compiler sees."""
+
+    kernel: Any
+    form: tuple
+    grid: int
+    arguments: tuple
+    warps: int = 4
+
+
+_compiled: set[tuple] = set()
+
+
+def launch(device: torch.device, starts: Sequence[Start]) -> None:
+    """Launches of kernels that write the user's buffers. All are compiled and loaded before the first runs: if one is not, nothing
+    is half written."""
+    for start in starts:
+        key = id(start.kernel), device, start.form
+        if key not in _compiled:
+            compiled = start.kernel.warmup(*start.arguments, grid=(start.grid,), num_warps=start.warps)
+            if compiled is not None:  # the interpreter compiles nothing
+                compiled.run  # noqa: B018  loads it
+            _compiled.add(key)
+    for start in starts:
+        start.kernel[(start.grid,)](*start.arguments, num_warps=start.warps)
+
+
+def _tensors(arguments) -> Iterator[Tensor]:
+    for argument in arguments:
+        yield from (t for t in (argument if isinstance(argument, list) else [argument]) if isinstance(t, Tensor))
 
 
 def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
@@ -181,7 +260,7 @@ def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: st
     if t is not None and (
         t.dtype != torch.float64 or t.device != table.device or t.shape != shape or not t.is_contiguous()
     ):
-        raise RuntimeError(
+        raise Refused(
             f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
             f"{tuple(t.shape)}, {t.dtype}, {t.device}"
         )
@@ -201,15 +280,8 @@ def _programs_for(device: torch.device, num_rows: int, threads: int) -> int:
 
 
 def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
-    try:
+    with refusing():
         device = _check(rows, num_rows, parts, num_parts, written)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise RuntimeError(str(error)) from error
-    if _capturing(device):
-        raise RuntimeError(
-            "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a CUDA "
-            "graph is captured; run one step with the same buffers before the capture"
-        )
     found = _columns(rows, num_rows, parts)
     most = max(1, min(_programs_for(device, num_rows, threads), MAX_PROGRAMS // max(1, len(found))))
     facts, segments, programs = [], [], []
@@ -222,7 +294,7 @@ def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
         segments.append(own)
         programs.append(_programs(part, own, most, max(1, num_parts)))
     bounds = _number_slots(programs, max(1, num_parts))
-    memory, views, ready = _upload([bounds, *segments, *programs], device)
+    memory, views, ready = upload([bounds, *segments, *programs], device)
     launches = [Launch(*f, *v) for f, *v in zip(facts, views[1 : 1 + len(facts)], views[1 + len(facts) :], strict=True)]
     return Table(num_rows, num_parts, device, launches, views[0], int(bounds[-1]), memory, ready)
 
@@ -320,7 +392,7 @@ def _number_slots(programs: list[np.ndarray], num_parts: int) -> np.ndarray:
     return np.searchsorted(np.sort(part), np.arange(num_parts + 1))
 
 
-def _upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
+def upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
     """The arrays one after the other on the device, each from a 16-byte boundary on, in one copy."""
     starts = np.cumsum([0, *(a.size + a.size % 2 for a in arrays)])
     flat = np.zeros(starts[-1], dtype=np.int64)

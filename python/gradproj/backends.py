@@ -83,6 +83,8 @@ def _triton() -> Backend:
         reason = "triton is not installed; install it with: pip install triton"
     elif os.environ.get("TRITON_INTERPRET") == "1":
         device_types = ("cpu",)
+    elif torch.version.hip is not None:
+        reason = "ROCm is not supported: the kernels have never run there"
     elif not torch.cuda.is_available():
         reason = "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
     if not reason:
@@ -93,7 +95,7 @@ def _triton() -> Backend:
 @functools.cache
 def _torch() -> Backend:
     importlib.import_module("gradproj.torch_backend")
-    return Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "mps", "meta"), "")
+    return Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "meta"), "")
 
 
 _FACTORIES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "torch": _torch}
@@ -131,22 +133,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _best(device_type: str, op: str) -> Backend:
-    candidates = (_FACTORIES[name]() for name in _PREFERENCE.get(device_type, ("torch",)))
-    return next(backend for backend in candidates if backend.available and backend.has(op))
+    for name in _PREFERENCE.get(device_type, ("torch",)):
+        backend = _FACTORIES[name]()
+        if backend.available and backend.has(op) and device_type in backend.device_types:
+            return backend
+    raise ValueError(
+        f"{op}: no backend takes tensors on {device_type}: sums are float64, on {', '.join(_torch().device_types)}; move "
+        f"them to the CPU"
+    )
 
 
 def select(device_type: str, op: str = "gram") -> Backend:
     """The backend for tensors of one device type: the requested one, else the best that works and has the op.
 
     Raises:
-        ValueError: the requested backend does not take tensors of this device type.
+        ValueError: the requested backend, or every backend, does not take tensors of this device type.
     """
     name = _requested.get()
     if name is None:
         return _best(device_type, op)
     backend = _FACTORIES[name]()
     if not backend.has(op):
-        return _torch()
+        return _best(device_type, op)
     if device_type not in backend.device_types:
         raise ValueError(
             f"backend {name!r} takes tensors on {' or '.join(backend.device_types)}, not on {device_type}; move them or "

@@ -8,7 +8,8 @@ The same five ops exist in three namespaces: ``gradproj`` (native: C++ on CPU te
 ``parts`` gives every column the number of its part, below ``num_parts``; then ``gram_dd``, Gram and weights have a leading
 dimension of that length, and every part is projected by itself.
 ``pin_`` takes [o, i] weights, [i, r] bases, [o, r] targets, and biases [o], of the weights numbered ``biased``, whose bases are
-[i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to a BLAS and has none.
+[i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to a BLAS and has none; the
+one in plain torch expects its caller to have checked the arguments.
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """
 
@@ -51,12 +52,16 @@ def _fake_combine_(grads, directions, weights, parts=(), num_parts=0):
     _device_of([*grads, *directions, weights])
 
 
+def _fake_pin_(weights, bases, targets, biases, biased):
+    return torch.empty(len(weights), dtype=torch.float64, device=_device_of([*weights, *bases, *targets, *biases]))
+
+
 _FAKES: dict[str, Callable] = {
     "gram": _fake_gram,
     "weights": lambda gram, method, gamma, eps: gram.new_empty(gram.shape[:-1]),
     "combine_": _fake_combine_,
     "project_": _fake_project_,
-    "pin_": lambda w, *_: torch.empty(len(w), dtype=torch.float64, device=_device_of(w)),
+    "pin_": _fake_pin_,
 }
 
 # The Library objects own the registrations: they live as long as the module.

@@ -3,8 +3,10 @@
 Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the extra memory does not grow with N.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import repeat
+import contextlib
+import threading
+from collections.abc import Iterator
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -15,8 +17,8 @@ from gradproj import methods
 from gradproj.ops import implement
 
 _CHUNK_BYTES = 1 << 18
-_PIN_BYTES = 3 << 18  # of float32 copies and products that a block of a weight's rows may take
 
+Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # W, U, B, bias
 Column = list[Any]  # of every row a tensor or None, or a chunk of those
 
 
@@ -91,51 +93,137 @@ def _cut(column: Column, limit: int) -> Iterator[Column]:
 
 
 def pin_(weights, bases, targets, biases, biased) -> Tensor:
-    """Two matrix products per block of a weight's rows, so that the second finds the block in cache. Holds a block's W U."""
-    bias_of = dict(zip(biased, biases, strict=True))
-    squares: list[Tensor] = []  # of all blocks
-    counts = []
-    for k, (weight, basis, target) in enumerate(zip(weights, bases, targets, strict=True)):
-        before = len(squares)
-        if weight.shape[0] and basis.shape[1]:
-            squares += _pin(weight, basis, target, bias_of.get(k))
-        counts.append(len(squares) - before)
-    device = weights[0].device if weights else None
-    found = torch.stack(squares).double() if squares else torch.zeros(0, dtype=torch.float64, device=device)
-    return found if counts == [1] * len(weights) else torch.stack([part.sum() for part in found.split(counts)])
+    """Two matrix products per block of a weight's rows, so that on a CPU the second finds the block in cache. Small layers that are
+    alike take batched products on copies: calls cost more than their elements."""
+    if not weights:
+        return torch.zeros(0, dtype=torch.float64)
+    device_type = weights[0].device.type
+    limit = _pin_bytes(device_type)
+    bias_of: list[Tensor | None] = [None] * len(weights)
+    for k, bias in zip(biased, biases, strict=True):
+        bias_of[k] = bias
+    layers: list[Layer] = list(zip(weights, bases, targets, bias_of, strict=True))
+    small = limit >> 7
+    groups: dict[Any, list[int]] = {}
+    for k, (weight, basis, target, bias) in enumerate(layers):
+        alike = weight.shape, basis.shape, weight.dtype, target is None, bias is None
+        groups.setdefault(k if weight.numel() > small else alike, []).append(k)
+    squares: list[Tensor] = []  # of one or more layers each
+    with _exact_products(device_type):
+        for group in groups.values():
+            most = limit // (1 + _batch_bytes(*layers[group[0]]))
+            for start in range(0, len(group), max(1, most)):
+                some = [layers[k] for k in group[start : start + max(1, most)]]
+                squares.append(_pin_blocks(*some[0], limit) if len(some) == 1 else _pin_batch(some))
+    found = torch.cat(squares).double()
+    order = list(chain.from_iterable(groups.values()))
+    if order == list(range(len(order))):
+        return found
+    place = dict(zip(order, found.unbind(), strict=True))
+    return torch.stack([place[k] for k in range(len(order))])
 
 
-def _pin(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Iterator[Tensor]:
-    """|W U - B|^2 of one block of rows after the other."""
-    inputs = weight.shape[1]
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    basis = basis.to(dtype)
-    of_inputs = basis[:inputs]
-    held = basis.shape[1] + (0 if weight.dtype == dtype else inputs)  # per row: W U, and a 16-bit row in float32
-    rows = max(1, _PIN_BYTES // (dtype.itemsize * held))
-    for block, goal, shift in zip(_blocks(weight, rows), _blocks(target, rows), _blocks(bias, rows), strict=False):
-        wide = block.to(dtype)
-        if goal is None:
-            moved = torch.mm(wide, of_inputs)
-        else:
-            moved = torch.addmm(goal.to(dtype), wide, of_inputs, beta=-1.0)
-        if shift is not None:
-            wide_shift = shift.to(dtype)
-            moved.addr_(wide_shift, basis[inputs])
-            wide_shift.addmv_(moved, basis[inputs], alpha=-1.0)
-            if wide_shift is not shift:
-                shift.copy_(wide_shift)
-        flat = moved.view(-1)
-        yield torch.dot(flat, flat)
-        wide.addmm_(moved, of_inputs.T, alpha=-1.0)
-        if wide is not block:
-            block.copy_(wide)
+def _pin_bytes(device_type: str) -> int:
+    """What temporaries may take: on a CPU they stay in its cache, elsewhere a launch should have enough to do."""
+    return 3 << 18 if device_type == "cpu" else 32 << 20
 
 
-def _blocks(t: Tensor | None, rows: int) -> Iterable[Any]:
-    if t is None:
-        return repeat(None)
-    return t.split(rows) if rows < len(t) else (t,)
+def _batch_bytes(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> int:
+    """Of a layer in a batch: copies of W, U, B and the bias in the type of the products, and W U."""
+    outputs, inputs = weight.shape
+    rank = basis.shape[1]
+    return max(4, weight.itemsize) * ((outputs + rank) * (inputs + 1) + 2 * outputs * rank)
+
+
+def _pin_batch(layers: list[Layer]) -> Tensor:
+    """|W U - B|^2 of layers that are alike."""
+    dtype = torch.promote_types(layers[0][0].dtype, torch.float32)
+    weights, bases, targets, biases = zip(*layers, strict=True)
+    w, u = (torch.stack(row).to(dtype) for row in (weights, bases))
+    of_inputs = u if biases[0] is None else u[:, :-1]
+    if targets[0] is None:
+        moved = torch.bmm(w, of_inputs)
+    else:
+        moved = torch.baddbmm(torch.stack(targets).to(dtype), w, of_inputs, beta=-1.0)
+    if biases[0] is not None:
+        bias, of_bias = torch.stack(biases).to(dtype)[:, :, None], u[:, -1:]
+        moved.baddbmm_(bias, of_bias)
+        bias.baddbmm_(moved, of_bias.mT, alpha=-1.0)
+        torch._foreach_copy_(biases, bias[:, :, 0].unbind())
+    w.baddbmm_(moved, of_inputs.mT, alpha=-1.0)
+    torch._foreach_copy_(weights, w.unbind())
+    return moved.square_().sum(dim=(1, 2))
+
+
+def _block_rows(limit: int, rank: int, inputs: int, dtype: torch.dtype) -> int:
+    """Rows of a weight in a block: of each a row of W U is held, and a 16-bit one in float32."""
+    held = 4 * (rank + inputs) if dtype.itemsize == 2 else dtype.itemsize * rank
+    return max(1, limit // max(1, held))
+
+
+def _pin_block(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+    """W U - B before; ``weight`` and ``bias`` are pinned."""
+    dtype = weight.dtype
+    wide, wide_bias = weight, bias
+    if dtype.itemsize == 2:
+        dtype = torch.float32
+        wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    if basis.dtype != dtype:
+        basis = basis.to(dtype)
+    of_inputs = basis if bias is None else basis[:-1]
+    if target is None:
+        moved = torch.mm(wide, of_inputs)
+    else:
+        moved = torch.addmm(target if target.dtype == dtype else target.to(dtype), wide, of_inputs, beta=-1.0)
+    if wide_bias is not None:
+        of_bias = basis[-1]
+        moved.addr_(wide_bias, of_bias)
+        wide_bias.addmv_(moved, of_bias, alpha=-1.0)
+    wide.addmm_(moved, of_inputs.T, alpha=-1.0)
+    if wide is not weight:
+        weight.copy_(wide)
+        if bias is not None and wide_bias is not None:
+            bias.copy_(wide_bias)
+    return moved
+
+
+def _pin_blocks(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None, limit: int) -> Tensor:
+    """[1]: |W U - B|^2, one block of rows after the other."""
+    outputs, inputs = weight.shape
+    rows = _block_rows(limit, basis.shape[1], inputs, weight.dtype)
+    if outputs <= rows:
+        flat = _pin_block(weight, basis, target, bias).view(-1)
+        return torch.dot(flat, flat).view(1)
+    basis = basis.to(torch.promote_types(weight.dtype, torch.float32))
+    squares = []
+    for start in range(0, outputs, rows):
+        block, goal, shift = (None if t is None else t[start : start + rows] for t in (weight, target, bias))
+        flat = _pin_block(block, basis, goal, shift).view(-1)  # type: ignore[arg-type]
+        squares.append(torch.dot(flat, flat))
+    return torch.stack(squares).sum(0, keepdim=True, dtype=torch.float64)
+
+
+_precision_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _exact_products(device_type: str) -> Iterator[None]:
+    """Matrix products in the type of their factors: no autocast, and no TF32 on a GPU."""
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
+        matmul = torch.backends.cuda.matmul
+        if device_type != "cuda" or matmul.fp32_precision == "ieee":
+            yield
+            return
+        with _precision_lock:  # the setting is the process's: another thread must not take this one for the user's
+            before = matmul.fp32_precision
+            matmul.fp32_precision = "ieee"
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = "none"  # inherited from torch.backends.fp32_precision
+                if matmul.fp32_precision != before:
+                    matmul.fp32_precision = before
 
 
 for _function in (gram, combine_, project_, pin_):

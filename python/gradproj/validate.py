@@ -4,9 +4,11 @@ The native ops check the same things fast; when one refuses, this finds the prec
 Nothing here reads or writes a buffer's contents.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from math import prod
-from operator import itemgetter
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_DIMS = {"cuda": 8, "triton": 8}  # what the kernels for strided buffers take, after merging
 MAX_ROWS = {"cuda": 65}
+CHECKED = 1 << 13  # tensors in the newest calls of pin_ that were found good
 
 
 def _name(where: Sequence[str], row: int, index: int) -> str:
@@ -134,8 +137,8 @@ class _Addresses:
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    """Exactly, for any strides. Addresses of different devices are different."""
-    if a.device != b.device or not a.numel() or not b.numel():
+    """Exactly, for any strides. Addresses of different devices are different; a meta tensor has none."""
+    if a.device != b.device or a.device.type == "meta" or not a.numel() or not b.numel():
         return False
     return np.shares_memory(np.asarray(_Addresses(a)), np.asarray(_Addresses(b)))
 
@@ -152,33 +155,87 @@ def overlaps_itself(t: Tensor) -> bool:
     return False
 
 
-def _check_overlap(op, rows, names, indices) -> None:
-    spans = []
-    for row, tensors in enumerate(rows):
-        for i, t in zip(indices, tensors, strict=True):
-            if t is None or not t.numel():
-                continue
-            if row == 0 and overlaps_itself(t):
-                raise ValueError(
-                    f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
-                    f"cannot be written; pass a contiguous tensor"
-                )
-            spans.append((*_span(t), row, i, t))
-    spans.sort(key=itemgetter(0, 1, 2, 3))
-    for at, (_, stop, row, i, t) in enumerate(spans):
-        for k in range(at + 1, len(spans)):
-            start, _, other_row, j, other = spans[k]
+def _near(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Pairs of positions whose spans of memory meet, in the order of addresses."""
+    spans = sorted((*_span(t), k) for k, t in enumerate(tensors) if t.numel())
+    for at, (_, stop, k) in enumerate(spans):
+        for start, _, other in islice(spans, at + 1, None):
             if start >= stop:
                 break
-            if row and other_row:
-                continue
-            same = (
-                i == j and t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+            yield k, other
+
+
+def _check_overlap(op, rows, names, indices) -> None:
+    entries = [
+        (row, i, t) for row, tensors in enumerate(rows) for i, t in zip(indices, tensors, strict=True) if t is not None
+    ]
+    for row, i, t in entries:
+        if row == 0 and overlaps_itself(t):
+            raise ValueError(
+                f"{op}: {_name(names, 0, i)} with shape {tuple(t.shape)} and strides {t.stride()} overlaps itself, so it "
+                f"cannot be written; pass a contiguous tensor"
             )
-            if (same and row != other_row) or not shares_memory(t, other):
-                continue
-            a, b = _name(names, row, i), _name(names, other_row, j)
-            raise ValueError(f"{op}: {a} and {b} share memory, and one of them is written; clone one of them")
+    for one, two in _near([t for _, _, t in entries]):
+        (row, i, t), (other_row, j, other) = entries[one], entries[two]
+        if row and other_row:
+            continue
+        same = i == j and t.data_ptr() == other.data_ptr() and t.stride() == other.stride() and t.dtype == other.dtype
+        if (same and row != other_row) or not shares_memory(t, other):
+            continue
+        a, b = _name(names, row, i), _name(names, other_row, j)
+        raise ValueError(f"{op}: {a} and {b} share memory, and one of them is written; clone one of them")
+
+
+def signature(tensors: Sequence[Tensor]) -> tuple:
+    """What checks and tables depend on, of tensors on one device: addresses, shapes, strides and dtypes. It holds no tensor;
+    another tensor with the same signature can take the place of the first."""
+    return (
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(attrgetter("shape"), tensors)),
+        tuple(map(Tensor.stride, tensors)),
+        tuple(map(attrgetter("dtype"), tensors)),
+    )
+
+
+def pin_signature(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
+    biased: Sequence[int],
+) -> tuple:
+    """:func:`signature` of the arguments of the op ``pin_``."""
+    present = [t for t in targets if t is not None]
+    absent = () if len(present) == len(targets) else tuple(k for k, t in enumerate(targets) if t is None)
+    counts = len(weights), len(bases), len(targets)
+    return weights[0].device, counts, absent, tuple(biased), signature([*weights, *bases, *present, *biases])
+
+
+_checked: dict[tuple, int] = {}  # signature -> number of tensors, the newest last
+_checked_lock = threading.Lock()
+
+
+def check_pin_once(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> None:
+    """:func:`check_pin`, unless tensors with the same signature have been found good before."""
+    biased = [k for k, t in enumerate(biases) if t is not None]
+    try:
+        key = pin_signature(weights, bases, targets, [biases[k] for k in biased], biased)  # type: ignore[misc]
+        if key in _checked:
+            return
+    except (AttributeError, IndexError, TypeError, RuntimeError):  # no weights, no tensor, or one without an address
+        key = None
+    check_pin(weights, bases, targets, biases)
+    if key is None:
+        return
+    with _checked_lock:
+        _checked[key] = 2 * len(weights) + len(targets) + len(biased)
+        while len(_checked) > 1 and sum(_checked.values()) > CHECKED:
+            del _checked[next(iter(_checked))]
 
 
 def check_pin(
@@ -220,3 +277,16 @@ def check_pin(
                 raise ValueError(
                     f"pin_: {name}[{k}] overlaps itself, so it cannot be written; pass a contiguous tensor"
                 )
+    if not torch.compiler.is_compiling():  # a traced tensor has no address
+        _check_pin_overlap({"weights": weights, "biases": biases, "bases": bases, "targets": targets})
+
+
+def _check_pin_overlap(lists: dict[str, Sequence[Tensor | None]]) -> None:
+    written = ("weights", "biases")
+    entries = [(name, k, t) for name, row in lists.items() for k, t in enumerate(row) if t is not None]
+    for pair in _near([t for *_, t in entries]):
+        (name, k, t), (other_name, j, other) = (entries[at] for at in sorted(pair))  # those that are written come first
+        if name not in written or not shares_memory(t, other):
+            continue
+        advice = "pass each once" if other_name in written else f"clone {other_name}[{j}]"
+        raise ValueError(f"pin_: {name}[{k}] is written and shares memory with {other_name}[{j}]; {advice}")
