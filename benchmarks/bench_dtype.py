@@ -9,7 +9,8 @@ import gradproj
 import harness
 import parameter_lists as lists
 import timing
-from gradproj import functional, methods
+from gradproj.kernels import methods
+from gradproj.rows import functional
 from harness import Case
 
 CASE = Case("GPT-2 124M float32, K = 8", lists.gpt2_124m(), directions=8, rounds=5)

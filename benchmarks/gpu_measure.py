@@ -18,7 +18,7 @@ import pinned
 from gpu_predicted import GPUS, OF_PROJECTIONS, PREDICTED, Gpu
 from gpu_stages import SITE, tell
 from gradproj import reference
-from gradproj.backends import select
+from gradproj.kernels.backends import select
 from harness import (
     TOLERANCE,
     Case,

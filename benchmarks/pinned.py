@@ -12,7 +12,7 @@ import gradproj
 import harness
 import timing
 from gradproj import reference
-from gradproj.backends import select
+from gradproj.kernels.backends import select
 from harness import Row
 
 

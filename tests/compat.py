@@ -39,7 +39,7 @@ START = time.monotonic()
 # library on a machine without a GPU.
 CHECK = """
 import json, pathlib, torch, gradproj
-from gradproj.ops import SCHEMAS
+from gradproj.kernels.ops import SCHEMAS
 folder = pathlib.Path(gradproj.__file__).parent
 names = [name for s in SCHEMAS if (name := s.split("(")[0]) != "pin_"]  # pin_ is left to a BLAS
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "folder": str(folder), "ops": len(names)}

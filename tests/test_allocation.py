@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradproj import allocation
-from gradproj.allocation import Curvature
+from gradproj.nullspace import allocation
+from gradproj.nullspace.allocation import Curvature
 
 
 def layer(scale, values, outputs, inputs, trace=None):

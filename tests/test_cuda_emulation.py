@@ -33,7 +33,8 @@ from cuda_emulation import (
     serialise,
     verify,
 )
-from gradproj import methods, reference
+from gradproj import reference
+from gradproj.kernels import methods
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import gradproj
 from distributed import checks, models, nullspace_checks, projections
 from distributed.pool import Pool
-from gradproj import NullSpace, Sharding, sharding
+from gradproj import NullSpace, Sharding
+from gradproj.rows import sharding
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without torch.distributed or gloo", allow_module_level=True)

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 import gradproj
-from gradproj import Directions, ProjectedOptimizer, Sharding, call, functional, methods, reference
-from gradproj.backends import Backend
-from gradproj.sharding import local_tensors, localize
+from gradproj import Directions, ProjectedOptimizer, Sharding, reference
+from gradproj.kernels import methods
+from gradproj.kernels.backends import Backend
+from gradproj.rows import call, functional
+from gradproj.rows.sharding import local_tensors, localize
 
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)

@@ -134,7 +134,7 @@ def test_unknown_and_unavailable_backend():
 
 def test_backend_for_another_device():
     with gradproj.use_backend("torch"), pytest.raises(ValueError, match="not on vulkan"):
-        from gradproj.backends import select
+        from gradproj.kernels.backends import select
 
         select("vulkan")
 

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 import gradproj
 from cases import DTYPES, assert_gram_close, make_buffer, rows
-from gradproj import functional, reference
+from gradproj import reference
+from gradproj.rows import functional
 
 
 @hypothesis.given(data=st.data())

@@ -6,7 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 import gradproj
-from gradproj import methods, reference
+from gradproj import reference
+from gradproj.kernels import methods
 
 METHODS = ["orthogonal", "conflict", "pcgrad", ("mix", -0.7)]
 SOLVED = METHODS[:2]

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradproj import layers
-from gradproj.basis import make_bases
-from gradproj.moments import Gather, Moment
+from gradproj.nullspace import layers
+from gradproj.nullspace.basis import make_bases
+from gradproj.nullspace.moments import Gather, Moment
 
 
 def gather(model, run, sketch=lambda layer: None):

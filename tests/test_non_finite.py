@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradproj import directions
+from gradproj.directions import directions
 from training import (
     assert_same,
     descend,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradproj
-from gradproj.ops import SCHEMAS
+from gradproj.kernels.ops import SCHEMAS
 
 NAMES = [schema.split("(")[0] for schema in SCHEMAS]
 

@@ -10,8 +10,8 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import Optimizer
 
 import gradproj
-from gradproj import projected as found_out
-from gradproj.backends import Backend
+from gradproj.directions import step_memory as found_out
+from gradproj.kernels.backends import Backend
 from training import (
     assert_same,
     closure,

@@ -7,7 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from cases import assert_combined_close, assert_gram_close, clone, make_buffer, rows
-from gradproj import functional, methods, reference
+from gradproj import reference
+from gradproj.kernels import methods
+from gradproj.rows import functional
 
 
 def of_part(row, part, p):

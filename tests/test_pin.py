@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradproj
 from cases import clone, make_buffer
-from gradproj import functional, reference, torch_backend, validate
+from gradproj import reference
+from gradproj.kernels import torch_backend, validate
+from gradproj.rows import functional
 
-backends = importlib.import_module("gradproj.backends")  # gradproj.backends is its function
+backends = importlib.import_module("gradproj.kernels.backends")  # gradproj.backends is its function
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 3), (40, 17), (65, 33), (130, 70), (0, 4), (3, 128), (80, 48)]

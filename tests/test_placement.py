@@ -14,8 +14,8 @@ import torch
 
 import gradproj
 from cases import placed
-from gradproj import functional
-from gradproj.kept_gram import KeptGram
+from gradproj.directions.kept_gram import KeptGram
+from gradproj.rows import functional
 
 SHAPES = [(1,), (7,), (64,), (33, 9), (0,), (257,), (1040,), (), (3, 22_001), (16, 64)]  # two chunks
 DTYPES = {

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 import gradproj
 from cases import clone, make_buffer, rows
-from gradproj import call as calls
-from gradproj import functional, methods, reference
+from gradproj import reference
+from gradproj.kernels import methods
+from gradproj.rows import call as calls
+from gradproj.rows import functional
 
 METHODS = ["orthogonal", "conflict", ("mix", 0.3)]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradproj import NullSpace, allocation, reference
+from gradproj import NullSpace, reference
+from gradproj.nullspace import allocation
 
 
 def test_naive_projection_matches_the_oracle():
@@ -61,8 +62,8 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
     naive = reference.null_space(model, loss, batches, share=0.3)
     model.zero_grad()
     if sketched:  # six dimensions wide enough for those that are kept
-        monkeypatch.setattr("gradproj.nullspace.WIDE", 16)
-        monkeypatch.setattr("gradproj.nullspace.SKETCH", 10)
+        monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 16)
+        monkeypatch.setattr("gradproj.nullspace.null_space.SKETCH", 10)
     protection = NullSpace(model, share=0.3)
     with protection.capture():
         for x in batches:

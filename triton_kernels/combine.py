@@ -100,7 +100,7 @@ def combine_(
     parts: tuple[int, ...] = (),
     num_parts: int = 0,
 ) -> None:
-    """The op ``combine_``; see ``gradproj.ops``."""
+    """The op ``combine_``; see ``gradproj.kernels.ops``."""
     table = Table.to_write(grads, directions, parts, num_parts)
     check_small(weights, (table.num_rows,), table, "weights")
     combine(table, weights)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.methods import Rule
+from gradproj.kernels.methods import Rule
 from gradproj.triton_kernels.table import Table, check_small, implement
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row
 from gradproj.triton_kernels.weights import solve, solves
@@ -167,7 +167,7 @@ def gram(
     parts: tuple[int, ...] = (),
     num_parts: int = 0,
 ) -> Tensor:
-    """The op ``gram``; see ``gradproj.ops``."""
+    """The op ``gram``; see ``gradproj.kernels.ops``."""
     table = Table.of(rows, num_rows, parts, num_parts, written=False)
     check_small(gram_dd, (num_rows - 1, num_rows - 1), table, "gram_dd")
     return products(table, gram_dd)[0]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from gradproj import torch_backend, validate
+from gradproj.kernels import torch_backend, validate
 from gradproj.triton_kernels.combine import INTERPRETED, narrow
 from gradproj.triton_kernels.table import Start, implement, keep, launch, refusing, upload
 
@@ -302,7 +302,7 @@ class Table(NamedTuple):
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
-    """The op ``pin_``; see ``gradproj.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
+    """The op ``pin_``; see ``gradproj.kernels.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
     if not weights:
         return torch.zeros(0, dtype=torch.float64)
     device = weights[0].device

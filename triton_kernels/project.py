@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gradproj.methods import Rule
+from gradproj.kernels.methods import Rule
 from gradproj.triton_kernels.combine import combine
 from gradproj.triton_kernels.gram import products
 from gradproj.triton_kernels.table import Table, check_small, implement
@@ -14,7 +14,7 @@ def project_(
     grads: list[Tensor], directions: list[Tensor | None], method: str, gamma: float, eps: float,
     gram_dd: Tensor | None = None, parts: tuple[int, ...] = (), num_parts: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The op ``project_``; see ``gradproj.ops``. Up to 8 directions take three launches: Gram, its finish with the weights,
+    """The op ``project_``; see ``gradproj.kernels.ops``. Up to 8 directions take three launches: Gram, its finish with the weights,
     combine."""
     table = Table.to_write(grads, directions, parts, num_parts)
     check_small(gram_dd, (table.num_rows - 1, table.num_rows - 1), table, "gram_dd")

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj import ops, validate
+from gradproj.kernels import ops, validate
 
 CACHE_BYTES = 1 << 20
 # Of more rows, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor.
@@ -131,7 +131,7 @@ class Table(NamedTuple):
         written: bool,
         threads: int | None = None,
     ) -> "Table":
-        """The table of one op's buffers; see ``gradproj.ops``. On the device when the current stream comes to use it.
+        """The table of one op's buffers; see ``gradproj.kernels.ops``. On the device when the current stream comes to use it.
 
         Args:
             written: whether row 0 will be.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj import methods
+from gradproj.kernels import methods
 from gradproj.triton_kernels.table import implement
 
 METHODS = ("orthogonal", "conflict", "mix")
@@ -136,7 +136,7 @@ def solves(method: str, num_rows: int) -> bool:
 
 @implement
 def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
-    """The op ``weights``; see ``gradproj.ops``."""
+    """The op ``weights``; see ``gradproj.kernels.ops``."""
     parts = methods.as_parts(gram).contiguous()
     num_rows = parts.shape[-1]
     if not solves(method, num_rows):

@@ -1,14 +1,14 @@
 """Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat gradient."""
 
 from gradproj import reference
-from gradproj.backends import backends, use_backend
 from gradproj.directions import Directions
-from gradproj.functional import combine_, gram, orthogonal_gradient_projection, pin_, project_
+from gradproj.kernels.backends import backends, use_backend
 from gradproj.nullspace import NullSpace
 from gradproj.optim import ProjectedOptimizer, attach
 from gradproj.projected_adamw import ProjectedAdamW
-from gradproj.projection import Pin, Projection
-from gradproj.sharding import Sharding
+from gradproj.rows.functional import combine_, gram, orthogonal_gradient_projection, pin_, project_
+from gradproj.rows.results import Pin, Projection
+from gradproj.rows.sharding import Sharding
 
 __all__ = [
     "Directions",

@@ -6,7 +6,7 @@ import platform
 import torch
 
 import gradproj
-from gradproj.backends import how_to_build, library
+from gradproj.kernels.backends import how_to_build, library
 
 
 def doctor() -> None:

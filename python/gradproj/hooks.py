@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradproj.capture import DEEPSPEED
 from gradproj.protection import Protection
-from gradproj.sharding import Sharding
+from gradproj.rows.sharding import Sharding
 
 
 class Hooks:

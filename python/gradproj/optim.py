@@ -7,9 +7,9 @@ from torch.optim import Optimizer
 
 from gradproj.capture import CaptureBlock
 from gradproj.hooks import Hooks, inner_optimizer
-from gradproj.projection import Pin, Projection
 from gradproj.protection import Protection
-from gradproj.sharding import Sharding
+from gradproj.rows.results import Pin, Projection
+from gradproj.rows.sharding import Sharding
 
 
 class Protected:

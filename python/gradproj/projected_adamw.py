@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj import basis_file
-from gradproj.layers import without_wrappers
-from gradproj.nullspace import NullSpace
+from gradproj.nullspace import NullSpace, files
+from gradproj.nullspace.layers import without_wrappers
 from gradproj.optim import attach
 
 
@@ -60,7 +59,7 @@ class ProjectedAdamW(torch.optim.AdamW):
                 "ProjectedAdamW: a basis finds its layer by name, and there are parameters without; pass the model or "
                 "model.named_parameters(); where only parameters can be passed: gradproj.attach(optimizer, NullSpace.load(path, model))"
             )
-        covered = _layers_by_name(named, basis_file.kinds(protection)) if model is None else model
+        covered = _layers_by_name(named, files.kinds(protection)) if model is None else model
         self.protection = NullSpace.load(protection, covered, every=every, space=space, rest=rest)
         attach(self, self.protection)
 

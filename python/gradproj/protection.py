@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradproj.capture import CaptureBlock
-from gradproj.projection import Pin, Projection
-from gradproj.sharding import Sharding
+from gradproj.rows.results import Pin, Projection
+from gradproj.rows.sharding import Sharding
 
 Closure = Callable[[], Any]
 

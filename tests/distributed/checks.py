@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import gradproj
 from distributed import models
-from gradproj import Directions, ProjectedOptimizer, Sharding, ranks, reference
+from gradproj import Directions, ProjectedOptimizer, Sharding, reference
+from gradproj.directions import ranks
 
 TOLERANCE = 1e-6
 

@@ -13,8 +13,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import gradproj
 from distributed import models
 from distributed.checks import TOLERANCE, assert_same_on_all_ranks, collectives, one_all_reduce
-from gradproj import Directions, ProjectedOptimizer, Sharding, functional, methods, ranks, reference, sharding
-from gradproj.backends import select
+from gradproj import Directions, ProjectedOptimizer, Sharding, reference
+from gradproj.directions import ranks
+from gradproj.kernels import methods
+from gradproj.kernels.backends import select
+from gradproj.rows import functional, sharding
 
 METHODS = ["orthogonal", "conflict", ("mix", 0.3)]
 

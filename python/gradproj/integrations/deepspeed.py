@@ -3,9 +3,9 @@
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradproj import functional
-from gradproj.layers import Layer, matrix
 from gradproj.nullspace import NullSpace
+from gradproj.nullspace.layers import Layer, matrix
+from gradproj.rows import functional
 
 
 def protect(protection: NullSpace) -> list[RemovableHandle]:

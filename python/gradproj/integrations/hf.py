@@ -11,11 +11,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradproj.dtensors import is_dtensor
 from gradproj.hooks import inner_optimizer
 from gradproj.optim import Attached, attach
 from gradproj.protection import Protection
-from gradproj.sharding import of_replicas
+from gradproj.rows.dtensors import is_dtensor
+from gradproj.rows.sharding import of_replicas
 
 FILE = "gradproj.pt"  # in a checkpoint's folder: a null space, which the Trainer would not keep
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradproj.optim import Attached, attach
 from gradproj.protection import Protection
-from gradproj.sharding import of_replicas
+from gradproj.rows.sharding import of_replicas
 
 
 class ProtectCallback(lightning.Callback):

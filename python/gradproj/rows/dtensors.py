@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-    from gradproj.call import Call
+    from gradproj.rows.call import Call
 
 PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 

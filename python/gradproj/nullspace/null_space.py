@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradproj import allocation, basis_file, coverage, layers, sharding
-from gradproj.basis import Basis, add_earlier, make_bases, report
 from gradproj.capture import CaptureBlock, gradients_aside
-from gradproj.gathered_ranks import group_of, sum_over_ranks
-from gradproj.layers import Layer
-from gradproj.moments import WIDE, Gather
-from gradproj.pin_lists import PinLists, project_gradients
-from gradproj.precision import without_autocast
-from gradproj.projection import Pin, Projection
-from gradproj.proof import Proof
+from gradproj.nullspace import allocation, coverage, files, layers
+from gradproj.nullspace.basis import Basis, add_earlier, make_bases, report
+from gradproj.nullspace.layers import Layer
+from gradproj.nullspace.lists import PinLists, project_gradients
+from gradproj.nullspace.moments import WIDE, Gather
+from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
+from gradproj.nullspace.precision import without_autocast
+from gradproj.nullspace.proof import Proof
+from gradproj.nullspace.uncovered import Uncovered
 from gradproj.protection import Closure, Protection
-from gradproj.uncovered import Uncovered
+from gradproj.rows import sharding
+from gradproj.rows.results import Pin, Projection
 
 SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
 
@@ -335,7 +336,7 @@ class NullSpace(Protection):
         if not self.bases:
             raise RuntimeError("save(): nothing has been captured yet: run capture() first")
         self.pin()
-        basis_file.save(path, self.layers, self.bases, self.share)
+        files.save(path, self.layers, self.bases, self.share)
 
     @classmethod
     def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
@@ -344,7 +345,7 @@ class NullSpace(Protection):
         Raises:
             ValueError: a layer of the file is absent from the model, or of another size; it is named.
         """
-        bases, share = basis_file.load(path)
+        bases, share = files.load(path)
         settings.setdefault("share", share)
         protection = cls(model, **settings)
         protection._take(bases)
@@ -352,8 +353,8 @@ class NullSpace(Protection):
 
     @torch.no_grad()
     def _take(self, found: dict[str, Basis]) -> None:
-        self.layers = basis_file.matching(self.layers, found)
-        self.bases = basis_file.on_rank(self.layers, found)
+        self.layers = files.matching(self.layers, found)
+        self.bases = files.on_rank(self.layers, found)
         self._lists = None
         self._since_pin = 0
 
@@ -363,7 +364,7 @@ class NullSpace(Protection):
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:
             return state_dict
-        bases = basis_file.pack(self.layers, self.bases)
+        bases = files.pack(self.layers, self.bases)
         entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": bases}
         return {**state_dict, "null_space": entry}
 
@@ -373,5 +374,5 @@ class NullSpace(Protection):
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         entry = state_dict.get("null_space")
         if entry is not None:
-            self._take(basis_file.unpack(entry["bases"]))
+            self._take(files.unpack(entry["bases"]))
             self._since_pin = int(entry["steps_since_pin"])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from gradproj import ops as _ops  # noqa: F401  declares the ops that a library implements
+from gradproj.kernels import ops as _ops  # noqa: F401  declares the ops that a library implements
 
 
 class Backend(NamedTuple):
@@ -42,7 +42,7 @@ class Backend(NamedTuple):
 def library(name: str) -> Path:
     """Where the library of native kernels ``name``, ``"cpu"`` or ``"cuda"``, is or would be. It is made for the stable ABI of
     torch 2.10: whichever torch it was built on, it loads on 2.10 and later."""
-    return Path(__file__).parent / f"_{name}.so"
+    return Path(__file__).parent.parent / f"_{name}.so"
 
 
 def how_to_build(name: str) -> str:
@@ -94,7 +94,7 @@ def _triton() -> Backend:
 
 @functools.cache
 def _torch() -> Backend:
-    importlib.import_module("gradproj.torch_backend")
+    importlib.import_module("gradproj.kernels.torch_backend")
     return Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "meta"), "")
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradproj.layers import Layer, call_input, input_rows, is_product, output_rows
-from gradproj.precision import without_autocast
-from gradproj.sharding import local_tensors
+from gradproj.nullspace.layers import Layer, call_input, input_rows, is_product, output_rows
+from gradproj.nullspace.precision import without_autocast
+from gradproj.rows.sharding import local_tensors
 
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 

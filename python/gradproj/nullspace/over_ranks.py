@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradproj.layers import Layer
-from gradproj.moments import Gather, Moment
-from gradproj.sharding import Sharding, all_reduce, device_of
+from gradproj.nullspace.layers import Layer
+from gradproj.nullspace.moments import Gather, Moment
+from gradproj.rows.sharding import Sharding, all_reduce, device_of
 
 
 def group_of(model: nn.Module, given: Any, sharding: Sharding | None, ddp: nn.Module | None) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradproj.allocation import Curvature
-from gradproj.basis import Basis, spaced
-from gradproj.layers import Layer, is_conv1d
+from gradproj.nullspace.allocation import Curvature
+from gradproj.nullspace.basis import Basis, spaced
+from gradproj.nullspace.layers import Layer, is_conv1d
 
 FORMAT = "3"
 
@@ -59,9 +59,7 @@ def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float
             tensors[f"{name}.vectors"] = entry["vectors"].T  # as they lie in memory: one after the other
         if entry["target"] is not None:
             tensors[f"{name}.target"] = entry["target"]
-    import gradproj
-
-    metadata = {"format": FORMAT, "gradproj": gradproj.__version__, "share": str(share), "layers": json.dumps(facts)}
+    metadata = {"format": FORMAT, "share": str(share), "layers": json.dumps(facts)}
     _safetensors().save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
 
 

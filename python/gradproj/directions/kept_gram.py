@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradproj import functional
-from gradproj.functional import Row
-from gradproj.sharding import Sharding, with_group
+from gradproj.rows import functional
+from gradproj.rows.functional import Row
+from gradproj.rows.sharding import Sharding, with_group
 
 
 class KeptGram:

@@ -10,14 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradproj import checkpoint, functional, methods
 from gradproj.capture import CaptureBlock, Direction, gradients_aside, take
-from gradproj.functional import Row
-from gradproj.kept_gram import KeptGram
-from gradproj.projected import OnHost, ProjectedGradients
-from gradproj.projection import Projection
+from gradproj.directions import checkpoint
+from gradproj.directions.kept_gram import KeptGram
+from gradproj.directions.ranks import RanksAgree
+from gradproj.directions.step_memory import OnHost, ProjectedGradients
+from gradproj.kernels import methods
 from gradproj.protection import Closure, Protection
-from gradproj.ranks import RanksAgree
+from gradproj.rows import functional
+from gradproj.rows.functional import Row
+from gradproj.rows.results import Projection
 
 MOST = 64  # what the kernels take in one pass
 DTYPES = (None, torch.bfloat16, torch.float16)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradproj import allocation
-from gradproj.allocation import Curvature
-from gradproj.layers import Layer, is_conv1d, matrix
-from gradproj.moments import Gather, Moment
-from gradproj.sharding import local_tensors
+from gradproj.nullspace import allocation
+from gradproj.nullspace.allocation import Curvature
+from gradproj.nullspace.layers import Layer, is_conv1d, matrix
+from gradproj.nullspace.moments import Gather, Moment
+from gradproj.rows.sharding import local_tensors
 
 
 class Basis(NamedTuple):

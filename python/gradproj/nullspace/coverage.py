@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from gradproj.layers import Layer, without_wrappers
+from gradproj.nullspace.layers import Layer, without_wrappers
 
 MUCH = 0.1  # of what trains, held without having been expected
 

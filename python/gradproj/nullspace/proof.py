@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gradproj.dtensors import is_dtensor
-from gradproj.layers import Layer, call_input, input_rows, is_product, matrix, output_rows
-from gradproj.precision import eps, wide, without_autocast
+from gradproj.nullspace.layers import Layer, call_input, input_rows, is_product, matrix, output_rows
+from gradproj.nullspace.precision import eps, wide, without_autocast
+from gradproj.rows.dtensors import is_dtensor
 
 
 class _Sums:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradproj import call as calls
-from gradproj import methods, validate
-from gradproj.backends import select
-from gradproj.call import Call, Row
-from gradproj.dtensors import PLAIN_TYPES
-from gradproj.projection import Projection
-from gradproj.sharding import Local, Sharding, device_of, finish, localize, reduce
+from gradproj.kernels import methods, validate
+from gradproj.kernels.backends import select
+from gradproj.rows import call as calls
+from gradproj.rows.call import Call, Row
+from gradproj.rows.dtensors import PLAIN_TYPES
+from gradproj.rows.results import Projection
+from gradproj.rows.sharding import Local, Sharding, device_of, finish, localize, reduce
 
 
 def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def local_gram(
     Args:
         rows, sharding: as for :func:`gram`.
         gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known already.
-        part, num_parts: of :class:`gradproj.call.Call`; every part has a Gram of its own.
+        part, num_parts: of :class:`gradproj.rows.call.Call`; every part has a Gram of its own.
     Returns:
         [R, R], or [P, R, R] with parts.
     """
@@ -129,7 +129,7 @@ def project_rows(
     Args:
         gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a gradient,
             if it is known already.
-        part, num_parts: of :class:`gradproj.call.Call`; every part is projected by itself, in the same passes and the same
+        part, num_parts: of :class:`gradproj.rows.call.Call`; every part is projected by itself, in the same passes and the same
             collective.
     """
     call = _written("project_", grads, directions, part, num_parts)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradproj.dtensors import PLAIN_TYPES
-from gradproj.sharding import Sharding
+from gradproj.rows.dtensors import PLAIN_TYPES
+from gradproj.rows.sharding import Sharding
 
 # A reduced gradient is the same to the last bit, unless devices of two kinds have worked on it since; one rank's own gradient
 # is off by far more.

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradproj import validate
-from gradproj.backends import Backend, select
-from gradproj.dtensors import Layouts, dtensor_types
+from gradproj.kernels import validate
+from gradproj.kernels.backends import Backend, select
+from gradproj.rows.dtensors import Layouts, dtensor_types
 
 Row = Sequence[Tensor | None]
 

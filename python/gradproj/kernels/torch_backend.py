@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradproj import methods
-from gradproj.ops import implement
+from gradproj.kernels import methods
+from gradproj.kernels.ops import implement
 
 _CHUNK_BYTES = 1 << 18
 

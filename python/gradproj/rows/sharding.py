@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradproj.call import Call
-from gradproj.dtensors import Layouts, PartialGradient, dtensor_types, infer_group, is_dtensor, local_tensor
+from gradproj.rows.call import Call
+from gradproj.rows.dtensors import Layouts, PartialGradient, dtensor_types, infer_group, is_dtensor, local_tensor
 
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 

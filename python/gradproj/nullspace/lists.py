@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradproj import functional
-from gradproj.basis import Basis, local_weight
-from gradproj.layers import Layer, matrix
-from gradproj.projection import Pin
-from gradproj.sharding import local_tensors
+from gradproj.nullspace.basis import Basis, local_weight
+from gradproj.nullspace.layers import Layer, matrix
+from gradproj.rows import functional
+from gradproj.rows.results import Pin
+from gradproj.rows.sharding import local_tensors
 
 
 class PinLists:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradproj.layers import running_statistics
+from gradproj.nullspace.layers import running_statistics
 
 SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 
