@@ -3,8 +3,8 @@
 //
 // Order of summation of a pair: within a slice as gram_kernel.h says, slices ascending within a chunk, chunks as a binary tree
 // over their number. Where chunks end depends on the sizes of the columns alone, and a tree lets any power of two of them be a
-// task. So neither addresses, nor threads, nor the other rows change a bit of the product of two rows. One exception: in a column
-// whose rows differ in dtype, 16-bit rows are multiplied in float32 tiles, in another order than among themselves.
+// task. So neither addresses, nor threads, nor the other rows change a bit of the product of two rows. One exception: in a
+// column whose rows differ in dtype, 16-bit rows are multiplied in float32 tiles, in another order than among themselves.
 #include "ops.h"
 #include "rows.h"
 
@@ -57,7 +57,8 @@ class TaskSums {
   TaskSums(const Plan& plan, const Chunks& chunks, int64_t pairs)
       : pairs_(pairs),
         sums_(static_cast<size_t>((chunks.tasks() + plan.parts) * pairs)),
-        ranges_(static_cast<size_t>(plan.parts)) {
+        ranges_(static_cast<size_t>(plan.parts)),
+        tree_(pairs) {
     for (size_t s = 0; s < plan.segments.size(); ++s) {
       Range& range = ranges_[static_cast<size_t>(plan.segments[s].part)];
       if (range.begin == range.end) range.begin = chunks.first_task_of(s);
@@ -67,10 +68,9 @@ class TaskSums {
   double* slot(int64_t task, int part) { return &sums_[static_cast<size_t>((task + part) * pairs_)]; }
   // Of all tasks.
   void totals(int part, double* sums) {
-    TreeSum tree(pairs_);
     const Range& range = ranges_[static_cast<size_t>(part)];
-    for (int64_t task = range.begin; task < range.end; ++task) tree.add(task, slot(task, part));
-    tree.finish(sums);
+    for (int64_t task = range.begin; task < range.end; ++task) tree_.add(task, slot(task, part));
+    tree_.finish(sums);
   }
 
  private:
@@ -80,6 +80,7 @@ class TaskSums {
   int64_t pairs_;
   std::vector<double> sums_;
   std::vector<Range> ranges_;
+  TreeSum tree_;
 };
 
 // One task: its slices, each in place if there is a kernel that reads its rows where they lie, else in tiles.
@@ -141,7 +142,8 @@ void gram(const Plan& plan, const double* gram_dd, double* gram) {
       gram_task<float>(plan, chunks, task, row_only, pairs, found);
   });
   std::vector<double> sums(static_cast<size_t>(pairs));
-  for (int part = 0; part < plan.parts; ++part, gram += int64_t{R} * R, gram_dd += row_only ? int64_t{R - 1} * (R - 1) : 0) {
+  for (int part = 0; part < plan.parts;
+       ++part, gram += int64_t{R} * R, gram_dd += row_only ? int64_t{R - 1} * (R - 1) : 0) {
     found.totals(part, sums.data());
     for (int i = 0; i < R; ++i)
       for (int j = i; j < R; ++j) {
