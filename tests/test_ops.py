@@ -24,7 +24,7 @@ def sample(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(on, name):
-    if not gradproj.backends()[on.backend].has(name):
+    if name not in gradproj.backends()[on.backend].ops:
         pytest.skip(f"backend {on.backend} leaves {name} to torch's")
     torch.library.opcheck(getattr(on.namespace, name).default, sample(name, on.device))
 

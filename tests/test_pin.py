@@ -15,7 +15,6 @@ import gradproj
 from cases import clone, make_buffer
 from gradproj import reference
 from gradproj.kernels import torch_backend, validate
-from gradproj.rows import functional
 
 backends = importlib.import_module("gradproj.kernels.backends")  # gradproj.backends is its function
 
@@ -25,7 +24,7 @@ SHAPES = [(1, 1), (5, 3), (40, 17), (65, 33), (130, 70), (0, 4), (3, 128), (80, 
 
 @pytest.fixture
 def on(on):
-    if not gradproj.backends()[on.backend].has("pin_"):
+    if "pin_" not in gradproj.backends()[on.backend].ops:
         pytest.skip(f"backend {on.backend} has no pin_ of its own: torch's runs")
     return on
 
@@ -302,14 +301,15 @@ def test_products_are_float32_on_a_gpu_whatever_is_set(precision, where):
     assert precision.fp32_precision == "none"  # still inherited, where it was
 
 
-def test_several_devices():
+def test_several_devices(monkeypatch):
     """Everything is checked before anything is written; results come in the order of the weights."""
     w, u, b, _ = make_layers(4)
     expected = gradproj.pin_(clone(w), u, b)
     lists = [[t.to("meta") if k == 1 else t for k, t in enumerate(row)] for row in (w, u, b)]
     assert gradproj.pin_(*lists).device.type == "meta"
-    again = functional._pin_on_each([w[0].device], *make_layers(4)[:3], [None] * 4)
-    torch.testing.assert_close(again.sqrt(), expected)
+    with monkeypatch.context() as pretend:
+        pretend.setattr("gradproj.rows.call._device", lambda t: torch.device("cpu", len(t) % 2))
+        torch.testing.assert_close(gradproj.pin_(*make_layers(4)[:3]), expected)
     before = clone(w)
     lists[1][1] = lists[1][1][:7]
     with pytest.raises(ValueError, match=r"bases\[1\] has shape \(7, 8\)"):
@@ -329,20 +329,18 @@ def test_compiles_into_one_graph():
 @pytest.fixture
 def fresh_backends():
     """What was found out about this machine is found out again."""
-    caches = (backends._best, backends._triton)
-    for cache in caches:
-        cache.cache_clear()
+    backends._best.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    backends._best.cache_clear()
 
 
 @pytest.mark.parametrize("triton", ["", "triton is not installed"])
 def test_on_cuda_triton_pins_where_it_is_there(monkeypatch, fresh_backends, triton):
     """`use_backend("cuda")` landed on plain torch."""
-    monkeypatch.setitem(backends._FACTORIES, "cuda", lambda: backends.Backend("cuda", "gradproj", ("cuda",), ""))
-    made = backends.Backend("triton", "gradproj_triton", ("cuda",), triton)
-    monkeypatch.setitem(backends._FACTORIES, "triton", lambda: made)
+    cuda = backends.TABLE["cuda"]._replace(load=lambda: "")
+    made = backends.TABLE["triton"]._replace(device_types=("cuda",), load=lambda: triton, on_request=False)
+    monkeypatch.setitem(backends.TABLE, "cuda", cuda)
+    monkeypatch.setitem(backends.TABLE, "triton", made)
     wanted = "torch" if triton else "triton"
     assert backends.select("cuda", "pin_").name == wanted
     with gradproj.use_backend("cuda"):
@@ -353,8 +351,13 @@ def test_triton_says_that_it_does_not_run_on_rocm(monkeypatch, fresh_backends):
     """An AMD architecture is a string, gfx942, of which a kernel's tile was to be computed."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "ROCm is not supported" in gradproj.backends()["triton"].reason
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setitem(
+        backends.TABLE,
+        "triton",
+        backends.TABLE["triton"]._replace(device_types=("cuda",), load=lambda: backends._load_triton()),
+    )
+    assert "ROCm is not supported" in backends._load_triton()
     assert backends.select("cuda", "pin_").name == "torch"
 
 

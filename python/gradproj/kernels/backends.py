@@ -5,38 +5,50 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from gradproj.kernels import ops as _ops  # noqa: F401  declares the ops that a library implements
+from gradproj.kernels.ops import SCHEMAS
 
 
 class Backend(NamedTuple):
-    """One implementation of the ops.
+    """One implementation of ops.
 
-    ``reason`` says why it is not available; it is empty if it is.
+    Attributes:
+        device_types: of the tensors that it takes.
+        ops: that it has.
+        load: makes the ops; what it returns is why it cannot, or an empty string. Called when the backend is first asked for.
+        on_request: never chosen without :func:`use_backend`.
     """
 
     name: str
     namespace: str
     device_types: tuple[str, ...]
-    reason: str
+    ops: tuple[str, ...]
+    load: Callable[[], str]
+    on_request: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why it is not available; empty if it is."""
+        return _loaded(self.load)
 
     @property
     def available(self) -> bool:
         return not self.reason
 
-    def has(self, name: str) -> bool:
-        """Whether this backend has an implementation of its own of an op."""
-        return name != "pin_" or self.namespace != "gradproj"  # matrix products are a BLAS's business
-
     def op(self, name: str):
         """The op's overload packet, for example ``op("gram")``."""
         return getattr(getattr(torch.ops, self.namespace), name).default
+
+
+@functools.cache
+def _loaded(load: Callable[[], str]) -> str:
+    return load()
 
 
 def library(name: str) -> Path:
@@ -49,7 +61,6 @@ def how_to_build(name: str) -> str:
     return f"{'GRADPROJ_CUDA=1 ' if name == 'cuda' else ''}pip install --no-build-isolation ."
 
 
-@functools.cache
 def _load_native(name: str) -> str:
     """Load the library of native kernels ``name``; the reason why not, or an empty string."""
     if not library(name).exists():
@@ -61,52 +72,45 @@ def _load_native(name: str) -> str:
     return ""
 
 
-@functools.cache
-def _cpu() -> Backend:
-    return Backend("cpu", "gradproj", ("cpu",), _load_native("cpu"))
+def _load_cuda() -> str:
+    return _load_native("cuda") if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-@functools.cache
-def _cuda() -> Backend:
-    if not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-    else:
-        reason = _load_native("cuda")
-    return Backend("cuda", "gradproj", ("cuda",), reason)
-
-
-@functools.cache
-def _triton() -> Backend:
-    device_types: tuple[str, ...] = ("cuda",)
-    reason = ""
+def _load_triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed; install it with: pip install triton"
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        device_types = ("cpu",)
-    elif torch.version.hip is not None:
-        reason = "ROCm is not supported: the kernels have never run there"
-    elif not torch.cuda.is_available():
-        reason = "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
-    if not reason:
-        importlib.import_module("gradproj.triton_kernels")
-    return Backend("triton", "gradproj_triton", device_types, reason)
+        return "triton is not installed; install it with: pip install triton"
+    if not INTERPRETED and torch.version.hip is not None:
+        return "ROCm is not supported: the kernels have never run there"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no CUDA device (on a CPU it runs in triton's interpreter: set TRITON_INTERPRET=1)"
+    importlib.import_module("gradproj.triton_kernels")
+    return ""
 
 
-@functools.cache
-def _torch() -> Backend:
+def _load_torch() -> str:
     importlib.import_module("gradproj.kernels.torch_backend")
-    return Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "meta"), "")
+    return ""
 
 
-_FACTORIES = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "torch": _torch}
-# The best first. Triton on CPU tensors is an interpreter: only on request.
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
+NATIVE = tuple(op for op in OPS if op != "pin_")  # whose matrix products are a BLAS's business
+# The best first.
+TABLE = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "gradproj", ("cpu",), NATIVE, functools.partial(_load_native, "cpu")),
+        Backend("cuda", "gradproj", ("cuda",), NATIVE, _load_cuda),
+        Backend("triton", "gradproj_triton", ("cpu",) if INTERPRETED else ("cuda",), OPS, _load_triton, INTERPRETED),
+        Backend("torch", "gradproj_torch", ("cpu", "cuda", "xpu", "meta"), OPS, _load_torch),
+    )
+}
 _requested: ContextVar[str | None] = ContextVar("gradproj_backend", default=None)
 
 
 def backends() -> dict[str, Backend]:
     """Name -> :class:`Backend`, whose ``available`` and ``reason`` say what can run here."""
-    return {name: factory() for name, factory in _FACTORIES.items()}
+    return dict(TABLE)
 
 
 @contextlib.contextmanager
@@ -119,9 +123,9 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: an unknown name.
         RuntimeError: a backend that cannot run here, with the reason.
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"use_backend: unknown backend {name!r}; known: {', '.join(_FACTORIES)}")
-    backend = _FACTORIES[name]()
+    if name not in TABLE:
+        raise ValueError(f"use_backend: unknown backend {name!r}; known: {', '.join(TABLE)}")
+    backend = TABLE[name]
     if not backend.available:
         raise RuntimeError(f"use_backend: {name!r} is not available: {backend.reason}")
     token = _requested.set(name)
@@ -133,12 +137,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _best(device_type: str, op: str) -> Backend:
-    for name in _PREFERENCE.get(device_type, ("torch",)):
-        backend = _FACTORIES[name]()
-        if backend.available and backend.has(op) and device_type in backend.device_types:
+    for backend in TABLE.values():
+        if op in backend.ops and device_type in backend.device_types and not backend.on_request and backend.available:
             return backend
     raise ValueError(
-        f"{op}: no backend takes tensors on {device_type}: sums are float64, on {', '.join(_torch().device_types)}; move "
+        f"{op}: no backend takes tensors on {device_type}: sums are float64, on {', '.join(TABLE['torch'].device_types)}; move "
         f"them to the CPU"
     )
 
@@ -150,11 +153,9 @@ def select(device_type: str, op: str = "gram") -> Backend:
         ValueError: the requested backend, or every backend, does not take tensors of this device type.
     """
     name = _requested.get()
-    if name is None:
+    if name is None or op not in TABLE[name].ops:
         return _best(device_type, op)
-    backend = _FACTORIES[name]()
-    if not backend.has(op):
-        return _best(device_type, op)
+    backend = TABLE[name]
     if device_type not in backend.device_types:
         raise ValueError(
             f"backend {name!r} takes tensors on {' or '.join(backend.device_types)}, not on {device_type}; move them or "

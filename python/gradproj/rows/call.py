@@ -121,6 +121,41 @@ def combine(call: Call, weights: Tensor) -> None:
         run(columns, "combine_", _beside(columns, weights))
 
 
+def pin(call: Call) -> Tensor:
+    """|W U - B|^2 of every column of the rows weights, bases, targets and biases; weights and biases are pinned.
+
+    Of several devices the result is on the first that is not the CPU, put together without a copy that the host waits for.
+    """
+    found: dict[int, Tensor] = {}
+    for _, columns in _alike(call, [1.0] * len(call.indices)):
+        squares = _pin_on_one_device(columns)
+        if len(columns.indices) == call.entries:
+            return squares
+        found |= zip(columns.indices, squares.unbind(), strict=True)
+    home = next((t.device for t in found.values() if t.device.type != "cpu"), torch.device("cpu"))
+    if not found:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([found[k].to(home, non_blocking=True) for k in range(call.entries)])
+
+
+def _pin_on_one_device(call: Call) -> Tensor:
+    backend = select(first(call).device.type, "pin_")
+    weights, bases, targets, biases = call.rows
+    if backend.name == "torch":  # it walks layer by layer: nothing may be refused once the first is written
+        check = validate.check_pin if torch.compiler.is_compiling() else validate.check_pin_once
+        check(*call.rows)  # type: ignore[arg-type]
+    biased = [k for k, t in enumerate(biases) if t is not None]
+    try:
+        with torch.no_grad():
+            squares = backend.op("pin_")(weights, bases, targets, [biases[k] for k in biased], biased)
+    except RuntimeError:
+        _check(call, backend)
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*weights, *(biases[k] for k in biased)])  # type: ignore[list-item]
+    return squares
+
+
 def first(call: Call) -> Tensor:
     """The first tensor of a call that has one."""
     found = next(t for t in chain(*call.rows) if t is not None)
@@ -151,6 +186,9 @@ def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]
 
 def _check(call: Call, backend: Backend | None = None) -> None:
     """Raise what is wrong with the rows, by name; return if nothing is."""
+    if call.op == "pin_":
+        validate.check_pin(*call.rows)  # type: ignore[arg-type]
+        return
     kinds = dtensor_types(chain(*call.rows))
     if kinds:  # among the directions of plain gradients, which are not inspected before
         Layouts(call, kinds)

@@ -4,13 +4,11 @@ Row 0 is the gradient, rows 1..K the directions. A row is a list with one tensor
 """
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradproj.kernels import methods, validate
+from gradproj.kernels import methods
 from gradproj.kernels.backends import select
 from gradproj.rows import call as calls
 from gradproj.rows.call import Call, Row
@@ -247,48 +245,7 @@ def pin_(
     summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their addresses.
     Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of updates.
     """
-    w, u = list(weights), list(bases)
-    b: list[Tensor | None] = [None] * len(w) if targets is None else list(targets)
-    c: list[Tensor | None] = [None] * len(w) if biases is None else list(biases)
-    if not len(w) == len(u) == len(b) == len(c):
-        validate.check_pin(w, u, b, c)
-    if not w:
-        return torch.zeros(0, dtype=torch.float64)
-    try:
-        devices = list(dict.fromkeys(map(attrgetter("device"), w)))
-        if len(devices) == 1:
-            squares = _pin_on(devices[0], w, u, b, c)
-        else:
-            squares = _pin_on_each(devices, w, u, b, c)
-    except (AttributeError, RuntimeError):
-        validate.check_pin(w, u, b, c)
-        raise
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*w, *(t for t in c if t is not None)])
-    return squares.sqrt_()
-
-
-def _pin_on(
-    device: torch.device, w: list[Tensor], u: list[Tensor], b: list[Tensor | None], c: list[Tensor | None]
-) -> Tensor:
-    """|W U - B|^2 of weights on one device."""
-    backend = select(device.type, "pin_")
-    if backend.name == "torch":  # it walks layer by layer: nothing may be refused once the first is written
-        check = validate.check_pin if torch.compiler.is_compiling() else validate.check_pin_once
-        check(w, u, b, c)
-    biased = [k for k, t in enumerate(c) if t is not None]
-    with torch.no_grad():
-        return backend.op("pin_")(w, u, b, [c[k] for k in biased], biased)
-
-
-def _pin_on_each(devices: list[torch.device], *lists: list) -> Tensor:
-    """The same of several devices, put together without a copy that the host would wait for."""
-    validate.check_pin_once(*lists)
-    home = next((device for device in devices if device.type != "cpu"), devices[0])
-    found: list[Any] = [None] * len(lists[0])
-    for device in devices:
-        mine = [k for k, w in enumerate(lists[0]) if w.device == device]
-        squares = _pin_on(device, *([row[k] for k in mine] for row in lists))
-        for k, square in zip(mine, squares.to(home, non_blocking=True).unbind(), strict=True):
-            found[k] = square
-    return torch.stack(found)
+    absent = [None] * len(weights)
+    rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]
+    call = calls.unpack("pin_", rows, ["weights", "bases", "targets", "biases"], False)
+    return calls.pin(call).sqrt_()
