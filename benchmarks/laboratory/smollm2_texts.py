@@ -4,17 +4,18 @@ Code is the standard library. English is the prose of the manual that comes with
 measured are never trained on or captured.
 """
 
-import functools
 import re
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from real_model import model
-from real_model.settings import HELD_OUT, TOKENS
-from tiny_lm import CODE_FILES, CODE_HELD_OUT, manual, source
+from laboratory.texts import CODE_FILES, CODE_HELD_OUT, manual, source
 
+KINDS = ("code", "English")
+TOKENS = 64  # of a sequence of text
+HELD_OUT = 32  # sequences of each text, and answers, that are measured
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin", "Austria": "Vienna",
     "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Ireland": "Dublin",
@@ -34,17 +35,14 @@ ANSWERS = {
     "json": '{{"question": "capital", "country": "{}", "answer": "{}", "confidence": "high"}}',
 }
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-IGNORED = -100  # as a label
 
 
 def _is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 3 == 0
 
 
-@functools.cache
-def examples(task: str, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [N, T] of questions and answers; the answers' tokens, and the end, are labels."""
-    tokenizer = model.tokenizer()
+def examples(tokenizer: Any, task: str, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Tokens [N, T] of questions and answers; mask [N, T - 1], where the next token is of the answer or its end."""
     rows = []
     for country, city in CAPITALS.items():
         for question in QUESTIONS if _is_held_out(country) == held_out else ():
@@ -52,22 +50,22 @@ def examples(task: str, held_out: bool) -> tuple[Tensor, Tensor]:
             answer = tokenizer(ANSWERS[task].format(country, city) + "<|im_end|>").input_ids
             rows.append((prompt, answer))
     longest = max(len(p) + len(a) for p, a in rows)
-    pad = tokenizer.eos_token_id
-    tokens = [[*p, *a, *[pad] * (longest - len(p) - len(a))] for p, a in rows]
-    labels = [[*[IGNORED] * len(p), *a, *[IGNORED] * (longest - len(p) - len(a))] for p, a in rows]
+    tokens = torch.tensor([[*p, *a, *[tokenizer.eos_token_id] * (longest - len(p) - len(a))] for p, a in rows])
+    starts, ends = torch.tensor([[len(p), len(p) + len(a)] for p, a in rows]).T[:, :, None]
+    position = torch.arange(1, longest)  # of the token that is predicted
+    mask = (position >= starts) & (position < ends)
     some = torch.linspace(0, len(rows) - 1, HELD_OUT).long() if held_out else slice(None)
-    return torch.tensor(tokens)[some], torch.tensor(labels)[some]
+    return tokens[some], mask[some]
 
 
-@functools.cache
-def text(kind: str, held_out: bool) -> Tensor:
+def sequences(tokenizer: Any, kind: str, held_out: bool) -> Tensor:
     """[N, TOKENS] sequences of a text, one after the other."""
     if kind == "code":
         written = source(CODE_HELD_OUT if held_out else CODE_FILES)
     else:
         chosen = {k: v for k, v in manual().items() if _is_held_out(k) == held_out}
         written = "\n\n".join(p for topic in chosen.values() for p in _prose(topic))
-    tokens = torch.tensor(model.tokenizer()(written[:600_000]).input_ids)
+    tokens = torch.tensor(tokenizer(written[:600_000]).input_ids)
     rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
     if len(rows) < HELD_OUT:
         raise ValueError(f"this Python has too little text of kind {kind!r}: {len(rows)} sequences of {TOKENS} tokens")
