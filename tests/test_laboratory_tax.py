@@ -324,7 +324,7 @@ def test_bad_arguments_are_named(capsys):
 
 
 def test_committed_runs_give_the_committed_report():
-    """runs.json has six digits of every figure, so that a last digit of the table may differ where it was rounded twice."""
+    """runs.json has six digits of every figure: a last digit of the table may differ, where it was rounded twice."""
     folder = ROOT / "benchmarks" / "results" / "alignment_tax"
     kept = tax.read(folder / "runs.json")
     of = points(kept["runs"])

@@ -1,4 +1,4 @@
-"""`make demo`, `make tax`, `make real`: what teaching a language model something costs it, under cures of the alignment tax."""
+"""`make demo`, `make tax`, `make real`: what a language model forgets while it is taught something else."""
 
 import argparse
 import sys

@@ -1,7 +1,7 @@
 """`make demo`: what a small language model forgets while it is taught to refuse, unprotected and protected.
 
-The shipped model knows Python, exercises and a dialogue that mostly helps. Supervised fine-tuning teaches it to refuse harmful
-requests, under five cures of the alignment tax. Writes a picture, a table and every run's figures. CPU, or --device cuda.
+The shipped model knows Python, exercises and a dialogue that mostly helps. Supervised fine-tuning teaches it to refuse
+harmful requests, unprotected and under four cures. Writes a picture, a table and every run's figures.
 """
 
 import argparse
@@ -62,13 +62,13 @@ def finding(start: dict[str, Any], of: list[Point]) -> str:
         for p in sorted(cures, key=lambda p: p.mean("loss"))
     ]
     return (
-        f"Learning to refuse ({none.mean('behaviour'):.1%} right) cost the unprotected model {tax:.3f} nats a byte of Python; "
-        f"against that, cures forgot: {', '.join(effects)}."
+        f"Learning to refuse ({none.mean('behaviour'):.1%} right) cost the unprotected model {tax:.3f} nats a byte "
+        f"of Python; against that, cures forgot: {', '.join(effects)}."
     )
 
 
 def draw(start: dict[str, Any], of: list[Point], path: Path) -> None:
-    """What was taught against what was kept: a line from the base model to a large dot for each cure, its seeds small."""
+    """What was taught against what was kept: a line from the base model to each cure; small dots are its seeds."""
     with report.picture(path, 1, 1, bbox="tight", figsize=(9, 5.8), dpi=120) as (_, ((axes,),)):
         x0, y0 = 100 * start["behaviour"], start["loss"]
         axes.axhline(y0, color="#888888", linewidth=1.5, linestyle="--", zorder=0)

@@ -1,4 +1,4 @@
-"""The figure: target against capability for each objective, the reported settings of every family, error bars over the seeds."""
+"""The figure of `make tax`: target against capability, with error bars over the seeds."""
 
 import textwrap
 from pathlib import Path
@@ -8,7 +8,7 @@ from laboratory.points import METRICS, Point, pareto
 from laboratory.report import picture
 from laboratory.small import OBJECTIVES
 
-# A hue for each kind of cure, told apart by the colour-blind too (after Okabe & Ito); a marker for each family of a kind.
+# A hue for each kind of cure, after Okabe & Ito; a marker for each family of a kind.
 STYLES = {
     "none": ("#222222", "X"),
     "rest frozen": ("#777777", "X"),

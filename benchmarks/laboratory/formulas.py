@@ -1,10 +1,10 @@
 """The losses of the other cures, and what shows the symptoms of the alignment tax.
 
-Fine-tuning for one goal costs a model three things: capability (forgetting), variety of its samples (preference collapse), and
-the match of its confidence with its accuracy (calibration).
+Fine-tuning for one goal costs a model three things: capability (forgetting), variety of its samples (preference
+collapse), and the match of its confidence with its accuracy (calibration).
 
-Throughout: B sequences, T positions, V tokens; ``logits[b, t]`` predicts ``targets[b, t]``; a mask is boolean and True where a
-position counts, None where every one does. Losses and entropies are in nats.
+Throughout: B sequences, T positions, V tokens; ``logits[b, t]`` predicts ``targets[b, t]``; a mask is boolean and True
+where a position counts, None where every one does. Losses and entropies are in nats.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ def sequence_logprob(logits: Tensor, targets: Tensor, mask: Tensor | None = None
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, base_chosen: Tensor, base_rejected: Tensor, beta: float) -> Tensor:
-    """Direct preference optimisation: -log sigmoid(beta * (margin of the model - margin of the base model)), mean over the pairs.
+    """Direct preference optimisation: -log sigmoid(beta * (margin of the model - margin of the base)), mean over pairs.
 
     Args:
         chosen, rejected, base_chosen, base_rejected: [B] log-probabilities, from :func:`sequence_logprob`.
@@ -110,7 +110,7 @@ def calibration(logits: Tensor, targets: Tensor, mask: Tensor | None = None, bin
 
 
 def entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean entropy of the next-token distributions, in nats per token; log V at most, near 0 where samples have collapsed."""
+    """Mean entropy of the next-token distributions, in nats per token; near 0 where samples have collapsed."""
     values = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
     return (values if mask is None else values[mask]).mean()
 

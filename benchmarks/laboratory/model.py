@@ -1,4 +1,4 @@
-"""What the laboratory asks of a model: itself, what it can be taught, the texts that hold its capability, budgets and measures."""
+"""What the laboratory asks of a model: what it can be taught, the texts of its capability, budgets and measures."""
 
 import hashlib
 import json
@@ -15,7 +15,12 @@ VERSION = 2  # of the run files: raise it when a change makes older figures mean
 
 
 class Batch(NamedTuple):
-    """tokens: [sides, B, T], the preferred side first; mask: [sides, B, T - 1], where the next token counts, or None: everywhere."""
+    """What is taught in a step.
+
+    Attributes:
+        tokens: [sides, B, T], the preferred side first.
+        mask: [sides, B, T - 1], True where the next token counts; None counts all.
+    """
 
     tokens: Tensor
     mask: Tensor | None
@@ -40,11 +45,14 @@ class Objective(NamedTuple):
 
 
 class Model(Protocol):
-    """Attributes:
-    name: of the folder of its runs.
-    steps, batch, capability_batch: of a run: steps, sequences taught in each, sequences of a capability batch.
-    dpo_beta: of :func:`formulas.dpo_loss`.
-    texts: name -> (size, generator) -> tokens [size, T].
+    """A model before it is taught anything, and all that depends on which it is.
+
+    Attributes:
+        name: of the folder of its runs.
+        steps, batch, capability_batch: of a run: steps, sequences taught in each, sequences of a capability batch.
+        dpo_beta: of :func:`formulas.dpo_loss`.
+        objectives: what it can be taught, by name.
+        texts: name -> (size, generator) -> tokens [size, T].
     """
 
     name: str
@@ -57,7 +65,7 @@ class Model(Protocol):
     texts: dict[str, Callable[[int, Generator], Tensor]]
 
     def base(self) -> nn.Module:
-        """The model before it is taught anything; to be copied, not trained. Made once in a process."""
+        """The network; to be copied, not trained. Made once in a process."""
 
     def lr(self, objective: str) -> float:
         """AdamW's learning rate."""

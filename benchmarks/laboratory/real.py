@@ -1,4 +1,4 @@
-"""`make real`: what a real language model forgets while it is taught something narrow, under cures of the alignment tax."""
+"""`make real`: what a real language model forgets while it is taught something narrow, under some of the cures."""
 
 import argparse
 from collections.abc import Callable
@@ -20,15 +20,21 @@ COLOURS = {
     "unprotected": "#222222", "PTX": "#d55e00", "KL": "#e69f00", "NullSpace": "#0072b2", "LoRA": "#999999",
     "LoRA, NullSpace": "#56b4e9",
 }  # fmt: skip
-WORDS = ("gamma", "kl", "share", "max_rank", "space", "damping", "fill", "labels", "allocation", "frozen")
-FIXED = {"frozen": True, "fill": 16}  # unless it is what is tried
+# What a strength names, in this order; a word for what is not named by its field.
+WORDS = dict.fromkeys(
+    ("gamma", "kl", "share", "max_rank", "space", "damping", "fill", "labels", "allocation", "frozen")
+)
+WORDS |= {"fill": "batches", "frozen": "rest"}
+FIXED = {"frozen": True, "fill": 16}  # where nothing else is tried
 
 
 def cure(family: str, lr: float = LR, steps: float = 1.0, **turned: Any) -> Cure:
     """One whose strength names what is turned."""
-    said = {"fill": "batches {}", "frozen": "rest train"}
-    shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in turned.items()}
-    words = [said.get(k, f"{k} {{}}").format(shown[k]) for k in WORDS if k in turned]
+
+    def shown(value: Any) -> str:
+        return {True: "hold", False: "train"}[value] if isinstance(value, bool) else str(value)
+
+    words = [f"{word or k} {shown(turned[k])}" for k, word in WORDS.items() if k in turned]
     strength = ", ".join([*words, f"lr {lr:g}"])
     return Cure(family, strength, lr=lr / LR, steps=steps, **{**FIXED, **turned})
 
@@ -38,8 +44,8 @@ LORA = {"lora": True, "lr": 1e-3}
 CURES = [
     cure("unprotected"),
     cure("unprotected", **SLOW),
-    cure("PTX", gamma=1.0),
-    cure("PTX", gamma=1.0, **SLOW),
+    cure("PTX", gamma=1),
+    cure("PTX", gamma=1, **SLOW),
     cure("KL", kl=0.3),
     cure("NullSpace", share=0.05),
     cure("NullSpace", share=0.05, damping=0.3),
@@ -47,7 +53,7 @@ CURES = [
     cure("LoRA", **LORA),
     cure("LoRA, NullSpace", share=0.05, **LORA),
 ]
-# Around share 0.05 with damping 0.3: one thing changed at a time. Rank 8 in every layer: a share that no layer's rank reaches.
+# Around share 0.05 with damping 0.3, one thing changed at a time. Share 0.5 is reached by no layer of rank 8.
 MIDDLE = {"share": 0.05, "damping": 0.3}
 ABLATIONS = [
     cure("unprotected"),
@@ -75,15 +81,8 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
     base, of = _of_task(finished, task)
     before = ", ".join(f"{k} {base[k]:.3f}" for k in ("target", "code", "English"))
     texts = _texts(task)
-    heads = [
-        "cure",
-        "steps",
-        "target loss",
-        f"{texts[0]} (captured)",
-        f"{texts[1]} (never captured)",
-        "capability passes",
-    ]
-    heads += ["MB held", "capture, s", "a step, s"]
+    heads = ["cure", "steps", "target loss", f"{texts[0]} (captured)", f"{texts[1]} (never captured)"]
+    heads += ["capability passes", "MB held", "capture, s", "a step, s"]
     rows = []
     for p in of:
         steps = round(p.cure.steps * SmolLM2.steps)
@@ -93,8 +92,9 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
         cost = [f"{p.backwards:.0f}", f"{p.extra_bytes / 1e6:.0f}", f"{p.capture_s:.0f}", f"{seconds:.2f}"]
         rows.append([p.cure.name, str(steps), f"{p.mean('target'):.3f}", *changes, *cost])
     return (
-        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; mean of {len(of[0].values['target'])} seeds. Before: {before} nats "
-        f"a token; what is shown of the texts is the change.\n\n{report.markdown(heads, rows)}\n\n{sentence(base, of)}"
+        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; mean of {len(of[0].values['target'])} seeds. "
+        f"Before: {before} nats a token; what is shown of the texts is the change.\n\n"
+        f"{report.markdown(heads, rows)}\n\n{sentence(base, of)}"
     )
 
 
@@ -111,8 +111,10 @@ def _texts(task: str) -> tuple[str, str]:
 
 
 def sentence(base: dict[str, float], of: list[Point]) -> str:
-    """Of each family, the cure that keeps the captured text best among those whose target loss is no worse than the unprotected
-    model's at either learning rate."""
+    """Of each family, the cure that keeps the captured text best among those that learned the target.
+
+    That is: whose target loss is no worse than the unprotected model's at either learning rate.
+    """
     texts = _texts(of[0].objective)
     bar = max(p.mean("target") for p in of if p.cure.family == "unprotected")
     best: dict[str, Point] = {}

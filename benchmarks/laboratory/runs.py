@@ -106,8 +106,8 @@ def cores(device: str) -> int:
 def pool_of(workers: int) -> concurrent.futures.Executor:
     if workers <= 1:
         return concurrent.futures.ThreadPoolExecutor(1)
-    # One thread each: two models of this size side by side are faster than one on two threads. Not forked: the parent has
-    # threads of its own.
+    # One thread each: two models of this size side by side are faster than one on two threads. Not forked: the parent
+    # has threads of its own.
     return concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )

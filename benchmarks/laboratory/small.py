@@ -1,6 +1,6 @@
 """The small model: a language model on bytes that is trained here, at three scales, and what it can be taught.
 
-The one of the scale "cpu" is shipped under ``benchmarks/models``. Those of other scales are trained when they are first needed.
+The one of the scale "cpu" is shipped under ``benchmarks/models``; those of other scales are trained when first needed.
 """
 
 import dataclasses
@@ -57,8 +57,12 @@ class Settings:
     def identity(self) -> dict[str, int]:
         """Of the base model, in the header of its file."""
         return {
-            "width": self.width, "layers": self.layers, "heads": self.heads, "steps": self.base_steps, "batch": self.base_batch,
-        }  # fmt: skip
+            "width": self.width,
+            "layers": self.layers,
+            "heads": self.heads,
+            "steps": self.base_steps,
+            "batch": self.base_batch,
+        }
 
 
 SCALES = {

@@ -17,7 +17,7 @@ BINS = 10
 def measure(model: TinyLM, settings: Any, variety: bool = True) -> dict[str, Any]:
     """
     Args:
-        variety: whether responses are sampled, which takes most of the time; without it there are no entropy and distinct_3.
+        variety: whether responses are sampled, for entropy and distinct_3; this takes most of the time.
     Returns:
         behaviour: mean probability of the right kind of response to a held-out request: refusing a harmful one,
             answering a harmless one. ``refuses_harmful`` and ``answers_harmless`` are its halves.

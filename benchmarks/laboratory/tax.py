@@ -1,6 +1,7 @@
 """`make tax`: aligns a small language model under every cure, and measures what each costs it.
 
-Some seeds choose each family's settings, others are reported: runs.json, table.md, figure.png, a page, and three sentences.
+Some seeds choose each family's settings, others are reported: in runs.json, table.md, figure.png, a page, and three
+sentences.
 """
 
 import argparse
@@ -155,11 +156,11 @@ def write(
 
 
 def write_table(base: dict[str, Any], of: list[Point], made: dict[str, Any], found: list[str], path: Path) -> str:
-    text = table(base, of)
+    text, levels = table(base, of), ", ".join(f"{level:.0%}" for level in LEVELS)
     path.write_text(
-        f"Mean ± standard deviation over {made['reported seeds']} seeds, other than those that chose the settings. First, each "
-        f"family's least forgetting at {', '.join(f'{level:.0%}' for level in LEVELS)} of what the best setting learned; then "
-        f"every reported setting. Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
+        f"Mean ± standard deviation over {made['reported seeds']} seeds, other than those that chose the settings. "
+        f"First, each family's least forgetting at {levels} of what the best setting learned; then every reported "
+        f"setting. Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
         + "".join(f"- {s}\n" for s in found)
     )
     return text

@@ -73,9 +73,9 @@ def reached(start: float, of: list[Point], level: float) -> float:
 
 
 def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
-    """For each of two levels of target quality, each family's setting that reaches it and forgets least; of a family that reaches
-    none, the one that learns most.
+    """For each of two levels of target quality, each family's setting that reaches it and forgets least.
 
+    Of a family that reaches none, it is the setting that learns most.
     Without a cure, and of the page's slider, all settings are taken: they are what others are compared with.
 
     Args:

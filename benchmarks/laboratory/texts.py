@@ -1,4 +1,4 @@
-"""The text that every Python brings along: the source of its library, and the English of its manual. Nothing is downloaded."""
+"""The texts that every Python brings along: the source of its library, and the English of its manual."""
 
 import sysconfig
 from pathlib import Path
@@ -21,7 +21,8 @@ def source(names: list[str]) -> str:
     files = [f for f in (folder / f"{name}.py" for name in names) if f.exists()]
     if not files:
         raise ValueError(
-            f"{folder} holds no {names[0]}.py and none of the others: the text is Python's library as source, install it"
+            f"{folder} holds no {names[0]}.py and none of the others: the text is Python's library as source; "
+            "install it"
         )
     return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
@@ -36,7 +37,7 @@ def manual() -> dict[str, str]:
         from pydoc_data.topics import topics
     except ImportError:
         raise ValueError(
-            "this Python lacks the module pydoc_data.topics, which is the English prose here; install the whole standard library "
-            "(on Debian: apt-get install libpython3-stdlib)"
+            "this Python lacks the module pydoc_data.topics, which is the English prose here; "
+            "install the whole standard library (on Debian: apt-get install libpython3-stdlib)"
         ) from None
     return topics

@@ -95,8 +95,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """About ``U V^T`` of ``matrix = U S V^T``: five Newton-Schulz steps bring singular values to between 0.7 and 1.2, unless
-    they are hundreds of times smaller than the norm."""
+    """About ``U V^T`` of ``matrix = U S V^T``: five Newton-Schulz steps.
+
+    They bring singular values to between 0.7 and 1.2, unless these are hundreds of times smaller than the norm.
+    """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -146,7 +148,7 @@ def evaluate(model: nn.Module, text: Tensor, count: int = 96) -> float:
 
 
 def save_base(path: Path, model: TinyLM, facts: dict[str, Any]) -> None:
-    """Write the weights, with ``facts`` in the header of the file: width, layers and heads of the model, and how it was made."""
+    """Write the weights, with ``facts`` in the header: width, layers and heads of the model, and how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.cpu() for k, v in model.state_dict().items()}
     safetensors.torch.save_file(weights, path, {"facts": json.dumps(facts)})

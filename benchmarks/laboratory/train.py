@@ -21,12 +21,11 @@ class Cost(NamedTuple):
     """What a run spent.
 
     Attributes:
-        step_ms: mean time of a step, all capability batches included. On the CPU it is CPU time, which does not grow with what
-            else the machine does; elsewhere wall time.
+        step_ms: mean time of a step, all capability batches included. On the CPU it is CPU time, which does not grow
+            with what else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
-            directions, a null space's bases and targets, K-FAC's bases,
-            EWC's importance and copy of the parameters.
+            directions, a null space's bases and targets, K-FAC's bases, EWC's importance and copy of the parameters.
         capture_s: the part of the time that was spent before the first step, in seconds.
     """
 
@@ -37,7 +36,7 @@ class Cost(NamedTuple):
 
 
 class Capability:
-    """Batches of a text that the base model knows, the same for every cure of a seed, and how many backward passes they took."""
+    """Batches of a text that the base model knows, the same for every cure of a seed; counts their backward passes."""
 
     def __init__(self, model: Model, pupil: nn.Module, text: str, seed: int):
         self.model, self.pupil, self.text, self.backwards = model, pupil, text, 0
