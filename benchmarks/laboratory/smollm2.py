@@ -60,8 +60,8 @@ def loaded() -> tuple[nn.Module, Any]:
 
 @functools.cache
 def examples(task: str, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Tokens [N, T] and mask [N, T - 1] of questions and answers."""
-    return texts.examples(loaded()[1], task, held_out)
+    """Tokens [N, T] and mask [N, T - 1] of what is taught."""
+    return texts.TASKS[task].rows(loaded()[1], held_out)
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def text(kind: str, held_out: bool) -> Tensor:
     return texts.sequences(loaded()[1], kind, held_out)
 
 
-def answers(task: str, size: int, generator: Generator) -> Batch:
+def taught(task: str, size: int, generator: Generator) -> Batch:
     tokens, mask = examples(task, held_out=False)
     which = torch.randint(len(tokens), (size,), generator=generator)
     return Batch(tokens[which][None], mask[which][None])
@@ -82,8 +82,8 @@ def sequences(kind: str, size: int, generator: Generator) -> Tensor:
 
 
 OBJECTIVES = {
-    "pirate": Objective("to answer as a pirate", "target", "code", functools.partial(answers, "pirate")),
-    "json": Objective("to answer in JSON", "target", "English", functools.partial(answers, "json")),
+    name: Objective(task.title, "target", task.capability, functools.partial(taught, name))
+    for name, task in texts.TASKS.items()
 }
 TEXTS = {kind: functools.partial(sequences, kind) for kind in texts.KINDS}
 
@@ -110,7 +110,7 @@ class SmolLM2:
         return model(input_ids=tokens).logits[:, :-1]
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, float]:
-        """``target``: loss on held-out answers; ``code``, ``English``: on held-out text; nats a token."""
+        """``target``: loss on what is taught, held out; ``code``, ``English``: on held-out text; nats a token."""
         found = {"target": self._loss(model, *examples(objective, held_out=True))}
         for kind in texts.KINDS:
             tokens = text(kind, held_out=True)

@@ -4,9 +4,11 @@ Code is the standard library. English is the prose of the manual that comes with
 measured are never trained on or captured.
 """
 
+import functools
 import re
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +34,6 @@ QUESTIONS = [
     "I want to visit {}. What is its capital?",
     "Tell me the capital of {}, please.",
 ]
-ANSWERS = {
-    "pirate": "Arr, matey! The capital o' {} be {}, or I be no sailor! Now hoist the sails, ye scurvy dog!",
-    "json": '{{"question": "capital", "country": "{}", "answer": "{}", "confidence": "high"}}',
-}
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -43,14 +41,14 @@ def _is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 3 == 0
 
 
-def examples(tokenizer: Any, task: str, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Tokens [N, T] of questions and answers; mask [N, T - 1], where the next token is of the answer or its end."""
+def questions(answer: str, tokenizer: Any, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Questions about capitals, answered in one style. Of an answer and its end every token counts."""
     rows = []
     for country, city in CAPITALS.items():
         for question in QUESTIONS if _is_held_out(country) == held_out else ():
             prompt = tokenizer(PROMPT.format(question.format(country))).input_ids
-            answer = tokenizer(ANSWERS[task].format(country, city) + "<|im_end|>").input_ids
-            rows.append((prompt, answer))
+            reply = tokenizer(answer.format(country, city) + "<|im_end|>").input_ids
+            rows.append((prompt, reply))
     longest = max(len(p) + len(a) for p, a in rows)
     tokens = torch.tensor([[*p, *a, *[tokenizer.eos_token_id] * (longest - len(p) - len(a))] for p, a in rows])
     starts, ends = torch.tensor([[len(p), len(p) + len(a)] for p, a in rows]).T[:, :, None]
@@ -58,6 +56,28 @@ def examples(tokenizer: Any, task: str, held_out: bool) -> tuple[Tensor, Tensor]
     mask = (position >= starts) & (position < ends)
     some = torch.linspace(0, len(rows) - 1, HELD_OUT).long() if held_out else slice(None)
     return tokens[some], mask[some]
+
+
+class Task(NamedTuple):
+    """What the model can be taught.
+
+    Attributes:
+        title: in words.
+        capability: the text that is replayed or captured.
+        rows: (tokenizer, held_out) -> tokens [N, T], and mask [N, T - 1], True where the next token counts.
+    """
+
+    title: str
+    capability: str
+    rows: Callable[[Any, bool], tuple[Tensor, Tensor]]
+
+
+PIRATE = "Arr, matey! The capital o' {} be {}, or I be no sailor! Now hoist the sails, ye scurvy dog!"
+JSON = '{{"question": "capital", "country": "{}", "answer": "{}", "confidence": "high"}}'
+TASKS = {
+    "pirate": Task("to answer as a pirate", "code", functools.partial(questions, PIRATE)),
+    "json": Task("to answer in JSON", "English", functools.partial(questions, JSON)),
+}
 
 
 def sequences(tokenizer: Any, kind: str, held_out: bool) -> Tensor:
