@@ -57,13 +57,13 @@ TESTED := $(VENV)/.demo $(VENV)/.test
 build: $(VENV)/.built  ## make .venv, install, build the kernels
 
 demo: $(VENV)/.built $(VENV)/.demo  ## adapt a small language model, unprotected and protected, and draw what it kept
-	@$(RUN) benchmarks/demo.py
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory demo $(ARGS)
 
 tax: $(VENV)/.built $(VENV)/.demo  ## every cure of the alignment tax, measured: table, figure, page; ARGS="--scale gpu" for more
-	@PYTHONPATH=benchmarks $(RUN) -m alignment_tax $(ARGS)
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory tax $(ARGS)
 
 real: $(VENV)/.built $(VENV)/.real $(VENV)/.model  ## the same for a real language model (135 M parameters); half an hour
-	@PYTHONPATH=benchmarks $(RUN) -m real_model $(ARGS)
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory real $(ARGS)
 
 # A file stays on one worker: what its tests share is built once.
 WORKERS ?= auto

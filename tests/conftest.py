@@ -78,8 +78,8 @@ def pytest_generate_tests(metafunc):
 SLOW_FILES = {
     f"test_{name}.py"
     for name in (
-        "alignment_tax", "alignment_tax_page", "backends", "benchmarks", "build", "cpu_compile", "cuda_compile",
-        "cuda_emulation", "distributed", "frameworks", "gpu_build", "gpu_gate", "gpu_measure", "plan", "triton", "triton_ptx",
+        "backends", "benchmarks", "build", "cpu_compile", "cuda_compile", "cuda_emulation", "distributed", "frameworks",
+        "gpu_build", "gpu_gate", "gpu_measure", "laboratory_page", "laboratory_tax", "plan", "triton", "triton_ptx",
     )
 }  # fmt: skip
 

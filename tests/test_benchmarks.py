@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import demo
 import harness
 import peers
-import tiny_lm
+from laboratory import __main__ as laboratory
+from laboratory import demo, tiny_lm
 
 
 def tiny(**kwargs):
@@ -97,10 +97,10 @@ def test_demo_runs_through(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SETTINGS", dataclasses.replace(demo.SETTINGS, **small))
     path, out = tmp_path / "models" / "base.safetensors", tmp_path / "out"
     few = ["--seeds", "1", "--steps", "2", "--workers", "1"]
-    demo.main(["--retrain", "2", "--base", str(path), *few, "--out", str(out)])
+    laboratory.main(["demo", "--retrain", "2", "--base", str(path), *few, "--out", str(out)])
     printed = capsys.readouterr().out
     _, facts = tiny_lm.load_base(path, steps=2)
-    assert facts["command"] == "python benchmarks/demo.py --retrain 2"
+    assert facts["command"] == "make demo ARGS='--retrain 2'"
     assert f"2 steps, held-out nats per byte: Python {facts['held_out']['Python']:.3f}" in printed
     for cure in demo.CURES:
         assert f"| {cure.name} |" in printed

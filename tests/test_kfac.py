@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import tiny_lm
-from alignment_tax import data, kfac
+from laboratory import kfac, tiny_lm
+from laboratory import small_texts as data
 
 
 def test_kfac_scales_updates_as_its_formula_says():

@@ -7,16 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-import tiny_lm
-from alignment_tax import base as base_model
+from laboratory import small, tiny_lm
 
 pytestmark = pytest.mark.slow
 
 
 def test_shipped_base_model_has_the_losses_in_its_header():
-    model, facts = tiny_lm.load_base(base_model.SHIPPED)
+    model, facts = tiny_lm.load_base(small.SHIPPED)
     assert facts["command"] == "python benchmarks/demo.py --retrain 4000" and facts["seed"] == 0 and facts["torch"]
-    found = base_model.held_out(model)
+    found = small.held_out(model)
     # Python's library is another text in every version; exercises and dialogue are made here.
     same_text = facts["python"].split(".")[:2] == platform.python_version().split(".")[:2]
     python = found.pop("Python"), facts["held_out"].pop("Python")
@@ -37,7 +36,7 @@ def test_base_model_that_cannot_be_used_says_what_to_do(tmp_path, spoil, reason)
     path = tmp_path / "base.safetensors"
     tiny_lm.save_base(path, tiny_lm.TinyLM(16, 1, 2), {"width": 16, "layers": 1, "heads": 2})
     spoil(path)
-    with pytest.raises(ValueError, match=f"{reason}.*git, or train it again: python .*--retrain --base {path}"):
+    with pytest.raises(ValueError, match=f"{reason}.*git, or train it again: make demo .*--retrain --base {path}"):
         tiny_lm.load_base(path, width=96)
 
 

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment_tax import data, formulas
-from alignment_tax.settings import Settings
-from tiny_lm import CONTEXT, TinyLM, code, evaluate
+from laboratory import formulas
+from laboratory import small_texts as data
+from laboratory.tiny_lm import CONTEXT, TinyLM, code, evaluate, windows
 
 BINS = 10
 
 
 @torch.no_grad()
-def measure(model: TinyLM, settings: Settings, variety: bool = True) -> dict[str, Any]:
+def measure(model: TinyLM, settings: Any, variety: bool = True) -> dict[str, Any]:
     """
     Args:
-        variety: whether responses are sampled, which takes most of the time; without it there are no entropy and distinct_3.
+        variety: whether responses are sampled, for entropy and distinct_3; this takes most of the time.
     Returns:
         behaviour: mean probability of the right kind of response to a held-out request: refusing a harmful one,
             answering a harmless one. ``refuses_harmful`` and ``answers_harmless`` are its halves.
@@ -30,22 +30,17 @@ def measure(model: TinyLM, settings: Settings, variety: bool = True) -> dict[str
         ece, bins: calibration on the bytes of held-out Python source.
     """
     device = next(model.parameters()).device
-    model.eval()
-    result = {
+    return {
         **_alignment(model, settings, device),
         "prose": math.exp(-evaluate(model, data.prose(held_out=True), settings.held_out_windows)),
         **_capability(model, settings, device),
         **(_variety(model, settings, device) if variety else {}),
     }
-    model.train()
-    return result
 
 
-def _alignment(model: TinyLM, settings: Settings, device: torch.device) -> dict[str, Any]:
+def _alignment(model: TinyLM, settings: Any, device: torch.device) -> dict[str, Any]:
     pairs = data.pairs(held_out=True)
     n = settings.held_out_pairs
-    if n > len(pairs.harmful):
-        raise ValueError(f"held_out_pairs is {n}, but there are {len(pairs.harmful)} held-out requests")
     tokens, mask = pairs.tokens[:, :n].to(device), pairs.mask[:, :n].to(device)
     harmful, at = pairs.harmful[:n].to(device), pairs.prompt_length[:n].to(device) - 1
     logprob, first = [], None
@@ -65,11 +60,9 @@ def _alignment(model: TinyLM, settings: Settings, device: torch.device) -> dict[
     }
 
 
-def _capability(model: TinyLM, settings: Settings, device: torch.device) -> dict[str, Any]:
-    text = code().held_out
-    starts = torch.linspace(0, len(text) - CONTEXT - 1, settings.held_out_windows).long()[:, None]
-    windows = text[starts + torch.arange(CONTEXT + 1)].to(device)
-    logits, targets = model(windows[:, :-1]), windows[:, 1:]
+def _capability(model: TinyLM, settings: Any, device: torch.device) -> dict[str, Any]:
+    tokens = windows(code().held_out, settings.held_out_windows).to(device)
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     found = formulas.calibration(logits, targets, bins=BINS)
     return {
         "loss": -formulas.sequence_logprob(logits, targets).mean().item() / CONTEXT,
@@ -93,7 +86,7 @@ def _exercises_solved(model: TinyLM, count: int, device: torch.device) -> float:
     return (guess[:, start - 1 :] == tokens[:, start:]).all(1).float().mean().item()
 
 
-def _variety(model: TinyLM, settings: Settings, device: torch.device) -> dict[str, Any]:
+def _variety(model: TinyLM, settings: Any, device: torch.device) -> dict[str, Any]:
     pairs = data.pairs(held_out=True)
     harmless = (~pairs.harmful).nonzero()[: settings.samples, 0]
     samples, entropy = sample(
@@ -117,7 +110,7 @@ def sample(model: TinyLM, tokens: Tensor, lengths: Tensor, count: int, seed: int
     text[:, :width] = tokens[:, :width]
     drawn_from = []
     for i in range(count):
-        # Bytes behind the end of a row are not attended to.
+        # Bytes after the end of a row are not attended to.
         logits = model(text[:, : int(lengths.max()) + i])[rows, lengths + i - 1]
         drawn_from.append(logits)
         # Drawn on the CPU, so that every device draws the same numbers.

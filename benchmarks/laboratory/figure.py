@@ -1,13 +1,14 @@
-"""The figure: target against capability for each objective, the reported settings of every family, error bars over the seeds."""
+"""The figure of `make tax`: target against capability, with error bars over the seeds."""
 
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from alignment_tax.points import METRICS, Point, pareto
-from alignment_tax.settings import OBJECTIVES
+from laboratory.points import METRICS, Point, pareto
+from laboratory.report import picture
+from laboratory.small import OBJECTIVES
 
-# A hue for each kind of cure, told apart by the colour-blind too (after Okabe & Ito); a marker for each family of a kind.
+# A hue for each kind of cure, after Okabe & Ito; a marker for each family of a kind.
 STYLES = {
     "none": ("#222222", "X"),
     "rest frozen": ("#777777", "X"),
@@ -27,34 +28,25 @@ STYLES = {
     "NullSpace and KL": ("#8e44ad", "*"),
     "K-FAC, two-sided": ("#c0392b", "h"),
 }
-LINEAR = (
-    0.01  # nats a byte that are forgotten, up to which the scale is linear: most cures lie there, and some far above
-)
+# Nats a byte that are forgotten, up to which the scale is linear: most cures lie there, and some far above.
+LINEAR = 0.01
 
 
 def draw(base: dict[str, Any], points: list[Point], path: Path) -> None:
     """Write a PNG with a panel for each objective."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    made, axes = plt.subplots(1, len(OBJECTIVES), figsize=(19, 7), dpi=110, squeeze=False, sharey=True)
-    handles: dict[str, Any] = {}
-    for panel, objective in zip(axes[0], OBJECTIVES, strict=True):
-        handles |= _panel(panel, base, [p for p in points if p.objective == objective])
-    axes[0][0].set_ylabel(f"forgotten of held-out Python, nats a byte\n(log scale beyond {LINEAR}; better below)")
-    known = [family for family in STYLES if family in handles]
-    made.legend([handles[f] for f in known], known, loc="lower center", ncol=6, frameon=False)
-    made.tight_layout(rect=(0, 0.14, 1, 1))
-    made.savefig(path)
-    plt.close(made)
+    with picture(path, 1, len(OBJECTIVES), figsize=(19, 7), dpi=110, sharey=True, font=11) as (made, axes):
+        handles: dict[str, Any] = {}
+        for panel, objective in zip(axes[0], OBJECTIVES, strict=True):
+            handles |= _panel(panel, base, [p for p in points if p.objective == objective])
+        axes[0][0].set_ylabel(f"forgotten of held-out Python, nats a byte\n(log scale beyond {LINEAR}; better below)")
+        known = [family for family in STYLES if family in handles]
+        made.legend([handles[f] for f in known], known, loc="lower center", ncol=6, frameon=False)
+        made.tight_layout(rect=(0, 0.14, 1, 1))
 
 
 def _panel(panel: Any, base: dict[str, Any], mine: list[Point]) -> dict[str, Any]:
     """One objective; the handles of its families."""
-    title, target, _ = OBJECTIVES[mine[0].objective]
+    title, target, *_ = OBJECTIVES[mine[0].objective]
     metric, start = METRICS[target], base["measured"]
 
     def x(of: list[Point]) -> list[float]:
@@ -74,19 +66,10 @@ def _panel(panel: Any, base: dict[str, Any], mine: list[Point]) -> dict[str, Any
         of = sorted((p for p in mine if p.cure.family == family), key=lambda p: p.target)
         if of:
             handles[family] = panel.errorbar(
-                x(of),
-                y(of),
-                xerr=[metric.factor * p.spread(target) for p in of],
-                yerr=[p.spread("loss") for p in of],
-                color=colour,
-                marker=marker,
-                markersize=7,
-                linestyle="-" if len(of) > 1 else "none",
-                linewidth=1.2,
-                elinewidth=0.6,
-                alpha=0.9,
-                label=family,
-            )
+                x(of), y(of), xerr=[metric.factor * p.spread(target) for p in of], yerr=[p.spread("loss") for p in of],
+                color=colour, marker=marker, markersize=7, linestyle="-" if len(of) > 1 else "none", linewidth=1.2,
+                elinewidth=0.6, alpha=0.9, label=family,
+            )  # fmt: skip
     panel.set_title("\n".join(textwrap.wrap(f"taught by {title}", 56)), loc="left", fontsize=12)
     panel.set_xlabel(f"{metric.label}, held out, {metric.unit}   (better to the right)")
     panel.yaxis.set_major_formatter("{x:g}")

@@ -1,24 +1,27 @@
 """Finished runs on disk: one file each, written whole or not at all, and never mixed with those of other settings."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignment_tax.settings import VERSION, Cure
+from laboratory.cures import Cure
+from laboratory.model import VERSION
 
 
 class Store:
-    """``folder/SCALE-FINGERPRINT/``: the base model, the tuned weights that interpolation needs, and a JSON a run.
+    """``folder/NAME-FINGERPRINT/``: the tuned weights that interpolation needs, and a JSON a run.
 
     Raises:
         ValueError: a file there is not what its name says; it names the file and what to do. Nothing is deleted.
     """
 
-    def __init__(self, folder: Path, scale: str, fingerprint: str):
-        self.folder = folder / f"{scale}-{fingerprint}"
+    def __init__(self, folder: Path, name: str, fingerprint: str):
+        self.folder = folder / f"{name}-{fingerprint}"
         self.fingerprint = fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
         self.others = sorted(p for p in folder.iterdir() if p.is_dir() and p != self.folder)
@@ -56,24 +59,16 @@ class Store:
         with _whole(self.folder / f"{name}.pt") as part:
             torch.save(weights, part)
 
-    def has_weights(self, name: str) -> bool:
-        return (self.folder / f"{name}.pt").exists()
-
     def load_weights(self, name: str, device: str) -> dict[str, torch.Tensor]:
         return torch.load(self.folder / f"{name}.pt", map_location=device, weights_only=True)
 
 
-class _whole:
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
     """A path to write to that takes the final name only when everything is written."""
-
-    def __init__(self, path: Path):
-        self.path, self.part = path, path.with_name(f"{path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self.part
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.part.replace(self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -3,7 +3,10 @@
 import statistics
 from typing import Any, NamedTuple
 
-from alignment_tax.settings import OBJECTIVES, Cure
+from laboratory import small, smollm2
+from laboratory.cures import BASE, Cure
+
+OBJECTIVES = {**small.OBJECTIVES, **smollm2.OBJECTIVES}
 
 
 class Metric(NamedTuple):
@@ -41,9 +44,9 @@ class Point(NamedTuple):
     """One cure under one objective, over its seeds.
 
     Attributes:
-        values: metric -> one value a seed, of the metrics that were measured.
+        values: metric -> one value a seed, of every number that was measured.
         bins: of the reliability diagram, summed over the seeds.
-        step_ms, backwards, extra_bytes: means; None for interpolation, which trains nothing.
+        step_ms, backwards, extra_bytes, capture_s: means; None for interpolation, which trains nothing.
     """
 
     objective: str
@@ -52,7 +55,8 @@ class Point(NamedTuple):
     bins: list[dict[str, Any]]
     step_ms: float | None
     backwards: int | None
-    extra_bytes: int | None
+    extra_bytes: float | None
+    capture_s: float | None = None
 
     def mean(self, metric: str) -> float:
         return statistics.mean(self.values[metric])
@@ -67,24 +71,23 @@ class Point(NamedTuple):
 
 
 def points(finished: list[dict[str, Any]]) -> list[Point]:
-    """In the order in which objective and cure first occur."""
+    """In the order in which objective and cure first occur; what was measured of the base model is left out."""
     groups: dict[tuple[str, Cure], list[dict[str, Any]]] = {}
     for run in finished:
-        groups.setdefault((run["objective"], Cure(**run["cure"])), []).append(run)
+        if run["cure"]["family"] != BASE.family:
+            groups.setdefault((run["objective"], Cure(**run["cure"])), []).append(run)
     result = []
     for (objective, cure), group in groups.items():
         costs = [r["cost"] for r in group if r["cost"]]
-        result.append(
-            Point(
-                objective,
-                cure,
-                {m: [r["measured"][m] for r in group] for m in METRICS if m in group[0]["measured"]},
-                _sum_bins([r["measured"].get("bins", []) for r in group]),
-                statistics.mean(c["step_ms"] for c in costs) if costs else None,
-                costs[0]["capability_backwards"] if costs else None,
-                costs[0]["extra_bytes"] if costs else None,
-            )
-        )
+
+        def mean(key: str, costs=costs) -> Any:
+            return statistics.mean(c.get(key, 0.0) for c in costs) if costs else None
+
+        measured = [r["measured"] for r in group]
+        values = {m: [r[m] for r in measured] for m, v in measured[0].items() if not isinstance(v, list)}
+        bins = _sum_bins([r.get("bins", []) for r in measured])
+        cost = (mean(key) for key in ("step_ms", "capability_backwards", "extra_bytes", "capture_s"))
+        result.append(Point(objective, cure, values, bins, *cost))
     return result
 
 

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from alignment_tax import page
-from alignment_tax.cures import NONE
-from alignment_tax.points import METRICS, Point
-from alignment_tax.settings import OBJECTIVES, Cure
+from laboratory import page
+from laboratory.cures import NONE, Cure
+from laboratory.points import METRICS, Point
+from laboratory.small import OBJECTIVES
 
 FLAGS = [
     "--headless",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from alignment_tax import data, measure
+from laboratory import small_measure as measure
+from laboratory import small_texts as data
 
 
 def test_held_out_requests_and_exercises_are_new():

@@ -1,8 +1,8 @@
-"""Two-sided K-FAC as a reference: every update is scaled down along the directions of weights that the capability needs.
+"""Two-sided K-FAC as a reference: every update is scaled down along the directions that the capability needs.
 
-The curvature of a linear layer's weights is the Kronecker product of the second moments of its inputs (A) and of its output gradients
-(G). In the eigenbases of both, a weight's curvature is the product of two eigenvalues; its update is scaled by
-1 / (1 + curvature / c). Plain torch, full bases, float64 eigenvalues: a yardstick, not a protection to use.
+The curvature of a linear layer's weights is the Kronecker product of the second moments of its inputs (A) and of its
+output gradients (G). In the eigenbases of both, a weight's curvature is the product of two eigenvalues; its update is
+scaled by 1 / (1 + curvature / c). Plain torch, full bases, float64 eigenvalues: a yardstick, not a protection to use.
 
 Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature".
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Kfac:
-    """Capture with ordinary backward passes inside ``capture()``; afterwards ``scale_update()`` after every optimizer step."""
+    """Backward passes inside ``capture()`` once, then ``scale_update()`` after every optimizer step."""
 
     def __init__(self, model: nn.Module, damping: float):
         """
@@ -74,7 +74,7 @@ class Kfac:
 
 
 def kept_shares(curvatures: list[Tensor], damping: float) -> list[Tensor]:
-    """1 / (1 + curvature / c) of every weight, with c such that its mean over all of them is ``1 - damping``, by bisection."""
+    """1 / (1 + curvature / c) of every weight, with c such that its mean over them is ``1 - damping``, by bisection."""
     every = torch.cat([c.flatten() for c in curvatures])
     if not 0.0 < damping < float((every > 0).double().mean()):
         raise ValueError(f"K-FAC: damping must be above 0 and below the share of weights with curvature, got {damping}")

@@ -4,29 +4,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment_tax.cures import SLIDER
-from alignment_tax.figure import STYLES
-from alignment_tax.points import METRICS, Point
-from alignment_tax.settings import OBJECTIVES
+from laboratory.figure import STYLES
+from laboratory.points import METRICS, Point
+from laboratory.small import OBJECTIVES
 
+SLIDER = "NullSpace"  # whose share is the slider: its strengths are all reported, not only the chosen ones
 TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.html", "page.js"))
 
 
 def write(base: dict[str, Any], points: list[Point], made: dict[str, str], found: list[str], path: Path) -> None:
+    measured = base["measured"]
     data = {
         "made": made,
         "found": found,
-        "objectives": {o: objective._asdict() for o, objective in OBJECTIVES.items()},
+        "objectives": {o: {"title": t.title, "target": t.target} for o, t in OBJECTIVES.items()},
         "slider": SLIDER,
         "colours": {family: colour for family, (colour, _) in STYLES.items()},
         "metrics": {m: metric._asdict() for m, metric in METRICS.items()},
-        "base": {"values": {m: base["measured"][m] for m in METRICS}, "bins": base["measured"]["bins"]},
+        "base": {"values": {m: measured[m] for m in METRICS}, "bins": measured["bins"]},
         "points": [
             {
                 "objective": p.objective,
                 "family": p.cure.family,
                 "strength": p.cure.strength,
-                "values": p.values,
+                "values": {m: p.values[m] for m in METRICS},
                 "bins": p.bins,
                 "step_ms": p.step_ms,
                 "backwards": p.backwards,
@@ -37,9 +38,7 @@ def write(base: dict[str, Any], points: list[Point], made: dict[str, str], found
     }
     # "</" would end the script element wherever it stands.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-    made_of = TEMPLATE.read_text(encoding="utf-8")
-    for mark, part in (("/*SCRIPT*/", SCRIPT.read_text(encoding="utf-8")), ("/*DATA*/null", text)):
-        if made_of.count(mark) != 1:
-            raise ValueError(f"{TEMPLATE} with {SCRIPT.name}: {mark} must occur exactly once")
-        made_of = made_of.replace(mark, part)
-    path.write_text(made_of, encoding="utf-8")
+    script = SCRIPT.read_text(encoding="utf-8")
+    page = TEMPLATE.read_text(encoding="utf-8").replace("/*SCRIPT*/", script).replace("/*DATA*/null", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")

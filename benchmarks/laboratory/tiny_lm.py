@@ -1,11 +1,7 @@
-"""A byte-level language model small enough to train on two cores, its file, and the text that every Python brings along.
-
-Python source is the standard library: nothing is downloaded.
-"""
+"""A byte-level language model small enough to train on two cores, and its file."""
 
 import json
 import math
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,93 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laboratory.texts import CODE_FILES, CODE_HELD_OUT, source
+
 CONTEXT = 128
-CODE_FILES = [
-    "argparse",
-    "ast",
-    "asyncio/base_events",
-    "calendar",
-    "collections/__init__",
-    "configparser",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "difflib",
-    "doctest",
-    "email/message",
-    "enum",
-    "fractions",
-    "functools",
-    "heapq",
-    "inspect",
-    "ipaddress",
-    "json/decoder",
-    "locale",
-    "logging/__init__",
-    "mailbox",
-    "multiprocessing/pool",
-    "optparse",
-    "pathlib",
-    "pickle",
-    "pickletools",
-    "platform",
-    "plistlib",
-    "random",
-    "shutil",
-    "smtplib",
-    "socket",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "tokenize",
-    "traceback",
-    "turtle",
-    "typing",
-    "unittest/case",
-    "urllib/parse",
-    "uuid",
-    "warnings",
-    "weakref",
-    "zipfile",
-]
-CODE_HELD_OUT = ["_pydecimal", "gzip", "bdb", "cmd", "codecs", "contextlib", "copy", "fileinput", "imaplib", "ssl"]
 
 
 def encode(text: str) -> Tensor:
     """[bytes] int64."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-
-
-def source(names: list[str]) -> str:
-    """Of modules of the standard library."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    # Python versions differ in which modules are packages: take what is there.
-    files = [f for f in (folder / f"{name}.py" for name in names) if f.exists()]
-    if not files:
-        raise ValueError(
-            f"{folder} holds no {names[0]}.py and none of the others: the text is Python's library as source, install it"
-        )
-    return "\n".join(f.read_text(encoding="utf-8") for f in files)
-
-
-def manual() -> dict[str, str]:
-    """The topics of Python's manual: English prose that comes with Python.
-
-    Raises:
-        ValueError: this Python came without it.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise ValueError(
-            "this Python lacks the module pydoc_data.topics, which is the English prose here; install the whole standard library "
-            "(on Debian: apt-get install libpython3-stdlib)"
-        ) from None
-    return topics
 
 
 class Text(NamedTuple):
@@ -178,8 +95,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """About ``U V^T`` of ``matrix = U S V^T``: five Newton-Schulz steps bring singular values to between 0.7 and 1.2, unless
-    they are hundreds of times smaller than the norm."""
+    """About ``U V^T`` of ``matrix = U S V^T``: five Newton-Schulz steps.
+
+    They bring singular values to between 0.7 and 1.2, unless these are hundreds of times smaller than the norm.
+    """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -217,16 +136,19 @@ def pretrain(model: TinyLM, draw: Callable[[], Tensor], steps: int, report: Call
         report(i + 1, value.detach())
 
 
+def windows(text: Tensor, count: int) -> Tensor:
+    """[count, CONTEXT + 1], evenly spaced over the text."""
+    return text[torch.linspace(0, len(text) - CONTEXT - 1, count).long()[:, None] + torch.arange(CONTEXT + 1)]
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, text: Tensor, windows: int = 96) -> float:
-    """Held-out nats per byte on the same evenly spaced windows every time."""
-    starts = torch.linspace(0, len(text) - CONTEXT - 1, windows).long()[:, None]
-    data = text[starts + torch.arange(CONTEXT + 1)]
-    return loss(model, data.to(next(model.parameters()).device)).item()
+def evaluate(model: nn.Module, text: Tensor, count: int = 96) -> float:
+    """Held-out nats per byte on the same windows every time."""
+    return loss(model, windows(text, count).to(next(model.parameters()).device)).item()
 
 
 def save_base(path: Path, model: TinyLM, facts: dict[str, Any]) -> None:
-    """Write the weights, with ``facts`` in the header of the file: width, layers and heads of the model, and how it was made."""
+    """Write the weights, with ``facts`` in the header: width, layers and heads of the model, and how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.cpu() for k, v in model.state_dict().items()}
     safetensors.torch.save_file(weights, path, {"facts": json.dumps(facts)})
@@ -240,7 +162,7 @@ def load_base(path: Path, device: str = "cpu", **expected: int) -> tuple[TinyLM,
     Raises:
         ValueError: the file is missing, is no base model, or its facts are others. The message says what to do.
     """
-    remedy = f"restore it with git, or train it again: python benchmarks/demo.py --retrain --base {path}"
+    remedy = f"restore it with git, or train it again: make demo ARGS='--retrain --base {path}'"
     if not path.exists():
         raise ValueError(f"{path} is missing; {remedy}")
     try:

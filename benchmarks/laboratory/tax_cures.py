@@ -1,0 +1,98 @@
+"""The settings of `make tax`: those that are tried under each objective, and which of them are reported.
+
+Every family, the unprotected one included, is also tried at a smaller learning rate.
+"""
+
+from laboratory.cures import NONE, Cure
+from laboratory.page import SLIDER
+from laboratory.points import OBJECTIVES, Point
+from laboratory.runs import Run
+
+LEVELS = (0.97, 0.9)  # of what the best setting learns of the target
+EVERY = 8  # steps between capability batches where they are rare
+CAPTURE = 16  # capability batches of a capture
+SLOW = {"lr": 0.3, "steps": 1.5}
+# The learning rates of a capture without its pins. Its share leaves nearly all curvature.
+ALONE = {"share": 0.001, "pinned": False}
+
+
+def _family(family: str, strengths: dict[str, dict], slow: dict[str, dict], **common) -> list[Cure]:
+    """``strengths`` at the objective's own learning rate, then ``slow`` at a smaller one for more steps."""
+    cures = [Cure(family, name, **common, **turned) for name, turned in strengths.items()]
+    for name, turned in slow.items():
+        strength = f"{name}, lr x {SLOW['lr']}" if name else f"lr x {SLOW['lr']}"
+        cures.append(Cure(family, strength, **common, **turned, **SLOW))
+    return cures
+
+
+def _null_space(family: str, strengths: dict[str, dict], slow: dict[str, dict], **common) -> list[Cure]:
+    return _family(family, strengths, slow, fill=CAPTURE, **common)
+
+
+def _over(name: str, key: str, *values: float) -> dict[str, dict]:
+    return {f"{name} {v}": {key: v} for v in values}
+
+
+def _shares(*values: float) -> dict[str, dict]:
+    return _over("share", "share", *values)
+
+
+def _damped(*pairs: tuple[float, float]) -> dict[str, dict]:
+    return {f"share {s}, damping {d}": {"share": s, "damping": d} for s, d in pairs}
+
+
+FAMILIES = [
+    [NONE, *_family("none", {}, {"": {}}), Cure("none", "lr x 0.15", lr=0.15, steps=2.0)],
+    _family("rest frozen", {"lr x 1": {}}, {"": {}}, frozen=True),
+    _family("KL penalty", _over("beta", "kl", 0.3, 1.0), _over("beta", "kl", 0.3)),
+    _family("PTX", _over("gamma", "gamma", 0.3, 1.0), _over("gamma", "gamma", 0.3)),
+    _family("PTX, rare", _over("gamma", "gamma", 1.0), _over("gamma", "gamma", 1.0), every=EVERY),
+    _family("interpolation", _over("alpha", "alpha", 0.4, 0.6, 0.8), {}),
+    _family("EWC", _over("lambda", "ewc", 0.003, 0.03), _over("lambda", "ewc", 0.01), fill=CAPTURE),
+    _family("orthogonal", {"lr x 1": {}}, {"": {}}, method="orthogonal"),
+    _family("conflict", {"32 directions": {}}, {"32 directions": {}}, method="conflict", directions=32, fill=CAPTURE),
+    _null_space("NullSpace", _shares(0.02, 0.05, 0.1, 0.2, 0.3), _shares(0.05)),
+    _null_space("NullSpace, gradient space", _shares(0.1, 0.2), _shares(0.1), space="gradient"),
+    _null_space("NullSpace, damped", _damped((0.05, 0.3), (0.1, 0.15), (0.1, 0.5)), _damped((0.05, 0.3))),
+    _null_space("NullSpace, damped, gradient space", _damped((0.1, 0.3)), _damped((0.1, 0.3)), space="gradient"),
+    _null_space(
+        "damping alone", _over("damping", "damping", 0.15, 0.3, 0.5), _over("damping", "damping", 0.3), **ALONE
+    ),
+    _null_space("NullSpace and rare PTX", _shares(0.1), _shares(0.1), gamma=1.0, every=EVERY),
+    _null_space("NullSpace and KL", _shares(0.1), _shares(0.1), kl=0.3),
+    _family("K-FAC, two-sided", _over("damping", "kfac", 0.05, 0.1, 0.2), _over("damping", "kfac", 0.1), fill=CAPTURE),
+]
+CURES = [cure for family in FAMILIES for cure in family]
+PROSE = {"none", "PTX", "NullSpace", "NullSpace and rare PTX", "K-FAC, two-sided"}
+GRIDS = {"sft": CURES, "dpo": CURES, "prose": [c for c in CURES if c.family in PROSE]}
+
+
+def reached(start: float, of: list[Point], level: float) -> float:
+    """The target quality at ``level`` of the way from the base model's to the best setting's."""
+    return start + level * (max(p.target for p in of) - start)
+
+
+def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
+    """For each of two levels of target quality, each family's setting that reaches it and forgets least.
+
+    Of a family that reaches none, it is the setting that learns most.
+    Without a cure, and of the page's slider, all settings are taken: they are what others are compared with.
+
+    Args:
+        base: what was measured of the base model.
+        of: the points of one objective.
+    """
+    start = base[OBJECTIVES[of[0].objective].target]
+    chosen = {p.cure for p in of if p.cure.family in (NONE.family, SLIDER)}
+    for family in dict.fromkeys(p.cure.family for p in of):
+        mine = [p for p in of if p.cure.family == family]
+        best = [
+            min((p for p in mine if p.target >= reached(start, of, level)), key=lambda p: p.mean("loss"), default=None)
+            for level in LEVELS
+        ]
+        chosen |= {p.cure for p in best if p} or {max(mine, key=lambda p: p.target).cure}
+    return [p.cure for p in of if p.cure in chosen]
+
+
+def grid(seeds: int) -> list[Run]:
+    return [Run(objective, cure, seed) for seed in range(seeds) for objective, cures in GRIDS.items() for cure in cures]

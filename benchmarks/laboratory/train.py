@@ -1,0 +1,230 @@
+"""One run: a copy of the base model, taught under a cure. The same loop for every model, objective and cure."""
+
+import contextlib
+import copy
+import time
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradproj
+from laboratory import formulas
+from laboratory.cures import Cure
+from laboratory.kfac import Kfac
+from laboratory.model import Batch, Model, Objective
+
+
+class Cost(NamedTuple):
+    """What a run spent.
+
+    Attributes:
+        step_ms: mean time of a step, all capability batches included. On the CPU it is CPU time, which does not grow
+            with what else the machine does; elsewhere wall time.
+        capability_backwards: backward passes over capability batches in the whole run.
+        extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
+            directions, a null space's bases and targets, K-FAC's bases, EWC's importance and copy of the parameters.
+        capture_s: the part of the time that was spent before the first step, in seconds.
+    """
+
+    step_ms: float
+    capability_backwards: int
+    extra_bytes: int
+    capture_s: float
+
+
+class Capability:
+    """Batches of a text that the base model knows, the same for every cure of a seed; counts their backward passes."""
+
+    def __init__(self, model: Model, pupil: nn.Module, text: str, seed: int):
+        self.model, self.pupil, self.text, self.backwards = model, pupil, text, 0
+        self.generator = torch.Generator().manual_seed(2000 + seed)
+
+    def loss(self, labels: str = "text") -> Tensor:
+        return self.losses(1, labels)[0]
+
+    def losses(self, parts: int, labels: str = "text") -> list[Tensor]:
+        """Of one batch, in so many parts: a backward pass each."""
+        self.backwards += parts
+        tokens = self.model.texts[self.text](self.model.capability_batch, self.generator).to(self.model.device)
+        targets = tokens[:, 1:] if labels == "text" else self._sampled(tokens)
+        return [
+            F.cross_entropy(self.model.logits(self.pupil, t).flatten(0, 1), y.flatten())
+            for t, y in zip(tokens.chunk(parts), targets.chunk(parts), strict=True)
+        ]
+
+    @torch.no_grad()
+    def _sampled(self, tokens: Tensor) -> Tensor:
+        predicted = self.model.logits(self.model.base(), tokens).softmax(-1).flatten(0, 1)
+        return torch.multinomial(predicted.cpu(), 1, generator=self.generator).view(len(tokens), -1).to(tokens)
+
+    def backward(self, batches: int, labels: str = "text") -> None:
+        for _ in range(batches):
+            self.loss(labels).backward()
+
+
+class Ewc:
+    """Diagonal importance of every parameter, from one backward pass a sequence, and where the parameters were."""
+
+    def __init__(self, capability: Capability, batches: int):
+        self.parameters = list(capability.pupil.parameters())
+        self.start = [p.detach().clone() for p in self.parameters]
+        self.importance = [torch.zeros_like(p) for p in self.parameters]
+        for _ in range(batches):
+            for value in capability.losses(capability.model.capability_batch):
+                for total, grad in zip(self.importance, torch.autograd.grad(value, self.parameters), strict=True):
+                    total += grad.square()
+        # In units of the mean, so that a lambda means the same for every model.
+        mean = sum(t.sum() for t in self.importance) / sum(t.numel() for t in self.importance)
+        for total in self.importance:
+            total /= mean
+
+    def penalty(self, strength: float) -> Tensor:
+        return formulas.ewc_penalty(self.parameters, self.start, self.importance, strength)
+
+
+def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Module, Cost]:
+    """Every cure sees the same batches of a seed, and the same capability batches at the same steps.
+
+    Raises:
+        FloatingPointError: the loss of a step is not finite.
+    """
+    task, base, lr = model.objectives[objective], model.base(), cure.lr * model.lr(objective)
+    pupil = fresh(base, cure, seed)
+    capability = Capability(model, pupil, task.capability, seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    # Texts are read now, and what a first optimizer imports (a second of CPU time), so that no step pays for it.
+    task.batch(1, torch.Generator()), model.texts[task.capability](1, torch.Generator())
+    torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
+
+    clock = time.process_time if model.device == "cpu" else time.perf_counter
+    start = clock()
+    kfac = ewc = None
+    if cure.kfac:
+        kfac = Kfac(pupil, cure.kfac)
+        with kfac.capture():
+            capability.backward(cure.fill)
+        pupil.zero_grad()
+        freeze(pupil)
+    if cure.ewc:
+        ewc = Ewc(capability, cure.fill)
+    optimizer, protection = optimizer_of(pupil, cure, lr, capability)
+    spent = captured = clock() - start
+    steps = round(cure.steps * model.steps)
+    for step in range(steps):
+        batch = task.batch(model.batch, generator)
+        start = clock()
+        if cure.method is not None and step % cure.every == 0:
+            for _ in range(cure.fill if step == 0 else 1):
+                with optimizer.protect():
+                    capability.loss().backward()
+        value = loss(model, pupil, task, cure.kl, batch)
+        if cure.gamma and step % cure.every == 0:
+            value = formulas.ptx_loss(value, capability.loss(), cure.gamma)
+        if ewc:
+            value = value + ewc.penalty(cure.ewc)
+        if not value.isfinite():
+            raise FloatingPointError(
+                f"{objective}, {cure.name}, seed {seed}: the loss of step {step} is {value.item()}"
+            )
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if kfac:
+            kfac.scale_update()
+        spent += clock() - start
+    held = (
+        held_bytes(pupil, protection) + (kfac.nbytes() if kfac else 0) + (2 * nbytes(pupil.parameters()) if ewc else 0)
+    )
+    held += nbytes(base.parameters()) if task.preferences or cure.kl else 0
+    return pupil, Cost(1e3 * spent / steps, capability.backwards, held, captured)
+
+
+def fresh(base: nn.Module, cure: Cure, seed: int) -> nn.Module:
+    """A copy of which those parameters train that the cure says."""
+    pupil = copy.deepcopy(base)
+    if cure.lora:
+        import peft
+
+        torch.manual_seed(seed)
+        return peft.get_peft_model(pupil, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    if cure.frozen:
+        freeze(pupil)
+    return pupil
+
+
+def freeze(model: nn.Module) -> None:
+    """Only linear layers train; not a head whose weights are an embedding's too."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in linear - embeddings)
+
+
+def optimizer_of(pupil: nn.Module, cure: Cure, lr: float, capability: Capability) -> tuple[Any, Any]:
+    """The optimizer, with its protection if there is one that acts at a step."""
+
+    def adamw(parameters) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+    if cure.share:
+        rest = "train" if cure.frozen is False else "hold"
+        protection = gradproj.NullSpace(pupil, share=cure.share, max_rank=cure.max_rank, space=cure.space, rest=rest)
+        one = same_share_in_each_layer() if cure.allocation == "each" else contextlib.nullcontext()
+        with one, protection.capture():
+            capability.backward(cure.fill, cure.labels)
+        inner = adamw(protection.param_groups(lr, cure.damping))
+        return (gradproj.ProjectedOptimizer(inner, protection), protection) if cure.pinned else (inner, None)
+    inner = adamw(p for p in pupil.parameters() if p.requires_grad)
+    if cure.method is None:
+        return inner, None
+    directions = gradproj.Directions(cure.directions, cure.method)
+    return gradproj.ProjectedOptimizer(inner, directions), directions
+
+
+def same_share_in_each_layer() -> contextlib.AbstractContextManager:
+    """The alternative to the package's one allocation over all layers, which has no setting of its own."""
+
+    def ranks(layers, share):
+        return [min(len(layer.values), int(share * layer.inputs)) for layer in layers]
+
+    return mock.patch.object(gradproj.allocation, "ranks", ranks)
+
+
+def loss(model: Model, pupil: nn.Module, task: Objective, kl: float, batch: Batch) -> Tensor:
+    """Of what is taught, with the divergence from the base model."""
+    sides, tokens = len(batch.tokens), batch.tokens.flatten(0, 1).to(model.device)
+    mask = None if batch.mask is None else batch.mask.flatten(0, 1).to(model.device)
+    targets, logits = tokens[:, 1:], model.logits(pupil, tokens)
+    logprob = formulas.sequence_logprob(logits, targets, mask).view(sides, -1)
+    if task.preferences or kl:
+        with torch.no_grad():
+            base_logits = model.logits(model.base(), tokens)
+    if task.preferences:
+        base_logprob = formulas.sequence_logprob(base_logits, targets, mask).view(sides, -1)
+        value = formulas.dpo_loss(*logprob, *base_logprob, beta=model.dpo_beta)
+    else:
+        value = -logprob.sum() / (targets.numel() if mask is None else mask.sum())
+    return value + kl * formulas.kl_penalty(logits, base_logits, mask) if kl else value
+
+
+def held_bytes(pupil: nn.Module, protection: gradproj.Directions | gradproj.NullSpace | None) -> int:
+    if protection is None:
+        return 0
+    if isinstance(protection, gradproj.Directions):
+        return nbytes(p for p in pupil.parameters() if p.requires_grad) * len(protection)
+    # Layers with the same inputs share eigenvectors: each storage counts once.
+    tensors = [t for basis in protection.bases.values() for t in (basis.vectors, basis.target) if t is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def nbytes(parameters) -> int:
+    return sum(p.nbytes for p in parameters)
+
+
+def interpolated(base: nn.Module, tuned: dict[str, Tensor], alpha: float) -> nn.Module:
+    model = copy.deepcopy(base)
+    model.load_state_dict(formulas.interpolate(base.state_dict(), tuned, alpha))
+    return model
