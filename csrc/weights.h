@@ -12,7 +12,7 @@
 //
 // so its diagonal says who is in P (there it is <= -1) and what the others have outside the span of P (squared sines, >= 0),
 // and its last column holds the solution on P and the residual elsewhere. A squared sine of at most kRankTolerance is
-// dependent: the float32 products behind G cannot resolve less.
+// dependent: the float32 products in G cannot resolve less.
 // python/gradproj/methods.py and triton_kernels/weights.py hold the same rules.
 #pragma once
 
@@ -156,7 +156,7 @@ GRADPROJ_HD inline bool solve_nonnegative(const Team& team, double* T, int R, do
 }
 
 // One step of iterative refinement on the active set, with the residual from G itself: sweeps in and out of nearly dependent
-// directions leave rounding behind. u: R - 1 doubles for it.
+// directions leave rounding errors. u: R - 1 doubles for it.
 template <typename Team>
 GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* T, int R, double eps, const double* s,
                                double* u, double* w) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradproj.triton_kernels.table import Start, Table, check_small, implement, launch
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
 
-GROUP = tl.constexpr(8)  # rows whose loads are in flight together
+ROWS_IN_FLIGHT = tl.constexpr(8)  # rows whose loads are in flight together
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -44,9 +44,9 @@ def combine_chunk(
     """All rows of a chunk are loaded before it is stored: a direction may be the gradient's own memory."""
     chunk: tl.constexpr = instance.chunk
     total = tl.zeros([chunk], dtype=instance.compute)
-    for first in tl.static_range(0, len(rows), GROUP):
-        if first == 0 or any_nonzero(weights, rows, first, first + GROUP):
-            for k in tl.static_range(first, first + GROUP):
+    for first in tl.static_range(0, len(rows), ROWS_IN_FLIGHT):
+        if first == 0 or any_nonzero(weights, rows, first, first + ROWS_IN_FLIGHT):
+            for k in tl.static_range(first, first + ROWS_IN_FLIGHT):
                 if k < len(rows):
                     w = tl.load(weights + rows[k])
                     used = tl.broadcast_to(w, [chunk]) != 0.0  # triton's interpreter cannot broadcast the comparison

@@ -226,8 +226,8 @@ def pin_kernel(table, partial, layers, form: tl.constexpr):
             tl.store(biases, narrow(pinned, form.dtype), mask=rows < outputs)
         half: tl.constexpr = tl.float32 if form.dtype == tl.float32 else tl.bfloat16  # whose range is float32's
         moved_high, moved_low = split(moved, half)
-        for behind in tl.range(0, inputs, COLUMNS, num_stages=stages):  # a loop that says it prefetches W too
-            start = (inputs - 1) // COLUMNS * COLUMNS - behind
+        for done in tl.range(0, inputs, COLUMNS, num_stages=stages):  # a loop that says it prefetches W too
+            start = (inputs - 1) // COLUMNS * COLUMNS - done
             places, mask = weight_tile(w, step, stride, start, outputs, inputs, form)
             tile = tl.load(places, mask=mask, other=0.0)
             high, low = split(load_basis(block, u_step, u_stride, start, inputs, rank - first, form), half)

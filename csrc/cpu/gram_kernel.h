@@ -127,7 +127,7 @@ void gram_full(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
 }
 
 // Directions that walk in step with the gradient: what 16 registers hold.
-constexpr int kGroup = 8;
+constexpr int kRowsAtOnce = 8;
 
 // <g, g> if kOwn, and <g, rows[r]>, over elements [begin, end), a tile or less.
 template <typename T, typename G, typename S, int kRows, bool kOwn>
@@ -173,8 +173,8 @@ void gram_row(const void* const* rows, int num_rows, int64_t n, PairSum* sums) {
   const int64_t whole = n - n % Step<T, G, !std::is_same_v<G, S>>::kElements;
   for (int64_t at = 0; at < whole; at += kTile) {
     const int64_t end = at + at_most(whole - at, kTile);
-    for (int r = 1; r < num_rows; r += kGroup)
-      with_count<kGroup>(num_rows - r < kGroup ? num_rows - r : kGroup, [&](auto count) {
+    for (int r = 1; r < num_rows; r += kRowsAtOnce)
+      with_count<kRowsAtOnce>(num_rows - r < kRowsAtOnce ? num_rows - r : kRowsAtOnce, [&](auto count) {
         constexpr int kRows = decltype(count)::value;
         if (r == 1)
           row_products<T, G, S, kRows, true>(g, rows + r, at, end, sums[0], sums + r);

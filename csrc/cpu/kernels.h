@@ -36,8 +36,8 @@ inline int pair_place(int block, int num_rows, int i, int j) {
 
 // Kernels that read and write rows where they lie. Row 0 is the gradient; rows 1.. share a dtype, which may be another.
 struct RowKernels {
-  // Adds the products of all rows to sums, pair i <= j at pair_place; or if row_only those of row 0 and row j, at j. Behind
-  // the pairs sums has as many elements of scratch. Reads R n elements.
+  // Adds the products of all rows to sums, pair i <= j at pair_place; or if row_only those of row 0 and row j, at j. `sums`
+  // is followed by scratch of equal length. Reads R n elements.
   void (*gram)(const void* const* rows, int num_rows, int64_t n, bool row_only, PairSum* sums);
   // out = sum_r weights[r] rows[r], rounded once; out has the dtype of row 0 and may be one of the rows. Reads R n elements,
   // writes n.

@@ -1,5 +1,5 @@
 // What the ops of this folder share: one file each, with its arguments, its check and its registration for CPU tensors.
-// Schemas and fakes: python/gradproj/ops.py.
+// Schemas and fakes: python/gradproj/kernels/ops.py.
 #pragma once
 
 #include "../overlap.h"

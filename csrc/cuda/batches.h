@@ -9,8 +9,8 @@
 
 namespace gradproj::cuda {
 
-// The rows that a launch takes: `heads` rows from `first` on and those from `second` on, `count` in all. needs_first: everything
-// is a product with the first of them, or is added to it, so segments in which it is absent are left out.
+// The rows that a launch takes: `heads` rows from `first` on and those from `second` on, `count` in all. needs_first: every result
+// involves the first of them; segments that lack it are skipped.
 struct Pass {
   int32_t first, heads, second, count;
   bool needs_first;

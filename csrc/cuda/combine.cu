@@ -6,7 +6,7 @@ namespace {
 
 void launch_all(const Device& device, const Plan& plan, const WeightSource& source) {
   check_launchable(plan);
-  const bool early = source.count > 0;  // behind a Gram pass, which lets it
+  const bool early = source.count > 0;  // after a Gram pass, which lets it
   for_each_launch(
       device, plan, row_0_and(1, plan.rows, true),
       [&](Kind kind, const Segments& p, int64_t blocks) {

@@ -41,7 +41,7 @@ __device__ inline const double* find_weights(const WeightSource& source, double 
   return solved;
 }
 
-// A row behind row 0 that has to be read: it is there, and its weight is not 0.
+// A row after row 0 that has to be read: it is there, and its weight is not 0.
 template <typename C, typename D>
 struct WeightedRow {
   const D* row;

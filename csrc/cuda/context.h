@@ -1,4 +1,4 @@
-// What the CUDA ops share: where a call runs, and its small tensors. Schemas and fakes: python/gradproj/ops.py.
+// What the CUDA ops share: where a call runs, and its small tensors. Schemas and fakes: python/gradproj/kernels/ops.py.
 #pragma once
 
 #include <algorithm>

@@ -86,7 +86,7 @@ int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratc
   return launch_slots(device, plan, all_rows(plan), scratch);
 }
 
-// Up to nine rows in one pass. More: every group of rows with every group behind it, R^2 / 8 reads of N in all. With known
+// Up to nine rows in one pass. More: every group of rows with every later group, R^2 / 8 reads of N in all. With known
 // products of the directions: row 0 with eight others at a time.
 void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, double* scratch, double* gram) {
   check_launchable(plan);

@@ -143,9 +143,9 @@ void gram_dense(const __grid_constant__ Segments p, Slots slots) {
   int s = p.segment_of(first);
   while (first < last) {  // one part at a time
     const int32_t part = p.part[s];
-    int behind = s + 1;  // the first segment of another part, or of another block only
-    while (p.end[behind - 1] < last && p.part[behind] == part) ++behind;
-    const int end = min(p.end[behind - 1], last);
+    int next = s + 1;  // the first segment of another part, or of another block only
+    while (p.end[next - 1] < last && p.part[next] == part) ++next;
+    const int end = min(p.end[next - 1], last);
     Sums<Compute<G>, kRows, kRowOnly> sums;
     for (int c = first + static_cast<int>(threadIdx.x) / 32; c < end; c += kWarps) {
       while (p.end[s] <= c) ++s;
@@ -161,7 +161,7 @@ void gram_dense(const __grid_constant__ Segments p, Slots slots) {
     }
     write_slot(slots, int64_t{blockIdx.x} + part, sums.total);
     first = end;
-    s = behind;
+    s = next;
   }
 }
 
@@ -219,9 +219,9 @@ __global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int32_t cou
 __global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments p, Slots slots, Pass pass,
                                                                Target target) {
   const int32_t part = p.part[0] + static_cast<int32_t>(blockIdx.x);
-  const int s = p.first_of_part(part), behind = p.first_of_part(part + 1);
-  if (s == behind) return;  // the launch has nothing of this part
-  const int32_t first = p.begin(s) / p.per_block, last = (p.begin(behind) - 1) / p.per_block;
+  const int s = p.first_of_part(part), next = p.first_of_part(part + 1);
+  if (s == next) return;  // the launch has nothing of this part
+  const int32_t first = p.begin(s) / p.per_block, last = (p.begin(next) - 1) / p.per_block;
   add_up(slots, int64_t{first} + part, last - first + 1, pass, target, part);
 }
 

@@ -1,5 +1,15 @@
 // Kernel parameters: the segments of a plan, by value. Nothing is uploaded, so nothing has to be pinned, cached or kept alive,
 // and a captured graph owns its copy. 32,764 bytes of parameters need CUDA 12.1 and compute capability 7.0.
+//
+//   plan      segments of all launches, ascending by part (plan.h)
+//   segments  up to kMostSegments of one kernel instance, in one launch's parameters:
+//
+//             segment 0               segment 1                  row 0 begins off a 16-byte boundary:
+//             |chunk|chunk|chunk|..|  |chunk|chunk|..|           |  xxxx|xxxxxx|xxxxxx|xx    |  x: elements
+//
+//   block     per_block neighbouring chunks, of one segment or of several
+//   chunk     `chunk` positions of every row; a warp takes one at a time
+//   lane      16 bytes of the narrowest row at a time; element by element in front of the boundary and at the end
 #pragma once
 
 #include "../plan.h"
@@ -9,7 +19,7 @@ namespace gradproj::cuda {
 
 constexpr int kMostAddresses = 2 * kMostSegments + 80;
 
-// By how many elements an address lies behind a 16-byte boundary.
+// Elements past the preceding 16-byte boundary.
 __host__ __device__ inline int lead_of(const char* address, int64_t element_bytes) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16 / static_cast<unsigned>(element_bytes));
 }

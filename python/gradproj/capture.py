@@ -145,7 +145,7 @@ def _fresh() -> _Counts:
 
 
 def _watch(parameters: list[Tensor]) -> list[RemovableHandle]:
-    """Hooks behind the users' own ones that find a parameter stepped, or its gradient freed, during a backward pass."""
+    """Hooks, run after the users' own, that find a parameter stepped, or its gradient freed, during a backward pass."""
     watches = []
     for i, p in enumerate(parameters):
         if hasattr(p, "_in_backward_optimizers"):

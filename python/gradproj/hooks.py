@@ -121,7 +121,7 @@ class Hooks:
             self.protection.after_step()
 
     def settle(self) -> None:
-        """To call before something else than a step: what is still to be done for the steps and loads so far."""
+        """Finish pending rounds and late loads, before protect() or state_dict()."""
         self.end_round()
         for ref in self._optimizers:
             if (optimizer := ref()) is not None:

@@ -12,7 +12,7 @@ from gradproj.rows.results import Pin, Projection
 from gradproj.rows.sharding import Sharding
 
 
-class Protected:
+class Handle:
     """What :class:`ProjectedOptimizer` and the result of :func:`attach` have in common.
 
     Attributes:
@@ -49,7 +49,7 @@ class Protected:
         self._hooks.remove()
 
 
-class ProjectedOptimizer(Protected, Optimizer):
+class ProjectedOptimizer(Handle, Optimizer):
     """A torch optimizer whose steps leave alone what is protected.
 
     It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers, scalers,
@@ -104,7 +104,7 @@ class ProjectedOptimizer(Protected, Optimizer):
         self.__init__(**state, sharding=state["protection"].sharding)  # type: ignore[misc]
 
 
-class Attached(Protected):
+class Attached(Handle):
     """What :func:`attach` has put on an optimizer. It can be neither copied nor pickled, as hooks cannot."""
 
     def __init__(self, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):

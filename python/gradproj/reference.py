@@ -48,7 +48,7 @@ def orthogonal_gradient_projection(
     """The naive training-loop form: two backward passes, then :func:`project_` on ``p.grad`` of every parameter.
 
     Losses are scalars or functions of the model. Afterwards ``p.grad`` holds the projected safety gradient.
-    A parameter without a gradient in either pass shifts every slice behind it: the naive version refuses.
+    A parameter without a gradient in either pass shifts every later slice: the naive version refuses.
     """
     losses = [loss(model) if callable(loss) else loss for loss in (capability_loss, safety_loss)]
     parameters = [p for p in model.parameters() if p.requires_grad]

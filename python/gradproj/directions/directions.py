@@ -14,7 +14,7 @@ from gradproj.capture import CaptureBlock, Direction, gradients_aside, take
 from gradproj.directions import checkpoint
 from gradproj.directions.kept_gram import KeptGram
 from gradproj.directions.ranks import RanksAgree
-from gradproj.directions.step_memory import OnHost, ProjectedGradients
+from gradproj.directions.step_memory import OnHost, StepMemory
 from gradproj.kernels import methods
 from gradproj.protection import Closure, Protection
 from gradproj.rows import functional
@@ -91,7 +91,7 @@ class Directions(Protection):
         self._loaded: list[Direction] = []  # what came from checkpoints since the last protect() block
         self._gram_dd = KeptGram()
         self._lengths: OnHost | None = None  # of the last projection's directions
-        self._projected = ProjectedGradients()
+        self._memory = StepMemory()
 
     def __len__(self) -> int:
         """How many directions are protected now."""
@@ -103,7 +103,7 @@ class Directions(Protection):
     def clear(self) -> None:
         self._keep(())
         self._owners, self._loaded, self._lengths = [], [], None
-        self._projected.forget()
+        self._memory.forget()
 
     def rows(self) -> list[list[Tensor | None]]:
         """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
@@ -156,7 +156,7 @@ class Directions(Protection):
             self._gram_dd.evict()
         self._rows.append({p: self._as_kept(t) for p, t in taken.items()})
         self._owners, self._lists, self._loaded = parameters, None, []
-        self._projected.outdated = True
+        self._memory.outdated = True
 
     def _as_kept(self, t: Tensor) -> Tensor:
         if t.is_complex():
@@ -171,14 +171,14 @@ class Directions(Protection):
         # Not in a function of its own: from opt.step() to the op there are six frames.
         parameters = self.parameters()
         grads = [p.grad for p in parameters]
-        if self._rows and not self._projected.holds(parameters, grads, self._repeatable):
+        if self._rows and not self._memory.holds(parameters, grads, self._repeatable):
             for call in self._calls(parameters, grads):
                 self._last = functional.project_rows(*call)
-            self._projected.remember(parameters, grads, watch=len(self._optimizers) > 1)
+            self._memory.remember(parameters, grads, watch=len(self._optimizers) > 1)
         return None
 
     def after_step(self) -> None:
-        self._projected.forget()
+        self._memory.forget()
 
     def project(self) -> Projection | None:
         self._ranks_agree.check(self.parameters())
@@ -188,7 +188,7 @@ class Directions(Protection):
         grads = [p.grad for p in parameters]
         for call in self._calls(parameters, grads):
             self._last = functional.project_rows(*call)
-        self._projected.remember(parameters, grads, watch=True)
+        self._memory.remember(parameters, grads, watch=True)
         return self._last
 
     def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
@@ -295,10 +295,10 @@ class Directions(Protection):
 
     def release(self) -> None:
         super().release()
-        self._projected.forget()
+        self._memory.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {"_gram_dd": KeptGram(), "_lists": None, "_projected": ProjectedGradients(), "_lengths": None}
+        mine = {"_gram_dd": KeptGram(), "_lists": None, "_memory": StepMemory(), "_lengths": None}
         return {**super().__getstate__(), **mine, "_ranks_agree": RanksAgree()}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
-class ProjectedGradients:
+class StepMemory:
     """The gradients of the last projection, and whether something was added to them, or protected, since."""
 
     def __init__(self) -> None:

@@ -149,7 +149,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _average_over_replicas(parameters: list[Tensor]) -> None:
-    """What DDP does behind a forward pass of its own; a callback is given the model inside it. DTensors are reduced already."""
+    """What DDP does after a forward pass of its own; a callback is given the model inside it. DTensors are reduced already."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return
     for p in parameters:

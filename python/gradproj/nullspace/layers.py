@@ -21,16 +21,16 @@ class Layer:
         owner: the module that has the trained ``weight`` (and ``bias``).
         taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share the
             weight, or the layer that an adapter adapts.
-        behind: of an adapter, lora_B, the only consumer of lora_A's output: products with protected inputs are to be zero, not
+        consumer: of an adapter, lora_B, the only consumer of lora_A's output: products with protected inputs are to be zero, not
             what they are, and then it may train freely.
     """
 
-    def __init__(self, name: str, owner: nn.Module, taps: list[nn.Module], behind: nn.Module | None = None):
-        self.name, self.owner, self.taps, self.behind = name, owner, taps, behind
+    def __init__(self, name: str, owner: nn.Module, taps: list[nn.Module], consumer: nn.Module | None = None):
+        self.name, self.owner, self.taps, self.consumer = name, owner, taps, consumer
 
     @property
     def to_zero(self) -> bool:
-        return self.behind is not None
+        return self.consumer is not None
 
     @property
     def products(self) -> list[nn.Module]:
@@ -51,7 +51,7 @@ class Layer:
     def parameters(self) -> list[Tensor]:
         """What may train without harm to what is protected: not lora_B's bias, which is added to every output."""
         mine: list[Tensor] = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return mine if self.behind is None else [*mine, self.behind.weight]  # type: ignore[list-item]
+        return mine if self.consumer is None else [*mine, self.consumer.weight]  # type: ignore[list-item]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class Layer:
     @property
     def outputs(self) -> int | None:
         """Of one call of a tap; None if ranks share them."""
-        made_by = self.behind or self.owner
+        made_by = self.consumer or self.owner
         weight: Any = made_by.weight
         return None if hasattr(weight, "device_mesh") else matrix(made_by, weight).shape[0]
 
@@ -196,7 +196,7 @@ def refuse_trained_adapters(layers: Sequence[Layer]) -> None:
         NotImplementedError: an adapter whose lora_B is not zero.
     """
     for layer in layers:
-        if layer.behind is not None and layer.behind.weight.detach().any():  # type: ignore[operator]
+        if layer.consumer is not None and layer.consumer.weight.detach().any():  # type: ignore[operator]
             raise NotImplementedError(
                 f"NullSpace: the adapter {layer.name} has been trained already (its lora_B is not zero), so that it cannot be made "
                 f"blind to protected inputs without changing the model: merge it first; to go on with what it was trained under, "

@@ -31,7 +31,7 @@ class PinLists:
         self._seen: list[tuple[dict, str, Tensor, Tensor, int, bool]] = []
         for layer in layers:
             basis = bases[layer.name]
-            for module in dict.fromkeys((layer.owner, layer.behind or layer.owner)):
+            for module in dict.fromkeys((layer.owner, layer.consumer or layer.owner)):
                 for name, p in module._parameters.items():
                     if p is not None:
                         local = local_tensors([p])[0]

@@ -222,7 +222,7 @@ def _real(call: Call) -> Call:
 
 
 def _device(t: Tensor) -> torch.device:
-    """Where tests pretend that there are several."""
+    """Hook that tests patch to simulate several devices."""
     return t.device
 
 

@@ -122,7 +122,7 @@ def project_rows(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Projection:
-    """:func:`project_` for who keeps the directions.
+    """:func:`project_` for callers that cache the directions' Gram.
 
     Args:
         gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a gradient,
