@@ -190,7 +190,7 @@ def same_share_in_each_layer() -> contextlib.AbstractContextManager:
     def ranks(layers, share):
         return [min(len(layer.values), int(share * layer.inputs)) for layer in layers]
 
-    return mock.patch.object(gradproj.allocation, "ranks", ranks)
+    return mock.patch("gradproj.nullspace.allocation.ranks", ranks)
 
 
 def loss(model: Model, pupil: nn.Module, task: Objective, kl: float, batch: Batch) -> Tensor:
