@@ -4,76 +4,63 @@ namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
 // Order of summation of one pair over n elements, the same in every kernel here and for any number of rows, so that the product
-// of two rows depends on nothing but them: lane by lane over the vectors of a section, from zero; the sections of a tile
-// ascending, of 16-bit rows the even elements of each before the odd ones; tiles ascending, in double; then what fills no
-// vector. A section starts from zero so that its additions do not wait for the last one's: several are computed at a time.
+// of two rows depends on nothing but them: lane by lane over the vectors of a run, from zero; runs ascending, in double; then what
+// fills no vector. Of 16-bit rows a step's even elements come before its odd ones.
 //
-// Of equal elements every float32 addition may round the same way. 40 of them, 8 in a section and 32 sections, cost 7e-7.
-constexpr int kSteps = 8;
+// Of equal elements every float32 addition may round the same way: then the 48 of a run cost 8e-7 of the sum.
+constexpr int kChain = 48;
 template <typename Row>
-constexpr int64_t kSection = kSteps * Row::kElements;
+constexpr int64_t kRun = kChain / Row::kVectors * Row::kElements;
 
 // Rows of a block. Its sums and rows have to fit the registers: 16 of them, or AVX-512's 32.
 constexpr int kBlock = GRADPROJ_VECTOR_BYTES == 64 ? 5 : 3;
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// Calls step(i) for the steps of a section from element `at` on, as many as there are in front of `end`.
-template <typename Row, typename F>
-inline __attribute__((always_inline)) void for_steps(int64_t at, int64_t end, const F& step) {
-  if (end - at >= kSection<Row>)
-    for (int64_t i = at; i < at + kSection<Row>; i += 2 * Row::kElements) step(i), step(i + Row::kElements);
-  else
-    for (; at < end; at += Row::kElements) step(at);
-}
+// Bytes of each row that all blocks go through before they go on. So little, because the processor's prefetchers then see all
+// rows advance side by side, and run ahead of them while the blocks compute.
+constexpr int64_t kBlockTile = 512;
 
-// How many of the vectors of a step are summed side by side: all, if the registers hold their sums.
-template <typename Row>
-constexpr int side_by_side(int sums) {
-  return sums * Row::kVectors <= (GRADPROJ_VECTOR_BYTES == 64 ? 20 : 10) ? Row::kVectors : 1;
-}
-
-// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a tile, to a vector per pair; if kTriangle,
-// y is x and only pairs a <= b count. Each load serves several products.
+// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a run, to a vector per pair; if kTriangle, y
+// is x and only pairs a <= b count. Each load serves several products.
 template <typename T, typename S, int kX, int kY, bool kTriangle>
 inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end,
                   typename Vector<T>::type* vectors) {
   using Row = Step<T, S, false>;
   using V = typename Row::V;
-  constexpr int kSide = side_by_side<Row>(kTriangle ? kX * (kX + 1) / 2 : kX * kY);
   const S *x[kX], *y[kY];
-  GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) x[a] = x_rows[a];
+  V sums[kX][kY];
   GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) y[b] = y_rows[b];
-  for (int64_t at = begin; at < end; at += kSection<Row>)
-    GRADPROJ_UNROLL for (int first = 0; first < Row::kVectors; first += kSide) {
-      V set[kSide][kX][kY];
-      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
-        GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-          GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) set[v][a][b] = V{};
-      for_steps<Row>(at, end, [&](int64_t i) __attribute__((always_inline)) {
-        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
-          V vx[kX], vy[kY];
-          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + i, first + v);
-          if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + i, first + v);
-          GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-            GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) set[v][a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
-        }
-      });
-      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v)
-        GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
-          GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] += set[v][a][b];
+  GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a) {
+    x[a] = x_rows[a];
+    GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) sums[a][b] = vectors[p++];
+  }
+  const auto step = [&](int64_t at) __attribute__((always_inline)) {
+    GRADPROJ_UNROLL for (int v = 0; v < Row::kVectors; ++v) {
+      V vx[kX], vy[kY];
+      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = Row::load(x[a] + at, v);
+      if (!kTriangle) GRADPROJ_UNROLL for (int b = 0; b < kY; ++b) vy[b] = Row::load(y[b] + at, v);
+      GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
+        GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) sums[a][b] += vx[a] * (kTriangle ? vx[b] : vy[b]);
     }
+  };
+  int64_t at = begin;
+  for (; at + 2 * Row::kElements <= end; at += 2 * Row::kElements) step(at), step(at + Row::kElements);
+  for (; at < end; at += Row::kElements) step(at);
+  GRADPROJ_UNROLL for (int a = 0, p = 0; a < kX; ++a)
+    GRADPROJ_UNROLL for (int b = kTriangle ? a : 0; b < kY; ++b) vectors[p++] = sums[a][b];
 }
 
-// Up to kBlock rows: each is read once.
+// Up to kBlock rows: each is read once, and the sums of a run stay in registers.
 template <typename T, typename S, int kRows>
 void gram_one_block(const S* const* rows, int64_t n, PairSum* sums) {
   using V = typename Vector<T>::type;
   constexpr int kPairs = kRows * (kRows + 1) / 2;
-  for (int64_t tile = 0; tile < n; tile += kTile) {
+  constexpr int64_t kLength = kRun<Step<T, S, false>>;
+  for (int64_t at = 0; at < n; at += kLength) {
     V vectors[kPairs];
     GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) vectors[p] = V{};
-    block<T, S, kRows, kRows, true>(rows, rows, tile, tile + at_most(n - tile, kTile), vectors);
+    block<T, S, kRows, kRows, true>(rows, rows, at, at + at_most(n - at, kLength), vectors);
     GRADPROJ_UNROLL for (int p = 0; p < kPairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
@@ -96,19 +83,17 @@ inline void add_blocks(const S* const* rows, int num_rows, int64_t begin, int64_
   }
 }
 
-// All blocks go through a section before they go on: the processor's prefetchers then see all rows advance side by side, and
-// run ahead of them while the blocks compute.
 template <typename T, typename S>
 void gram_blocks(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
   using V = typename Vector<T>::type;
-  constexpr int64_t kLength = kSection<Step<T, S, false>>;
+  constexpr int64_t kLength = kRun<Step<T, S, false>>, kBlockElements = kBlockTile / static_cast<int64_t>(sizeof(S));
   const int pairs = num_rows * (num_rows + 1) / 2;
   V* vectors = reinterpret_cast<V*>(sums + pairs);
-  for (int64_t tile = 0; tile < n; tile += kTile) {
-    const int64_t end = tile + at_most(n - tile, kTile);
+  for (int64_t at = 0; at < n;) {
+    const int64_t end = at + at_most(n - at, kLength);
     for (int p = 0; p < pairs; ++p) vectors[p] = V{};
-    for (int64_t at = tile; at < end; at += kLength)
-      add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kLength), vectors);
+    for (; at < end; at += kBlockElements) add_blocks<T, S>(rows, num_rows, at, at + at_most(end - at, kBlockElements), vectors);
+    at = end;
     for (int p = 0; p < pairs; ++p) widen<T>(vectors[p], sums[p]);
   }
 }
@@ -129,41 +114,35 @@ void gram_full(const S* const* rows, int num_rows, int64_t n, PairSum* sums) {
 // Directions that walk in step with the gradient: what 16 registers hold.
 constexpr int kRowsAtOnce = 8;
 
-// <g, g> if kOwn, and <g, rows[r]>, over elements [begin, end), a tile or less.
+// <g, g> if kOwn, and <g, rows[r]>, over elements [begin, end), whole steps.
 template <typename T, typename G, typename S, int kRows, bool kOwn>
 inline void row_products(const G* g, const void* const* rows, int64_t begin, int64_t end, PairSum& own_sum, PairSum* sums) {
   using First = Step<T, G, !std::is_same_v<G, S>>;
   using Other = Step<T, S, !std::is_same_v<G, S>>;
   using V = typename First::V;
+  static_assert(kTile % kRun<First> == 0, "runs of a row that goes through tiles are those of one that does not");
   const S* x[kRows];
-  V own{}, products[kRows];
-  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
-    x[r] = static_cast<const S*>(rows[r]);
-    products[r] = V{};
+  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) x[r] = static_cast<const S*>(rows[r]);
+  for (int64_t at = begin; at < end;) {
+    const int64_t stop = at + at_most(end - at, kRun<First>);
+    V own{}, products[kRows];
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] = V{};
+    const auto step = [&](int64_t i) __attribute__((always_inline)) {
+      V y[First::kVectors];
+      GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) {
+        y[v] = First::load(g + i, v);
+        if (kOwn) own += y[v] * y[v];
+      }
+      GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) {
+        if (kRows >= 3) prefetch(x[r] + i);
+        GRADPROJ_UNROLL for (int v = 0; v < First::kVectors; ++v) products[r] += y[v] * Other::load(x[r] + i, v);
+      }
+    };
+    for (; at + 2 * First::kElements <= stop; at += 2 * First::kElements) step(at), step(at + First::kElements);
+    for (; at < stop; at += First::kElements) step(at);
+    if (kOwn) widen<T>(own, own_sum);
+    GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(products[r], sums[r]);
   }
-  constexpr int kSide = side_by_side<First>(kRows + kOwn);
-  for (int64_t at = begin; at < end; at += kSection<First>)
-    GRADPROJ_UNROLL for (int first = 0; first < First::kVectors; first += kSide) {
-      V own_set[kSide], set[kSide][kRows];
-      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
-        own_set[v] = V{};
-        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] = V{};
-      }
-      for_steps<First>(at, end, [&](int64_t i) __attribute__((always_inline)) {
-        if (kRows >= 3 && first == 0) GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) prefetch(x[r] + i);
-        GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
-          const V y = First::load(g + i, first + v);
-          if (kOwn) own_set[v] += y * y;
-          GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) set[v][r] += y * Other::load(x[r] + i, first + v);
-        }
-      });
-      GRADPROJ_UNROLL for (int v = 0; v < kSide; ++v) {
-        if (kOwn) own += own_set[v];
-        GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) products[r] += set[v][r];
-      }
-    }
-  if (kOwn) widen<T>(own, own_sum);
-  GRADPROJ_UNROLL for (int r = 0; r < kRows; ++r) widen<T>(products[r], sums[r]);
 }
 
 // The pairs of row 0 with rows 0 .. num_rows - 1.

@@ -10,7 +10,7 @@
 
 namespace gradproj::cpu {
 
-constexpr int kTile = 1024;  // elements: 4 KiB of a float32 row
+constexpr int kTile = 768;  // elements: 3 KiB of a float32 row
 constexpr int kLanes = 8;
 
 // The inner product of two rows, as kLanes sums that are added up at the end of a chunk.

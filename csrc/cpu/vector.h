@@ -127,11 +127,11 @@ inline void widen(typename Vector<T>::type v, PairSum& sum) {
         __builtin_convertvector(reinterpret_cast<const part*>(&v)[l / kWidth], Vector<double>::type);
 }
 
-// Asks for the line a tile ahead of p. With more than three rows a tile of each is about a page, and the processor's own
+// Asks for the line 1024 elements ahead of p. With more than three rows a tile of each is about a page, and the processor's own
 // prefetchers start anew on every page. Past the end of a buffer a prefetch does nothing.
 template <typename S>
 inline void prefetch(const S* p) {
-  __builtin_prefetch(p + kTile, 0, 2);
+  __builtin_prefetch(p + 1024, 0, 2);
 }
 
 // Calls f with n, 1 to kMost, as a compile-time count.
