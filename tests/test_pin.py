@@ -117,13 +117,13 @@ def test_nothing_to_do(on):
 )  # fmt: skip
 def test_wide_loads_in_triton_where_the_memory_allows(shape, layout, expected):
     """Which of the kernel's forms the shapes above run, by the weight and by the basis."""
-    pin = pytest.importorskip("gradproj.triton_kernels.pin")
+    pin_table = pytest.importorskip("gradproj.triton_kernels.pin_table")
     rng = torch.Generator().manual_seed(0)
     w, u = make_buffer(shape, torch.float32, layout, rng), orthonormal(shape[1], 8, rng).T.contiguous().T
-    assert pin._form(w, u).layout == expected and pin._form(w, u).aligned == (expected != "strided")
-    assert pin._form(w, u.contiguous()).layout == "strided"
+    assert pin_table._form(w, u).layout == expected and pin_table._form(w, u).aligned == (expected != "strided")
+    assert pin_table._form(w, u.contiguous()).layout == "strided"
     with_bias = orthonormal(shape[1] + 1, 8, rng).T.contiguous().T
-    assert pin._form(w, with_bias).layout == expected and not pin._form(w, with_bias).aligned
+    assert pin_table._form(w, with_bias).layout == expected and not pin_table._form(w, with_bias).aligned
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,7 +223,7 @@ def test_a_repeated_call_waits_for_nothing(on, biased, monkeypatch):
 
     monkeypatch.setattr(validate, "check_pin", fail)
     if on.backend == "triton":
-        monkeypatch.setattr(pin, "upload", fail)
+        monkeypatch.setattr("gradproj.triton_kernels.pin_table.upload", fail)
     with Ops() as inside, torch.no_grad():
         function(w, u, b, op_biases, biased_at)
     with Ops() as outside:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 import gradproj
 from gradproj import reference
-from gradproj.triton_kernels import combine, gram, pin, project, table, weights
+from gradproj.triton_kernels import cache, combine, gram, op, pin, pin_table, project, table, weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -56,13 +56,13 @@ def test_a_view_of_another_dtype_is_another_table():
 
 
 def test_cache_is_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(table, "CACHE_BYTES", 1000)
+    monkeypatch.setattr(cache, "CACHE_BYTES", 1000)
     kept = [randn(8 + i) for i in range(40)]
     for t in kept:
         table_of([t], [t])
-    assert 1 < len(table._tables) < 30 and sum(t.memory.nbytes for t in table._tables.values()) <= 1000
+    assert 1 < len(cache._tables) < 30 and sum(t.memory.nbytes for t in cache._tables.values()) <= 1000
     table_of(kept, kept)  # too large for the bound: kept alone
-    assert len(table._tables) == 1
+    assert len(cache._tables) == 1
 
 
 def test_threads_build_a_table_once(monkeypatch):
@@ -267,13 +267,13 @@ def test_new_buffers_during_capture_are_refused(monkeypatch):
     """A table cannot be copied while a graph records; the graph would replay with the addresses of another step."""
     known, new = [randn(6)], [randn(6)]
     found = table_of(known, known)
-    monkeypatch.setattr(table, "_capturing", lambda device: True)
+    monkeypatch.setattr(cache, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run one step with the same buffers before the capture"):
         table_of(new, known)
-    monkeypatch.setattr(table, "_captured", {})
+    monkeypatch.setattr(cache, "_captured", {})
     assert table_of(known, known) is found and table_of(known, known) is found
-    table._tables.clear()
-    assert list(table._captured.values()) == [found]  # outlives the cache, once
+    cache._tables.clear()
+    assert list(cache._captured.values()) == [found]  # outlives the cache, once
 
 
 def pin_lists():
@@ -288,13 +288,13 @@ def test_a_pin_has_one_table_for_its_buffers():
     lists = pin_lists()
     run = lambda *lists: pin.pin_(*lists, [], [])
     run(*lists)
-    first = next(reversed(table._tables.values()))
+    first = next(reversed(cache._tables.values()))
     run(*([*row] for row in lists))
-    assert next(reversed(table._tables.values())) is first
+    assert next(reversed(cache._tables.values())) is first
     assert first.others == first.others_at.tolist() == [2]
     assert len(first.launches) == 2
     for launch in first.launches:
-        for line in map(pin.Line._make, launch.lines.tolist()):
+        for line in map(pin_table.Line._make, launch.lines.tolist()):
             w, u, target = (row[line.number] for row in lists)
             assert (line.weight, line.basis) == (w.data_ptr(), u.data_ptr())
             assert line.target == (0 if target is None else target.data_ptr())
@@ -304,17 +304,17 @@ def test_a_pin_has_one_table_for_its_buffers():
                 *u.stride(),
             )
     run(lists[0][:2], lists[1][:2], [None, None])
-    assert next(reversed(table._tables.values())) is not first
+    assert next(reversed(cache._tables.values())) is not first
 
 
 def test_a_pin_of_new_buffers_during_capture_is_refused(monkeypatch):
     lists = pin_lists()
     with gradproj.use_backend("triton"):
         gradproj.pin_(*lists)
-        monkeypatch.setattr(table, "_capturing", lambda device: True)
-        monkeypatch.setattr(table, "_captured", {})
+        monkeypatch.setattr(cache, "_capturing", lambda device: True)
+        monkeypatch.setattr(cache, "_captured", {})
         gradproj.pin_(*lists)
-        assert len(table._captured) == 1
+        assert len(cache._captured) == 1
         with pytest.raises(RuntimeError, match="run one step with the same buffers before the capture"):
             gradproj.pin_(*pin_lists())
 
@@ -331,7 +331,7 @@ class Broken:
 
 @pytest.mark.parametrize("broken", ["pin_kernel", "pin_finish_kernel"])
 def test_a_pin_that_does_not_compile_says_so_and_writes_nothing(monkeypatch, broken):
-    monkeypatch.setattr(table, "_compiled", set())
+    monkeypatch.setattr(op, "_compiled", set())
     monkeypatch.setattr(pin, broken, Broken())
     lists = pin_lists()
     before = [t.clone() for t in lists[0]]
@@ -357,7 +357,7 @@ def test_a_projection_that_does_not_compile_writes_nothing(monkeypatch):
             compiled.append(arguments)
             return super().warmup() if len(compiled) == 2 else kernel.warmup(*arguments, **options)
 
-    monkeypatch.setattr(table, "_compiled", set())
+    monkeypatch.setattr(op, "_compiled", set())
     monkeypatch.setattr(combine, "combine_kernel", SecondIsBroken())
     g, d = [randn(40), randn(40).double()], [randn(40, seed=1), randn(40, seed=1).double()]
     before = [t.clone() for t in g]
@@ -431,11 +431,11 @@ def test_a_table_is_used_on_another_stream_after_its_upload():
     expected = torch.from_numpy(reference.oracle_gram([t.cpu() for t in g], [t.cpu() for t in d]))
     with gradproj.use_backend("triton"):
         gradproj.gram(g, d)  # compiles
-        table._tables.clear()
+        cache._tables.clear()
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)
         gradproj.gram(g, d)
         with torch.cuda.stream(torch.cuda.Stream()):
             result = gradproj.gram(g, d)
-            table._tables.clear()
+            cache._tables.clear()
             torch.testing.assert_close(result.cpu(), expected, rtol=1e-6, atol=1e-4)

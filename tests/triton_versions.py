@@ -23,7 +23,7 @@ PROCESSES = min(2, os.cpu_count() or 1)
 
 
 def pin_cases() -> list[str]:
-    """Layout and alignment, ranks, dtype, architecture: all of ``pin.Form``."""
+    """Layout and alignment, ranks, dtype, architecture: all of ``pin_table.Form``."""
     layouts = ("", ",bias", ",transposed", ",transposed,bias", ",strided")
     return [
         f"pin_,{ranks},{dtype}{layout}{architecture}"

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.triton_kernels.table import Start, Table, check_small, implement, launch
+from gradproj.triton_kernels.op import Start, implement, launch
+from gradproj.triton_kernels.table import Table, check_small
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
 
 ROWS_IN_FLIGHT = tl.constexpr(8)  # rows whose loads are in flight together

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.kernels.methods import Rule
-from gradproj.triton_kernels.table import Table, check_small, implement
+from gradproj.triton_kernels.op import implement
+from gradproj.triton_kernels.table import Table, check_small
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row
 from gradproj.triton_kernels.weights import solve, solves
 

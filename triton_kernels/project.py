@@ -5,7 +5,8 @@ from torch import Tensor
 from gradproj.kernels.methods import Rule
 from gradproj.triton_kernels.combine import combine
 from gradproj.triton_kernels.gram import products
-from gradproj.triton_kernels.table import Table, check_small, implement
+from gradproj.triton_kernels.op import implement
+from gradproj.triton_kernels.table import Table, check_small
 from gradproj.triton_kernels.weights import weights
 
 

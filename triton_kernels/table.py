@@ -3,31 +3,21 @@
 A column holds one tensor of every row; a segment is a run of elements that every row of it has. Dense neighbours that touch in
 memory in every row are one segment, within a part. A dense segment that is off a 16-byte boundary by the same number of
 elements in every row is cut into a head and an aligned rest. Columns without a common dense order keep sizes and strides.
-
-Tables are kept, so that a training loop checks its buffers and builds once: under the addresses, shapes, strides and dtypes of
-all buffers, the newest of them, up to ``CACHE_BYTES``. Their memory outlives every reader: a stream that uses a table is
-recorded on it, the copy's pinned source is held by torch until the copy is done, and what a CUDA graph has captured stays for
-ever, because the graph reads it at every replay.
 """
 
-import contextlib
-import functools
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.kernels import ops, validate
+from gradproj.kernels import validate
+from gradproj.triton_kernels.cache import keep, upload
+from gradproj.triton_kernels.op import Refused, refusing
 
-CACHE_BYTES = 1 << 20
 # Of more rows, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor.
 FEW_ROWS = 5
 IN_FLIGHT = 1 << 16  # bytes per multiprocessor, enough for 8 TB/s
@@ -149,111 +139,6 @@ class Table(NamedTuple):
         return keep(key, device, lambda: _build(rows, num_rows, parts, num_parts, written, threads))
 
 
-_lock = threading.Lock()
-_tables: OrderedDict[tuple, Any] = OrderedDict()
-_captured: dict[int, Any] = {}
-
-
-def keep(key: tuple, device: torch.device, build: Callable[[], Any]) -> Any:
-    """The table under ``key``, built once; on the device when the current stream comes to use it. A table says what its
-    ``memory`` there is, and with what event the upload was ``ready``."""
-    with _lock:
-        table = _tables.get(key)
-        if table is None and _capturing(device):
-            raise Refused(
-                "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device while a CUDA "
-                "graph is captured; run one step with the same buffers before the capture"
-            )
-        if table is None:
-            table = _tables[key] = build()
-        elif table is not next(reversed(_tables.values())):  # a key is long: it is hashed once
-            _tables.move_to_end(key)
-        while len(_tables) > 1 and sum(t.memory.nbytes for t in _tables.values()) > CACHE_BYTES:
-            _tables.popitem(last=False)
-        if _capturing(device):  # the capture began with a synchronisation, so that the upload is done
-            _captured[id(table)] = table
-        elif table.ready is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(table.ready)
-            table.memory.record_stream(stream)
-    return table
-
-
-class Refused(RuntimeError):
-    """What the kernels do not take, in words. Nothing has been written."""
-
-
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """What a check raises, as the one error that ops refuse by."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise Refused(str(error)) from error
-
-
-def implement(function: Callable) -> Callable:
-    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on the CPU.
-
-    A kernel that does not compile or start becomes one error that says what failed, where, and the way out.
-    """
-    name = function.__name__
-
-    @functools.wraps(function)
-    def op(*arguments):
-        try:
-            return function(*arguments)
-        except (Refused, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            cause: BaseException = error
-            device = next(_tensors(arguments)).device
-            called = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            while cause.__cause__ is not None:  # the compiler's own errors begin with a listing
-                cause = cause.__cause__
-            line = (str(cause).strip().splitlines() or [""])[0]
-            raise RuntimeError(
-                f"{name}: a Triton kernel does not compile or start (Triton {triton.__version__}, {called}): "
-                f"{type(cause).__name__}: {line}; use gradproj.use_backend('torch'), or install another Triton"
-            ) from error
-
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    ops.implement("gradproj_triton", name, op, "CPU" if interpreted else "CUDA")
-    return function
-
-
-class Start(NamedTuple):
-    """A launch: ``kernel[grid](*arguments)``; ``form`` is what of it the compiler sees."""
-
-    kernel: Any
-    form: tuple
-    grid: int
-    arguments: tuple
-    warps: int = 4
-
-
-_compiled: set[tuple] = set()
-
-
-def launch(device: torch.device, starts: Sequence[Start]) -> None:
-    """Launches of kernels that write the user's buffers. All are compiled and loaded before the first runs: if one is not, nothing
-    is half written."""
-    for start in starts:
-        key = id(start.kernel), device, start.form
-        if key not in _compiled:
-            compiled = start.kernel.warmup(*start.arguments, grid=(start.grid,), num_warps=start.warps)
-            if compiled is not None:  # the interpreter compiles nothing
-                compiled.run  # noqa: B018  loads it
-            _compiled.add(key)
-    for start in starts:
-        start.kernel[(start.grid,)](*start.arguments, num_warps=start.warps)
-
-
-def _tensors(arguments) -> Iterator[Tensor]:
-    for argument in arguments:
-        yield from (t for t in (argument if isinstance(argument, list) else [argument]) if isinstance(t, Tensor))
-
-
 def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
     """Refuse what the kernels would misread: ``t`` is a small float64 argument, ``shape`` that of one part's."""
     shape = (*table.lead, *shape)
@@ -264,10 +149,6 @@ def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: st
             f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
             f"{tuple(t.shape)}, {t.dtype}, {t.device}"
         )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _programs_for(device: torch.device, num_rows: int, threads: int) -> int:
@@ -390,17 +271,3 @@ def _number_slots(programs: list[np.ndarray], num_parts: int) -> np.ndarray:
     for p in programs:
         p[:-1, 3], slots = slots[: len(p) - 1], slots[len(p) - 1 :]
     return np.searchsorted(np.sort(part), np.arange(num_parts + 1))
-
-
-def upload(arrays: list[np.ndarray], device: torch.device) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
-    """The arrays one after the other on the device, each from a 16-byte boundary on, in one copy."""
-    starts = np.cumsum([0, *(a.size + a.size % 2 for a in arrays)])
-    flat = np.zeros(starts[-1], dtype=np.int64)
-    for start, a in zip(starts, arrays, strict=False):
-        flat[start : start + a.size] = a.ravel()
-    memory, ready = torch.from_numpy(flat), None
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            memory = memory.pin_memory().to(device, non_blocking=True)
-            ready = torch.cuda.current_stream(device).record_event()
-    return memory, [memory[s : s + a.size].view(a.shape) for s, a in zip(starts, arrays, strict=False)], ready

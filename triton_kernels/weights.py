@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.kernels import methods
-from gradproj.triton_kernels.table import implement
+from gradproj.triton_kernels.op import implement
 
 METHODS = ("orthogonal", "conflict", "mix")
 MAX_DIRECTIONS = 64  # a tableau of twice that would not fit the registers of a program
