@@ -17,6 +17,7 @@ from gradproj.kernels import methods
 from gradproj.kernels.ops import implement
 
 _CHUNK_BYTES = 1 << 18
+BATCH = 8  # layers that are alike, of which batched products on copies are faster than products of their own
 
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # W, U, B, bias
 Column = list[Any]  # of every row a tensor or None, or a chunk of those
@@ -104,19 +105,32 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
         bias_of[k] = bias
     layers: list[Layer] = list(zip(weights, bases, targets, bias_of, strict=True))
     small = limit >> 7
-    groups: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for k, (weight, basis, target, bias) in enumerate(layers):
-        alike = weight.shape, basis.shape, weight.dtype, target is None, bias is None
-        groups.setdefault(k if weight.numel() > small else alike, []).append(k)
-    squares: list[Tensor] = []  # of one or more layers each
+        form = weight.shape, basis.shape, weight.dtype, target is None, bias is None
+        alike.setdefault(k if weight.numel() > small else form, []).append(k)
+    order: list[int] = []
+    squares: list[Tensor] = []  # of one or more layers each, in that order
+    moved: list[Tensor] = []  # by small layers that are alone; squared together at the end
+    alone: list[int] = []
     with _exact_products(device_type):
-        for group in groups.values():
-            most = limit // (1 + _batch_bytes(*layers[group[0]]))
-            for start in range(0, len(group), max(1, most)):
-                some = [layers[k] for k in group[start : start + max(1, most)]]
-                squares.append(_pin_blocks(*some[0], limit) if len(some) == 1 else _pin_batch(some))
+        for group in alike.values():
+            most = max(1, limit // (1 + _batch_bytes(*layers[group[0]])))
+            for start in range(0, len(group), most):
+                some = group[start : start + most]
+                if len(some) >= BATCH:
+                    squares.append(_pin_batch([layers[k] for k in some]))
+                elif layers[some[0]][0].numel() <= small:
+                    moved += [_pin_block(*layers[k]) for k in some]
+                    alone += some
+                    continue
+                else:
+                    squares += [_pin_blocks(*layers[k], limit) for k in some]
+                order += some
+    if moved:
+        squares.append(torch.stack(torch._foreach_norm(moved)).square())
     found = torch.cat(squares).double()
-    order = list(chain.from_iterable(groups.values()))
+    order += alone
     if order == list(range(len(order))):
         return found
     place = dict(zip(order, found.unbind(), strict=True))

@@ -126,15 +126,14 @@ def pin(call: Call) -> Tensor:
 
     Of several devices the result is on the first that is not the CPU, put together without a copy that the host waits for.
     """
+    if not call.entries:
+        return torch.zeros(0, dtype=torch.float64)
+    if len({_device(t) for t in call.rows[0] if isinstance(t, Tensor)}) < 2:
+        return _pin_on_one_device(call)
     found: dict[int, Tensor] = {}
     for _, columns in _alike(call, [1.0] * len(call.indices)):
-        squares = _pin_on_one_device(columns)
-        if len(columns.indices) == call.entries:
-            return squares
-        found |= zip(columns.indices, squares.unbind(), strict=True)
+        found |= zip(columns.indices, _pin_on_one_device(columns).unbind(), strict=True)
     home = next((t.device for t in found.values() if t.device.type != "cpu"), torch.device("cpu"))
-    if not found:
-        return torch.zeros(0, dtype=torch.float64)
     return torch.stack([found[k].to(home, non_blocking=True) for k in range(call.entries)])
 
 
