@@ -79,7 +79,7 @@ SLOW_FILES = {
     f"test_{name}.py"
     for name in (
         "backends", "benchmarks", "build", "cpu_compile", "cuda_compile", "cuda_emulation", "distributed", "frameworks",
-        "gpu_build", "gpu_gate", "gpu_measure", "laboratory_page", "laboratory_tax", "plan", "triton", "triton_ptx",
+        "gpu_build", "gpu_gate", "gpu_measure", "laboratory_page", "laboratory_tax", "plan", "triton", "triton_launch", "triton_ptx",
     )
 }  # fmt: skip
 
@@ -137,3 +137,9 @@ def one_rank(tmp_path):
 def wrapping(request):
     """Tests that take it cover ProjectedOptimizer and attach()."""
     return WRAPPINGS[request.param]
+
+
+@pytest.fixture
+def few():
+    """Inputs of twelve features, so few that a basis holds them all."""
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(5))

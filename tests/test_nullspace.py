@@ -49,12 +49,6 @@ def train(model, opt, steps, seed=1, each=lambda: None, shape=(16, 12)):
         each()
 
 
-@pytest.fixture
-def few():
-    """Inputs of which there are so few that a basis holds them all."""
-    return torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
-
-
 def sgd(model):
     """Its step is its gradient: exact in gradient space too."""
     return torch.optim.SGD(model.parameters(), lr=0.05)

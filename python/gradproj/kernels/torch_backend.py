@@ -6,7 +6,6 @@ Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the
 import contextlib
 import threading
 from collections.abc import Iterator
-from itertools import chain
 from math import prod
 from typing import Any
 

@@ -1,8 +1,8 @@
 """Where the rank of a null space goes, and how fast each layer may still learn: pure functions of curvature."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,25 @@ def rates(rests: Sequence[float], weights: Sequence[int], damping: float) -> lis
         low, high = (middle, high) if slowed(middle) > damping else (low, middle)
     c = math.exp((low + high) / 2)
     return _grouped([c / (r + c) for r in rests], weights)
+
+
+def groups(
+    parameters: Sequence[Tensor], factors: Mapping[int, float], lr: float, decays: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, one for each learning rate and weight decay.
+
+    Args:
+        factors: of the learning rate, by identity; 1 for what is absent.
+        decays: per parameter its weight decay; None leaves it to the optimizer.
+    """
+    found: dict[tuple, dict[str, Any]] = {}
+    for p, decay in zip(parameters, decays, strict=True):
+        factor = factors.get(id(p), 1.0)
+        group = found.setdefault((factor, decay), {"params": [], "lr": lr * factor})
+        group["params"].append(p)
+        if decay is not None:
+            group["weight_decay"] = decay
+    return list(found.values())
 
 
 def _grouped(factors: list[float], weights: Sequence[int]) -> list[float]:

@@ -39,6 +39,23 @@ def coverage(model: nn.Module, layers: Sequence[Layer], unused: Collection[str])
     return Coverage(numbers[0], sum(held.values()), numbers[1], largest)
 
 
+def sentence(found: Coverage, rest: str) -> str:
+    """For a report."""
+    shown = ", ".join(f"{name} ({count:,})" for name, count in found.largest)
+    return (
+        f"{found.covered:,} weights are covered, {found.unused:,} were reached by no captured token, {found.held:,} are "
+        f"{'held' if rest == 'hold' else 'neither covered nor held'}{': ' + shown if shown else ''}"
+    )
+
+
+def silent(layers: Sequence[Layer], rest: str) -> str:
+    """What to say of layers that could not be heard."""
+    return (
+        f"NullSpace: layer {', '.join(layer.name for layer in layers)}: its forward returns a tuple, or something else than the "
+        f"product with its weight, so that it cannot be heard: it is {'held' if rest == 'hold' else 'not protected'}"
+    )
+
+
 def warning(model: nn.Module, layers: Sequence[Layer]) -> str:
     """What to say if more is held than a user expects, embeddings and vectors (norms, biases) being expected; else nothing."""
     expected = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}

@@ -192,16 +192,10 @@ class NullSpace(Protection):
 
     def _drop(self, silent: Sequence[Layer]) -> None:
         """Layers of which nothing was heard are held."""
-        if not silent:
-            return
-        self.layers = [layer for layer in self.layers if layer not in silent]
-        self.bases = {layer.name: self.bases[layer.name] for layer in self.layers}
-        warnings.warn(
-            f"NullSpace: layer {', '.join(layer.name for layer in silent)}: its forward returns a tuple, or something else than the "
-            f"product with its weight, so that it cannot be heard: it is {'held' if self.rest == 'hold' else 'not protected'}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        if silent:
+            self.layers = [layer for layer in self.layers if layer not in silent]
+            self.bases = {layer.name: self.bases[layer.name] for layer in self.layers}
+            warnings.warn(coverage.silent(silent, self.rest), RuntimeWarning, stacklevel=4)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -300,28 +294,18 @@ class NullSpace(Protection):
         """
         if not self.bases:
             raise RuntimeError("param_groups(): nothing has been captured yet: run capture() first")
-        rests = [
-            allocation.rest(self.bases[layer.name].curvature, self.bases[layer.name].rank) for layer in self.layers
-        ]
+        rests = [allocation.rest(b.curvature, b.rank) for b in (self.bases[layer.name] for layer in self.layers)]
         rates = allocation.rates(rests, [layer.numel for layer in self.layers], damping)
-        factor = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
-        groups: dict[tuple, dict[str, Any]] = {}
-        for name, p in self.model.named_parameters():
-            if not p.requires_grad or (id(p) not in factor and self.rest == "hold"):
-                continue
-            decay = {} if weight_decay is None else {"weight_decay": 0.0 if no_decay(name, p) else weight_decay}
-            key = factor.get(id(p), 1.0), *decay.values()
-            groups.setdefault(key, {"params": [], "lr": lr * key[0], **decay})["params"].append(p)
-        return list(groups.values())
+        factors = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self.rest == "hold":
+            named = [(name, p) for name, p in named if id(p) in factors]
+        decays = [None if weight_decay is None else 0.0 if no_decay(*pair) else weight_decay for pair in named]
+        return allocation.groups([p for _, p in named], factors, lr, decays)
 
     def report(self) -> str:
         """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis; and the coverage."""
-        covered, held, unused, largest = self.coverage
-        shown = ", ".join(f"{name} ({count:,})" for name, count in largest)
-        return (
-            f"{report(self.layers, self.bases)}\n{covered:,} weights are covered, {unused:,} were reached by no captured token, {held:,} "
-            f"are {'held' if self.rest == 'hold' else 'neither covered nor held'}{': ' + shown if shown else ''}"
-        )
+        return f"{report(self.layers, self.bases)}\n{coverage.sentence(self.coverage, self.rest)}"
 
     def __repr__(self) -> str:
         settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"

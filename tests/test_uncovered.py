@@ -1,0 +1,118 @@
+"""What no layer of a null space covers stands still, whatever writes to it, or is refused in words."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gradproj import NullSpace, ProjectedOptimizer
+from test_nullspace import captured
+from test_promise import protecting, step_away
+
+
+class MuonOfItsAuthors(torch.optim.Optimizer):
+    """Gives parameters without a gradient one of zeros, and decays them."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.05, "weight_decay": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+class WithNorm(nn.Module):
+    def __init__(self, tokens=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.layer = nn.Embedding(tokens, 12), nn.LayerNorm(12), nn.Linear(12, 12)
+
+    def forward(self, tokens):
+        return self.layer(self.norm(self.embed(tokens)))
+
+
+def embed_and_step(model, opt, steps=3):
+    for _ in range(steps):
+        opt.zero_grad()
+        (model(torch.arange(9)) - 1.0).square().mean().backward()
+        opt.step()
+
+
+def test_an_optimizer_that_writes_to_what_is_held(wrapping):
+    """What is small is put back; the gradients that the caller had are too."""
+    model, tokens = WithNorm(), torch.arange(4)
+    protection = captured(model, tokens, share=0.9)
+    before = model(tokens).detach()
+    opt, _ = wrapping(MuonOfItsAuthors(model.parameters()), protection=protection)
+    embed_and_step(model, opt)
+    assert (model(tokens) - before).abs().max() < 1e-4
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_held_and_large_is_refused_when_it_was_written():
+    model = WithNorm(tokens=30_000)  # 1.4 MB
+    protection = captured(model, torch.arange(4), share=0.9)
+    opt = ProjectedOptimizer(MuonOfItsAuthors(model.parameters()), protection)
+    with pytest.raises(RuntimeError, match=r"MuonOfItsAuthors.*embed.weight.*param_groups\(lr\)"):
+        embed_and_step(model, opt)
+    opt.detach()
+    groups = protection.param_groups(lr=0.05, damping=0.0)  # the way out that the message names
+    before = model(torch.arange(4)).detach()
+    embed_and_step(model, ProjectedOptimizer(MuonOfItsAuthors(groups), protection))
+    assert (model(torch.arange(4)) - before).abs().max() < 1e-4
+
+
+def test_what_is_held_may_be_loaded_between_steps():
+    """It is not put back to what it was before."""
+    model = WithNorm()
+    opt = ProjectedOptimizer(MuonOfItsAuthors(model.parameters()), captured(model, torch.arange(4), share=0.9))
+    embed_and_step(model, opt)
+    with torch.no_grad():
+        model.norm.weight.fill_(3.0)
+    embed_and_step(model, opt)
+    assert (model.norm.weight == 3.0).all()
+
+
+def test_batch_norm_in_training_mode_is_refused_and_said(few):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    protection = NullSpace(model, share=0.9)
+    with pytest.raises(RuntimeError, match=r"running statistics of 1 .*eval\(\)"), protection.capture():
+        model(few).square().sum().backward()
+    model.eval()
+    protection, opt, before = protecting(model, few)
+    step_away(model, opt)
+    assert (model(few) - before).abs().max() < 1e-4
+    model.train()
+    with pytest.warns(RuntimeWarning, match=r"running statistics of 1 .*eval\(\)"):
+        step_away(model, opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_away(model, opt)  # said once
+    still = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12, track_running_stats=False))
+    captured(still, few, share=0.9)
+
+
+def test_held_gradients_do_not_pile_up_under_lbfgs():
+    model, tokens = WithNorm(), torch.arange(4)
+    protection = captured(model, tokens, share=0.9)
+    opt = ProjectedOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=5), protection)
+    before, most, calls = model(tokens).detach(), [], []
+
+    def closure():
+        opt.zero_grad()
+        value = (model(torch.arange(9)) - 1.0).square().mean()
+        value.backward()
+        calls.append(value)
+        most.append(len(protection._uncovered._grads))
+        return value
+
+    opt.step(closure)
+    assert len(calls) > 2 and max(most) <= 3 and not len(protection._uncovered._grads)
+    assert (model(tokens) - before).abs().max() < 1e-4 and all(p.grad is not None for p in model.parameters())
