@@ -85,30 +85,30 @@ class Proof:
 
     def _listen(self, l: int, module: nn.Module) -> None:
         product: Tensor | None = None
+        coarse = 0.0  # how the inputs are rounded; not asked of a tensor, which would wait for the device
 
         def before(module, args, kwargs):
-            nonlocal product
+            nonlocal product, coarse
             self._watch(l, module)  # FSDP2 puts another tensor there for the call
             x = call_input(module, args, kwargs)[0].detach()
             heard = torch.is_grad_enabled() and not is_dtensor(module.weight)
-            product = self._multiply(l, module, x) if heard else None
+            product, coarse = self._multiply(l, module, x) if heard else None, eps(x)
 
         def after(module, args, y):
             if not is_product(module, self._outputs[l], y):
                 self.silent.add(l)
             elif product is not None and y.requires_grad:
-                y.register_hook(lambda gradient, product=product: self._hear(l, module, product, gradient))
+                y.register_hook(partial(self._hear, l, module, product, coarse))
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after))
 
     def _multiply(self, l: int, module: nn.Module, x: Tensor) -> Tensor:
-        """[3, tokens]: x . v, |x|^2, and how coarsely it is rounded; the bias's 1 included."""
+        """[2, tokens]: x . v and |x|^2, the bias's 1 included."""
         with torch.no_grad(), without_autocast(x.device):
             rows = wide(input_rows(module, x))
             one = float(self._layers[l].bias is not None)
-            coarse = rows.new_full((len(rows),), eps(x))
-            return torch.stack([rows @ self._v(l, rows) + one, rows.square().sum(1) + one, coarse])
+            return torch.stack([rows @ self._v(l, rows), torch.linalg.vector_norm(rows, dim=1).square()]) + one
 
     def _v(self, l: int, like: Tensor) -> Tensor:
         """Random signs, one for each input without the bias's."""
@@ -134,15 +134,15 @@ class Proof:
         return self._passes[number].setdefault(l, _Sums())
 
     @torch.no_grad()
-    def _hear(self, l: int, module: nn.Module, product: Tensor, gradient: Tensor) -> None:
+    def _hear(self, l: int, module: nn.Module, product: Tensor, coarse: float, gradient: Tensor) -> None:
         sums = self._sums(l)
         with without_autocast(gradient.device):
             y = wide(output_rows(module, gradient.detach()))
-            heard, size2 = product[0].to(y) @ y, product[1].to(y) @ y.square().sum(1)
+            heard, size2 = product[0].to(y) @ y, product[1].to(y) @ torch.linalg.vector_norm(y, dim=1).square()
         sums.heard = heard if sums.heard is None else sums.heard + heard
         sums.size2 = sums.size2 + size2
         sums.tokens += len(y)
-        sums.eps = max(sums.eps, eps(gradient), float(product[2, 0]) if len(y) else 0.0)
+        sums.eps = max(sums.eps, eps(gradient), coarse)
 
     @torch.no_grad()
     def _take(self, l: int, is_bias: bool, gradient: Tensor) -> None:
@@ -151,7 +151,7 @@ class Proof:
             own = wide(gradient.detach())
             taken = own if is_bias else matrix(self._layers[l].owner, own) @ self._v(l, own)
         sums.gradient = taken if sums.gradient is None else sums.gradient + taken
-        sums.size2 = sums.size2 + own.square().sum()
+        sums.size2 = sums.size2 + torch.linalg.vector_norm(own).square()
         sums.eps = max(sums.eps, eps(gradient))
 
     def _compare(self, number: int) -> None:
