@@ -35,7 +35,8 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 # A symbol that no library has is an error here, not first when the library is loaded.
 SHARED = ["-shared", "-Wl,-z,defs"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# --threads: the architectures at the same time. --split-compile: the kernels of one file too, into the same machine code.
+# --threads: the architectures at the same time. --split-compile: the kernels of one file too, into the same machine
+# code.
 NVCC_FLAGS += ["--threads=0", "--split-compile=0"]
 say = functools.partial(print, flush=True)
 
@@ -150,7 +151,8 @@ def toolkit(nvcc: str) -> Path:
 
 
 def architectures(nvcc: str, version: str) -> list[str]:
-    """nvcc's flags: machine code for each architecture, and PTX where it ends in +PTX. nvcc itself says what it knows."""
+    """nvcc's flags: machine code for each architecture, and PTX where it ends in +PTX. nvcc itself says what it
+    knows."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if wanted in ([], ["native"]):
         wanted = gpus()
@@ -199,8 +201,8 @@ class Library(Extension):
         super().__init__(name, files, depends=headers())
         self.cxx, self.torch, self.nvcc = cxx, torch, nvcc
         self.includes = ["-isystem", str(torch.folder / "include")]
-        # torch's libraries by the names of those that have the symbols: where the linker defaults to --as-needed, as on Ubuntu,
-        # it drops libtorch.so, which has none itself and would bring the others along.
+        # torch's libraries by the names of those that have the symbols: where the linker defaults to --as-needed, as on
+        # Ubuntu, it drops libtorch.so, which has none itself and would bring the others along.
         self.links = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
         if nvcc:
             self.includes += ["-isystem", str(nvcc.toolkit / "include"), "-DUSE_CUDA"]
@@ -290,14 +292,15 @@ def compile_all(jobs: list[Job], workers: int) -> None:
 
 
 def remove_libraries(folder: Path) -> None:
-    """A library that an earlier build left and this one does not make would be used with sources that it was not built from."""
+    """A library that an earlier build left and this one does not make would be used with sources that it was not built
+    from."""
     for library in folder.glob("_*.so"):
         library.unlink()
 
 
 class BuildExt(build_ext):
-    """setuptools' build_ext with a queue of its own for the files of all libraries. Each leaves ``NAME.so``, without a Python
-    version, because it has no Python in it."""
+    """setuptools' build_ext with a queue of its own for the files of all libraries. Each leaves ``NAME.so``, without a
+    Python version, because it has no Python in it."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"

@@ -1,4 +1,5 @@
-"""Directions in 16 bits: what they cost, and how exact they are. K = 8, the directions' own Gram known, as the wrapper has it."""
+"""Directions in 16 bits: what they cost, and how exact they are. K = 8, the directions' own Gram known, as the wrapper
+has it."""
 
 import functools
 import statistics

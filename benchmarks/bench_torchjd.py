@@ -1,4 +1,5 @@
-"""`make bench`: TorchJD beside the projection, both of its paths, from the rows as ``torchjd.autojac.backward`` leaves them."""
+"""`make bench`: TorchJD beside the projection, both of its paths, from the rows as ``torchjd.autojac.backward`` leaves
+them."""
 
 import functools
 import statistics
@@ -56,13 +57,14 @@ def rows_of(parameters) -> list[list[torch.Tensor]]:
 
 
 def fused(grads, parameters) -> None:
-    """In place of ``grads``, row 0, which is a copy: repeated, it drifts into the span of the directions, and on such rows
-    TorchJD's float32 Gram is no longer positive definite."""
+    """In place of ``grads``, row 0, which is a copy: repeated, it drifts into the span of the directions, and on such
+    rows TorchJD's float32 Gram is no longer positive definite."""
     gradproj.project_(grads, *rows_of(parameters)[1:], method=aggregation.UPGradWeighting())
 
 
 def torchjd(grads, parameters, gramian_path: bool) -> None:
-    """Leaves the aggregate in ``.grad``: TorchJD has no path in place. Those N bytes are not counted as extra memory."""
+    """Leaves the aggregate in ``.grad``: TorchJD has no path in place. Those N bytes are not counted as extra
+    memory."""
     from torchjd.autojac import jac_to_grad
 
     for p in parameters:

@@ -1,4 +1,5 @@
-"""The GPU gate's build: the native kernels, and the package around them, for which build/gpu_gate/site on PYTHONPATH is enough.
+"""The GPU gate's build: the native kernels, and the package around them, for which build/gpu_gate/site on PYTHONPATH is
+enough.
 
     build/gpu_gate/KEY/lib        the libraries. KEY is a hash of what they are made of: a second call finds them.
     build/gpu_gate/site           the Python sources as they are now, and those libraries.
@@ -7,8 +8,8 @@
 
 Nothing else is written, and nothing is installed. setup.py runs on a copy of the sources without pyproject.toml, whose
 licence field needs setuptools >= 77. `python benchmarks/gpu_build.py --device cuda --arch 9.0` needs nvcc but no GPU:
-build/gpu_gate can be taken along. The libraries are found on a machine with the same version of torch, Triton's kernels on one
-with the same Triton, from the same package, and the same minor version of Python.
+build/gpu_gate can be taken along. The libraries are found on a machine with the same version of torch, Triton's kernels
+on one with the same Triton, from the same package, and the same minor version of Python.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def compile_triton(arch: str) -> int:
 
 
 def take_triton() -> None:
-    """Copies what was compiled beforehand. Triton writes down where a kernel's files lie, so a copy has to be told anew."""
+    """Copies what was compiled beforehand. Triton writes down where a kernel's files lie, so a copy has to be told
+    anew."""
     for kernel in MADE.iterdir() if MADE.exists() else ():
         done, unfinished = TRITON / kernel.name, TRITON / f"{kernel.name}.unfinished"
         if done.exists():

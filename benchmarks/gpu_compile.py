@@ -1,7 +1,8 @@
 """Compiles the Triton kernels that the GPU gate launches, without a GPU: gpu_compile.py ARCH, into $TRITON_CACHE_DIR.
 
-Triton finds them again where the kernels' source, Triton's own files, ptxas and the architecture are the same. Its compiled part
-differs from one minor version of Python to the next, so that has to be the same too. `gpu_build.py` runs this.
+Triton finds them again where the kernels' source, Triton's own files, ptxas and the architecture are the same. Its
+compiled part differs from one minor version of Python to the next, so that has to be the same too. `gpu_build.py` runs
+this.
 """
 
 import sys

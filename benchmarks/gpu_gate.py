@@ -1,17 +1,17 @@
-"""Everything that needs a GPU, in two calls of under 9 minutes each that lose nothing: `python benchmarks/gpu_gate.py`, then the same
-with `--second`.
+"""Everything that needs a GPU, in two calls of under 9 minutes each that lose nothing: `python benchmarks/gpu_gate.py`,
+then the same with `--second`.
 
 Stages, each a process of its own. First machine, build, load, smoke and what is measured: measure-pin, measure-cuda,
-measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A stage that fails keeps only
-those from running that are nothing without it. One deadline holds for a call; a stage that is late is ended with everything that
-it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
-.log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only what was
-running.
+measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A stage that fails
+keeps only those from running that are nothing without it. One deadline holds for a call; a stage that is late is ended
+with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the .log beside it, in $OUT,
+else in benchmarks/results: after every row and every stage, so that even a kill costs only what was running.
 
 Exit code: 0 everything passed; 1 something failed or was skipped; 2 nothing was run: wrong usage, or no CUDA device.
 
 Needs torch, numpy, setuptools, nvcc and a C++20 compiler; for the tests pytest and hypothesis. No network, pip or git.
-The checkout is only read, but for build/gpu_gate. `--device cpu --quick` goes the same way without a GPU, on small lists.
+The checkout is only read, but for build/gpu_gate. `--device cpu --quick` goes the same way without a GPU, on small
+lists.
 """
 
 import argparse

@@ -90,7 +90,8 @@ Job = tuple[Case | PinCase, Callable[[], Row]]
 
 
 def jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Every row of a projection but torch.compile's. Triton's are without the compositions, which stand beside the CUDA kernels."""
+    """Every row of a projection but torch.compile's. Triton's are without the compositions, which stand beside the CUDA
+    kernels."""
 
     def eager(case: Case) -> Job:
         composed = backend != "triton" and case.directions <= 8 and not case.parts
@@ -113,7 +114,8 @@ def pin_jobs(backend: str, device: str, quick: bool) -> list[Job]:
 
 
 def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    """Beside what torch.compile makes of plain torch. Without a GPU that is traced only, to spare half a minute of g++."""
+    """Beside what torch.compile makes of plain torch. Without a GPU that is traced only, to spare half a minute of
+    g++."""
     compiled = torch.compile(peers.device_coefficient, backend="inductor" if device == "cuda" else "eager")
 
     def beside(case: Case) -> Job:

@@ -1,7 +1,7 @@
 """What the arithmetic over the machine code promises of each row of the GPU gate, by device; NOTES.md has the sums.
 
-A share is of the minimal bytes at the bandwidth of a copy in device memory; what L2 holds goes beyond it. Stated for an H100 and
-carried over to other devices by what bounds a row. A device that is not listed gets no prediction.
+A share is of the minimal bytes at the bandwidth of a copy in device memory; what L2 holds goes beyond it. Stated for an
+H100 and carried over to other devices by what bounds a row. A device that is not listed gets no prediction.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,9 @@ class Prediction(NamedTuple):
     """From ``low`` to ``high`` on an H100.
 
     Attributes:
-        bound: "memory", beside which launches and tails take as long on every device; "chip", so that a share falls as memory gets
-            faster; "L2", between the two, and more of it where L2 is larger; "host", for seconds that depend on none of them.
+        bound: "memory", beside which launches and tails take as long on every device; "chip", so that a share falls as
+            memory gets faster; "L2", between the two, and more of it where L2 is larger; "host", for seconds that
+            depend on none of them.
         quantity: the field of the row.
         moved: bytes of device memory that are moved, over the minimal ones.
     """
@@ -74,8 +75,8 @@ OF_PROJECTIONS = {  # the CUDA kernels
     "1B fp32": Prediction(0.95, 0.98),
     "1B bf16": Prediction(0.94, 0.97),
 }
-# The Triton kernel, which L2 bounds: W is read twice for every 128 ranks, and U twice for every program's rows. At r = 256 it
-# moves 5.2 N instead of 2 N. On an H200: 40 to 50 % at r = 64 and 14 to 19 % at r = 256, in bfloat16.
+# The Triton kernel, which L2 bounds: W is read twice for every 128 ranks, and U twice for every program's rows. At r =
+# 256 it moves 5.2 N instead of 2 N. On an H200: 40 to 50 % at r = 64 and 14 to 19 % at r = 256, in bfloat16.
 OF_PINS = {
     "pin 1B bf16, r = 64": Prediction(0.57, 0.72, "chip"),
     "pin 1B fp32, r = 64": Prediction(0.50, 0.70, "chip"),

@@ -21,7 +21,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 8e-3, to
 
 
 class Case(NamedTuple):
-    """One projection: ``directions`` lists of tensors of these shapes, the columns of each of the ``parts`` by themselves.
+    """One projection: ``directions`` lists of tensors of these shapes, the columns of each of the ``parts`` by
+    themselves.
 
     ``gram_dd``: the directions' own Gram is known, as it is to a wrapper that keeps them.
     """
@@ -67,8 +68,8 @@ GAP = 16  # elements between neighbours, so that they are segments of their own
 
 
 class Rows(NamedTuple):
-    """The lists of a case. Each lies in one flat storage, with gaps, so that the limit can be measured on the same memory:
-    how fast a page is depends on where it lies, on virtual machines more than on others."""
+    """The lists of a case. Each lies in one flat storage, with gaps, so that the limit can be measured on the same
+    memory: how fast a page is depends on where it lies, on virtual machines more than on others."""
 
     grads: list[Tensor]
     directions: list[list[Tensor]]
@@ -160,12 +161,13 @@ def copy_limit(minimal_bytes: int) -> tuple[Callable[[], None], float]:
 def limit(case: Case, rows: Rows, device: str) -> tuple[Callable[[], None], float]:
     """What the minimal bytes cost: (run, its share of the minimal bytes).
 
-    On the CPU the very storages of the rows, streamed by torch as float32: one dot per pair of rows, then one add_ on rows 0
-    and 1 (5 N bytes at K = 1) and dots over the rest. On a GPU a copy between two large buffers.
+    On the CPU the very storages of the rows, streamed by torch as float32: one dot per pair of rows, then one add_ on
+    rows 0 and 1 (5 N bytes at K = 1) and dots over the rest. On a GPU a copy between two large buffers.
     """
     if device == "cuda":
         return copy_limit(case.minimal_bytes)
-    # Gaps are streamed too, and an odd number of 2-byte elements cannot be viewed as float32: both are under a thousandth.
+    # Gaps are streamed too, and an odd number of 2-byte elements cannot be viewed as float32: both are under a
+    # thousandth.
     flat = [f[: f.numel() // 2 * 2].view(torch.float32) if f.element_size() == 2 else f for f in rows.flat]
 
     def read(some: list[Tensor]):

@@ -42,7 +42,8 @@ def small_net() -> Shapes:
 
 
 def decoder_35m() -> Shapes:
-    """A 6-layer decoder, 50 tensors, 35.7 million elements: 143 MB in float32, between what caches hold and a large model."""
+    """A 6-layer decoder, 50 tensors, 35.7 million elements: 143 MB in float32, between what caches hold and a large
+    model."""
     block = [(512,), (1536, 512), (512, 512), (512,), (2048, 512), (512, 2048), (2048,), (512,)]
     return [(32768, 512), *(block * 6), (512,)]
 

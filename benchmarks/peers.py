@@ -1,7 +1,7 @@
 """What one would write with torch alone: the best compositions for K directions, method "orthogonal".
 
-Each takes (grads, directions) and works in place, without flat copies. ``torch.dot`` per tensor and ``add_`` per tensor is
-near the limit on large tensors; ``_foreach_*`` saves overhead on small ones and pays with temporaries.
+Each takes (grads, directions) and works in place, without flat copies. ``torch.dot`` per tensor and ``add_`` per tensor
+is near the limit on large tensors; ``_foreach_*`` saves overhead on small ones and pays with temporaries.
 """
 
 import torch

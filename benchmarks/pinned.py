@@ -17,7 +17,8 @@ from harness import Row
 
 
 class PinCase(NamedTuple):
-    """Weights of these shapes, [outputs, inputs], each with a basis of its own. ``transposed``: they lie [inputs, outputs]."""
+    """Weights of these shapes, [outputs, inputs], each with a basis of its own. ``transposed``: they lie [inputs,
+    outputs]."""
 
     name: str
     shapes: list[tuple[int, ...]]
@@ -55,7 +56,8 @@ def fused(layers: Layers) -> None:
 
 
 def loop(layers: Layers) -> None:
-    """The best plain torch: two products a layer, the second in place. Of 16-bit weights in float32, a layer at a time."""
+    """The best plain torch: two products a layer, the second in place. Of 16-bit weights in float32, a layer at a
+    time."""
     for weight, basis, target in layers:
         wide = weight.float()
         wide.addmm_(torch.mm(wide, basis).sub_(target), basis.T, alpha=-1.0)
@@ -116,8 +118,8 @@ def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> R
 
 
 def small_layers(biased: bool, rounds: int = 41) -> tuple[float, float]:
-    """Microseconds a layer, the best round on one thread: ``pin_``, and its excess over plain calls of torch. Those are three,
-    five with a bias, whose views of U are made beforehand.
+    """Microseconds a layer, the best round on one thread: ``pin_``, and its excess over plain calls of torch. Those are
+    three, five with a bias, whose views of U are made beforehand.
 
     Raises:
         AssertionError: the two do not agree.

@@ -55,8 +55,8 @@ def _queued_calls(once: float) -> int:
 
 
 def _queued_turn(run: Callable[[], None], calls: int) -> float:
-    """Between events around calls in a queue. The one before the first event keeps the device busy while the host enqueues
-    the first that counts: only a host that is slower than the device is seen, as it is in training."""
+    """Between events around calls in a queue. The one before the first event keeps the device busy while the host
+    enqueues the first that counts: only a host that is slower than the device is seen, as it is in training."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     run()

@@ -1,6 +1,7 @@
-// May row 0 be written? Refuses a gradient that overlaps itself, another gradient, or, in part, a direction. A direction
-// that is exactly its gradient (same address, same strides) is fine: kernels load all rows of an element before they store.
-// Pure host code. gradproj/validate.py answers the same questions with numpy, and words the error.
+// May row 0 be written? Refuses a gradient that overlaps itself, another gradient, or, in part, a direction. A
+// direction that is exactly its gradient (same address, same strides) is fine: kernels load all rows of an element
+// before they store.
+// Pure host code. gradproj/kernels/validate.py answers the same questions with numpy, and words the error.
 #pragma once
 
 #include "plan.h"
@@ -14,8 +15,8 @@ struct Term {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
 
-// Is there a choice of c with sum_i stride_i c_i == target? Strides positive, in descending order. budget bounds the search;
-// when it runs out the answer is yes, the safe one.
+// Is there a choice of c with sum_i stride_i c_i == target? Strides positive, in descending order. budget bounds the
+// search; when it runs out the answer is yes, the safe one.
 inline bool reachable(const std::vector<Term>& terms, size_t k, int64_t target, int64_t& budget) {
   if (--budget < 0) return true;
   if (k == terms.size()) return target == 0;

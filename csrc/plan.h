@@ -1,13 +1,15 @@
 // From lists of buffers to what a kernel walks: pure host code, shared by CPU and CUDA, free of torch.
 //
-// A row is a list of n buffers (one per parameter); R rows are R x n buffers, row-major. Column i holds buffer i of every
-// row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). A plan turns columns into
-// segments, one per column that holds anything. A dense segment is a run of elements that every row holds gap-free and in the
-// same order, so that one flat loop walks it whatever its shape. What has no such run (a transposed g against a contiguous d, a
-// sliced view) is a strided segment with sizes and strides of its own, coalesced and ordered by the first row that is present.
+// A row is a list of n buffers (one per parameter); R rows are R x n buffers, row-major. Column i holds buffer i of
+// every row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). A plan turns
+// columns into segments, one per column that holds anything. A dense segment is a run of elements that every row holds
+// gap-free and in the same order, so that one flat loop walks it whatever its shape. What has no such run (a transposed
+// g against a contiguous d, a sliced view) is a strided segment with sizes and strides of its own, coalesced and
+// ordered by the first row that is present.
 // An absent buffer counts as zeros and is a null pointer.
 //
-// Nothing in a plan but the addresses depends on where buffers lie: sums that follow it have the same bits for any placement.
+// Nothing in a plan but the addresses depends on where buffers lie: sums that follow it have the same bits for any
+// placement.
 // So columns that touch in memory stay segments of their own.
 #pragma once
 

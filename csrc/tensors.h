@@ -19,8 +19,8 @@ extern "C" void PyGILState_Release(int) __attribute__((weak));
 
 namespace gradproj {
 
-// References to the tensors of an op's lists, as raw handles: a shared_ptr per tensor would cost as much as everything else
-// that a small buffer needs. Giving back the last one that C++ holds to a tensor that Python holds too takes the
+// References to the tensors of an op's lists, as raw handles: a shared_ptr per tensor would cost as much as everything
+// else that a small buffer needs. Giving back the last one that C++ holds to a tensor that Python holds too takes the
 // interpreter's lock. Held around all of them it is taken once, not once per tensor: 300 tensors of a row, 10 us.
 struct References {
   std::vector<AtenTensorHandle> handles;  // null: None
@@ -41,7 +41,8 @@ struct Where {
   int32_t index = -1;
 };
 
-// The buffer of a tensor, the `number`-th of a call: strided, floating, and on one device with the others, noted in `where`.
+// The buffer of a tensor, the `number`-th of a call: strided, floating, and on one device with the others, noted in
+// `where`.
 inline Buffer buffer_of(AtenTensorHandle h, size_t number, Where& where) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), f16 = aoti_torch_dtype_float16(),
                        bf16 = aoti_torch_dtype_bfloat16();
@@ -80,7 +81,7 @@ inline Buffer buffer_of(AtenTensorHandle h, size_t number, Where& where) {
   return b;
 }
 
-// The part of every column; see python/gradproj/ops.py.
+// The part of every column; see python/gradproj/kernels/ops.py.
 struct Parts {
   StableListHandle list;
   int64_t count;  // 0: all columns are one part, and results have no leading dimension

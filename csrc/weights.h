@@ -1,19 +1,21 @@
 // Gram -> weights, for host and device alike: step 3 of the algorithm, a few thousand numbers.
 //
-// G is the R x R float64 Gram of row 0 (the gradient g) and rows 1..R-1 (the directions d_k). w[0] scales g, w[k] scales d_k.
+// G is the R x R float64 Gram of row 0 (the gradient g) and rows 1..R-1 (the directions d_k). w[0] scales g, w[k]
+// scales d_k.
 // A non-finite G gives exactly (1, 0, .., 0), which combine leaves bitwise untouched.
 //
-// "orthogonal" and "conflict" work on cosines, C = S G_dd S with S = diag(G_dd)^-1/2, so the length of a direction changes
-// nothing; a direction of length 0 gets weight 0. Both keep one symmetric tableau and sweep it (Goodnight 1979; principal
-// pivoting): to take direction p into the active set P, or out of it, is one rank-one update of [C b; b' 0]. Swept on P it is
+// "orthogonal" and "conflict" work on cosines, C = S G_dd S with S = diag(G_dd)^-1/2, so the length of a direction
+// changes nothing; a direction of length 0 gets weight 0. Both keep one symmetric tableau and sweep it (Goodnight 1979;
+// principal pivoting): to take direction p into the active set P, or out of it, is one rank-one update of [C b; b' 0].
+// Swept on P it is
 //
 //     [ -inv(C_PP)            inv(C_PP) C_PN                        inv(C_PP) b_P = x             ]
 //     [       .       C_NN - C_NP inv(C_PP) C_PN           b_N - C_NP x, what is left of b         ]
 //
-// so its diagonal says who is in P (there it is <= -1) and what the others have outside the span of P (squared sines, >= 0),
-// and its last column holds the solution on P and the residual elsewhere. A squared sine of at most kRankTolerance is
-// dependent: the float32 products in G cannot resolve less.
-// python/gradproj/methods.py and triton_kernels/weights.py hold the same rules.
+// so its diagonal says who is in P (there it is <= -1) and what the others have outside the span of P (squared sines,
+// >= 0), and its last column holds the solution on P and the residual elsewhere. A squared sine of at most
+// kRankTolerance is dependent: the float32 products in G cannot resolve less.
+// python/gradproj/kernels/methods.py and triton_kernels/weights.py hold the same rules.
 #pragma once
 
 #include <cmath>
@@ -76,8 +78,9 @@ GRADPROJ_HD inline void each(const Team& team, int n, const F& f) {
 // A direction of the tableau: in the active set, or how much of it is outside the span of that set.
 GRADPROJ_HD inline bool swept(const double* T, int R, int k) { return T[k * R + k] < -0.5; }
 
-// Takes p into the active set or out of it. T: the first R - 1 rows of the tableau. With row and column p of T set to 0 and
-// -+1 in place of the pivot, every entry of the result is the same T_ij - v_i v_j / pivot, which is symmetric to the bit.
+// Takes p into the active set or out of it. T: the first R - 1 rows of the tableau. With row and column p of T set to 0
+// and -+1 in place of the pivot, every entry of the result is the same T_ij - v_i v_j / pivot, which is symmetric to
+// the bit.
 // On entry no thread may still be reading T; on return all of it is written.
 template <typename Team>
 GRADPROJ_HD inline void sweep(const Team& team, double* T, int R, int p, double* v) {
@@ -115,11 +118,12 @@ GRADPROJ_HD inline void solve_all(const Team& team, double* T, int R, double* v,
   team.sync();
 }
 
-// y of "conflict": argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep a step. Whether it got
-// there. y is the best feasible point so far. While some x_k <= 0 in the active set, y moves towards x until its first component
-// reaches 0, and that direction leaves; otherwise y = x, and the most violated direction enters.
-// In exact arithmetic y > 0 on the active set whenever a direction enters, so each entry lowers the objective and no active set
-// comes twice. Rounding cannot loop either: after 10 R steps it stops, and y is feasible at every step.
+// y of "conflict": argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep a step.
+// Whether it got there. y is the best feasible point so far. While some x_k <= 0 in the active set, y moves towards x
+// until its first component reaches 0, and that direction leaves; otherwise y = x, and the most violated direction
+// enters.
+// In exact arithmetic y > 0 on the active set whenever a direction enters, so each entry lowers the objective and no
+// active set comes twice. Rounding cannot loop either: after 10 R steps it stops, and y is feasible at every step.
 template <typename Team>
 GRADPROJ_HD inline bool solve_nonnegative(const Team& team, double* T, int R, double slack, double* v, double* y) {
   each(team, R - 1, [&](int k) { y[k] = 0.0; });
@@ -155,8 +159,8 @@ GRADPROJ_HD inline bool solve_nonnegative(const Team& team, double* T, int R, do
   return false;
 }
 
-// One step of iterative refinement on the active set, with the residual from G itself: sweeps in and out of nearly dependent
-// directions leave rounding errors. u: R - 1 doubles for it.
+// One step of iterative refinement on the active set, with the residual from G itself: sweeps in and out of nearly
+// dependent directions leave rounding errors. u: R - 1 doubles for it.
 template <typename Team>
 GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* T, int R, double eps, const double* s,
                                double* u, double* w) {
@@ -175,8 +179,9 @@ GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* 
   team.sync();
 }
 
-// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. Row i is a
-// thread's: P[j R + i] is its inner product with row j as it stands, until j's turn, and then what it took from row j.
+// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. Row i is
+// a thread's: P[j R + i] is its inner product with row j as it stands, until j's turn, and then what it took from row
+// j.
 template <typename Team>
 GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double eps, double* w, double* P) {
   each(team, R, [&](int i) {
@@ -202,7 +207,8 @@ GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double 
 
 // w: R doubles. scratch: weights_scratch(R) doubles, in shared memory on a device. Called by every thread of the team.
 // orthogonal: w_d = -pinv(G_dd) G_dg on the independent directions.
-// conflict: nearest g' with <g', d_k> >= 0 for all k; w_d >= 0 minimises |g + sum_k w_k d_k| (Lopez-Paz & Ranzato 2017, GEM).
+// conflict: nearest g' with <g', d_k> >= 0 for all k; w_d >= 0 minimises |g + sum_k w_k d_k| (Lopez-Paz & Ranzato 2017,
+// GEM).
 // pcgrad: gradient surgery between all rows (Yu et al. 2020), the inner loop in ascending order.
 // O(R^3) operations: a sweep is R (R - 1) of them, and there are at most 10 R, in practice fewer than 2 R.
 template <typename Team>

@@ -42,7 +42,8 @@ def make_buffer(
 
 
 def placed(row, shift, gap):
-    """A copy of ``row`` in one buffer, its first tensor ``shift`` bytes past a 64-byte boundary, ``gap`` elements between tensors."""
+    """A copy of ``row`` in one buffer, its first tensor ``shift`` bytes past a 64-byte boundary, ``gap`` elements
+    between tensors."""
     size = row[0].element_size()
     shift = shift // size * size
     buffer = torch.empty(sum(t.numel() + gap for t in row) * size + 128, dtype=torch.uint8)

@@ -1,10 +1,10 @@
-"""`make compat`: the package on the oldest and the newest torch, and on difficult ones in between, each in an environment of its own
-under build/compat/.
+"""`make compat`: the package on the oldest and the newest torch, and on difficult ones in between, each in an
+environment of its own under build/compat/.
 
-Every torch is installed, both libraries are built for it as docs/quickstart.md says, loaded, and asked for the kernel of every op,
-and the fast tests run on the CPU. Then every supported Triton compiles every kernel (tests/triton_versions.py), and the wheel
-built on the oldest torch is installed beside the newest. An environment that is there is used again; the libraries are built afresh.
-Takes up to half an hour, half of it for the environments.
+Every torch is installed, both libraries are built for it as docs/quickstart.md says, loaded, and asked for the kernel
+of every op, and the fast tests run on the CPU. Then every supported Triton compiles every kernel
+(tests/triton_versions.py), and the wheel built on the oldest torch is installed beside the newest. An environment that
+is there is used again; the libraries are built afresh. Takes up to half an hour, half of it for the environments.
 
 The newest is what the package index has, declared or not: a release that breaks the package fails here first.
 
@@ -35,8 +35,8 @@ FAST = ("gram", "combine", "project", "parts", "ops", "methods", "optim", "attac
 FAST_TESTS = [*(f"tests/test_{name}.py" for name in FAST), "-m", "not gpu", "-k", "not triton"]
 START = time.monotonic()
 
-# Loads the libraries with every symbol bound at once and prints what the dispatcher has. backends.py would not load the CUDA
-# library on a machine without a GPU.
+# Loads the libraries with every symbol bound at once and prints what the dispatcher has. backends.py would not load the
+# CUDA library on a machine without a GPU.
 CHECK = """
 import json, pathlib, torch, gradproj
 from gradproj.kernels.ops import SCHEMAS
@@ -108,10 +108,12 @@ def run(version: str, step: str, command: list[str], shown: str = "", **variable
     """Run one step: its output, of which the lines that match ``shown`` are printed as they come.
 
     Raises:
-        Failed: it did not succeed within what is left of the time. The end of its output and the command have been printed.
+        Failed: it did not succeed within what is left of the time. The end of its output and the command have been
+            printed.
     """
     say(version, step)
-    # A constraint of the machine's would put another torch in the place of the one that is tried, even as the package is installed.
+    # A constraint of the machine's would put another torch in the place of the one that is tried, even as the package
+    # is installed.
     variables = {"PIP_CONSTRAINT": os.devnull, **variables}
     # PYTHONPATH would bring another gradproj in; a build's progress would stay in Python's buffer.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1", **variables}

@@ -1,4 +1,5 @@
-"""Fixtures. Every test that takes ``on`` runs on each backend that can run here; a new backend is tested by adding its name."""
+"""Fixtures. Every test that takes ``on`` runs on each backend that can run here; a new backend is tested by adding its
+name."""
 
 import importlib.util
 import os
@@ -28,8 +29,8 @@ hypothesis.settings.load_profile("gradproj")
 
 
 def patch_the_interpreter_once():
-    """Triton's interpreter patches its language again before every call of one device function by another; once a module is
-    enough, and takes a third of the time."""
+    """Triton's interpreter patches its language again before every call of one device function by another; once a
+    module is enough, and takes a third of the time."""
     from triton.runtime import interpreter
 
     patched = set()

@@ -29,7 +29,8 @@ SANITIZERS = {
 
 
 class Case(NamedTuple):
-    """``rows``: lists of tensors or None. ``weights``: [parts * rows], what combine takes. ``gram_dd``: [parts, K, K]."""
+    """``rows``: lists of tensors or None. ``weights``: [parts * rows], what combine takes. ``gram_dd``: [parts, K,
+    K]."""
 
     operation: int
     rows: list

@@ -1,5 +1,5 @@
-"""setup.py: what it refuses before anything is compiled, what it asks the compilers for, and what it says. The compilers and torch
-are stand-ins, so nothing is compiled here; `make compat` builds in earnest."""
+"""setup.py: what it refuses before anything is compiled, what it asks the compilers for, and what it says. The
+compilers and torch are stand-ins, so nothing is compiled here; `make compat` builds in earnest."""
 
 import importlib
 import os

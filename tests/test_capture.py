@@ -1,4 +1,5 @@
-"""Gradients are taken out of ``p.grad`` by protect(): without a copy, unless somebody else writes their memory afterwards."""
+"""Gradients are taken out of ``p.grad`` by protect(): without a copy, unless somebody else writes their memory
+afterwards."""
 
 import sys
 import types
@@ -68,7 +69,8 @@ def with_bucket_views(model, x):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["", "one parameter a bucket"])
 def test_bucket_views_are_cloned(bias, one_rank, wrapping):
-    """DDP's next backward pass overwrote the protected direction. With one parameter the bucket is as large as the gradient."""
+    """DDP's next backward pass overwrote the protected direction. With one parameter the bucket is as large as the
+    gradient."""
     _, x = model_and_batches()
     model = torch.nn.Linear(4, 3, bias=bias)
     _, protected = wrapping(model)
@@ -96,8 +98,8 @@ def test_bucket_views_that_are_set_aside_come_back_with_their_contents(one_rank,
 
 
 def test_a_gradient_that_another_parameter_shares_is_cloned(wrapping):
-    """Zeroing the other parameter's gradient, which belongs to another optimizer, zeroed the direction. Where two parameters
-    enter only through views whose sum is used, autograd gives both the same memory."""
+    """Zeroing the other parameter's gradient, which belongs to another optimizer, zeroed the direction. Where two
+    parameters enter only through views whose sum is used, autograd gives both the same memory."""
     a, b = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
     _, protected = wrapping(torch.optim.SGD([a], lr=0.1))
     with protected.protect():

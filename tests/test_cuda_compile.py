@@ -1,5 +1,5 @@
-"""The CUDA sources compiled for three architectures, without a GPU: no warning, no spill, registers within their budget, and
-16-byte accesses in the machine code."""
+"""The CUDA sources compiled for three architectures, without a GPU: no warning, no spill, registers within their
+budget, and 16-byte accesses in the machine code."""
 
 import re
 import shutil
@@ -120,8 +120,8 @@ def test_combine_starts_while_gram_ends_and_waits_for_it(machine_code):
 
 
 def loads_in_flight(code):
-    """How many vector loads follow one another, here and there in a function, with nothing between them that could wait for
-    the first: no branch, no arithmetic on floats, no conversion, no store."""
+    """How many vector loads follow one another, here and there in a function, with nothing between them that could wait
+    for the first: no branch, no arithmetic on floats, no conversion, no store."""
     waits = re.compile(r"F(FMA|MUL|ADD)|D(FMA|MUL|ADD)|H(ADD2|FMA2|MUL2)|PRMT|BRA|STG|IMAD\.U32")
     runs = [0]
     for opcode in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", code):

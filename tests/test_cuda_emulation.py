@@ -1,7 +1,7 @@
 """The CUDA kernels' own source, executed on the CPU: against the float64 oracle, and under sanitizers.
 
-tests/emulation/cuda_emulation.h stands in for the runtime, csrc/cuda is compiled as it is. Blocks of 64 threads and grids of a
-few blocks make small buffers cross every border: several chunks a warp, several blocks, several launches.
+tests/emulation/cuda_emulation.h stands in for the runtime, csrc/cuda is compiled as it is. Blocks of 64 threads and
+grids of a few blocks make small buffers cross every border: several chunks a warp, several blocks, several launches.
 """
 
 import itertools
@@ -125,7 +125,8 @@ def test_float64_is_rounded_to_16_bits_once(driver, tmp_path):
 
 
 def test_a_model_is_two_launches(driver, tmp_path):
-    """At K = 1: one Gram and one combine. What does not fit the parameters of one launch needs more, and gives the same sums."""
+    """At K = 1: one Gram and one combine. What does not fit the parameters of one launch needs more, and gives the same
+    sums."""
     one, many = (Case(PROJECT, dense_rows(2, [1 + i % 5 for i in range(n)])) for n in (SEGMENTS, 2 * SEGMENTS + 1))
     results = verified(driver, [one, many], tmp_path)
     assert [r.launches for r in results] == [2, 6]
@@ -141,7 +142,8 @@ def test_a_part_for_every_tensor_is_one_launch_a_pass(driver, tmp_path):
 
 
 def test_parts_meet_blocks_and_launches_anyhow(driver, tmp_path):
-    """A part of several blocks, several parts in one block, parts without a buffer, parts that several launches share."""
+    """A part of several blocks, several parts in one block, parts without a buffer, parts that several launches
+    share."""
     rows = dense_rows(3, [70, 5, 1900, 64, 3, 2000])
     cases = [
         Case(GRAM, rows, blocks=8, parts=[0, 300, 3, 3, 255, 256]),
@@ -156,7 +158,8 @@ def test_parts_meet_blocks_and_launches_anyhow(driver, tmp_path):
 
 
 def test_64_directions_read_the_gradient_once_per_group(driver, tmp_path):
-    """65 rows do not fit one pass. With the directions' own products known, 8 passes take row 0 against 8 others each."""
+    """65 rows do not fit one pass. With the directions' own products known, 8 passes take row 0 against 8 others
+    each."""
     rows = dense_rows(65, [70, 9, 1200])
     weights = [1.0] + [(-0.5) ** (k % 7) for k in range(64)]
     cases = [Case(GRAM, rows, gram_dd=np.arange(64.0 * 64).reshape(1, 64, 64)), Case(COMBINE, rows, weights)]
@@ -176,8 +179,8 @@ def test_64_directions_of_every_form(driver, tmp_path):
 
 
 def test_many_rows_without_known_products(driver, tmp_path):
-    """Every group of four rows with every other: K = 11 is 3 passes, K = 32 is 36, which read 264 N. A group without row 0 has
-    another instance where that is of another type."""
+    """Every group of four rows with every other: K = 11 is 3 passes, K = 32 is 36, which read 264 N. A group without
+    row 0 has another instance where that is of another type."""
     for num_rows, passes in ((12, 3), (33, 36)):
         rows = dense_rows(num_rows, [300, 7], torch.float32, torch.bfloat16)
         rows[1][0] = rows[-1][1] = None
@@ -189,7 +192,8 @@ def test_many_rows_without_known_products(driver, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_many_parts(driver, tmp_path, method):
-    """A block per part, all its threads at one tableau: K = 1, K larger than a warp, dependent directions, a part of NaN."""
+    """A block per part, all its threads at one tableau: K = 1, K larger than a warp, dependent directions, a part of
+    NaN."""
     rng = np.random.default_rng(0)
     cases, expected = [], []
     for k in (1, 2, 7, 40):
@@ -313,8 +317,8 @@ def test_equal_elements_round_the_same_way(builds, tmp_path):
 
 @pytest.mark.parametrize("operation", [GRAM, WEIGHTS])
 def test_the_harness_sees_a_missing_barrier(builds, tmp_path, operation):
-    """Without __syncthreads the last sum of a block is a race. A harness that cannot see that proves nothing. "pcgrad", because
-    the loops of the other methods need not end when threads disagree."""
+    """Without __syncthreads the last sum of a block is a race. A harness that cannot see that proves nothing. "pcgrad",
+    because the loops of the other methods need not end when threads disagree."""
     gram = torch.eye(9, dtype=torch.float64)[None] - 0.1
     rows = dense_rows(2, [3000]) if operation == GRAM else [[torch.zeros(1, 9, dtype=torch.float64)], [gram]]
     data = serialise([Case(operation, rows, method="pcgrad")])

@@ -75,7 +75,8 @@ def test_checkpoint_of_four_ranks_goes_on_with_two(pool, way, tmp_path):
 
 
 def test_checkpoint_without_directions(pool, tmp_path):
-    """As one of before the optimizer was wrapped: its state is there, and nothing is protected until the next protect()."""
+    """As one of before the optimizer was wrapped: its state is there, and nothing is protected until the next
+    protect()."""
     _, expected = pool(4, checks.save, "fsdp2", str(tmp_path), False)[0]
     loaded, actual = pool(2, checks.load, "fsdp2", str(tmp_path), 0)[0]
     assert loaded == []

@@ -106,7 +106,8 @@ MIXTURES = {  # config, its settings, what is held or not reached in words, what
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_of_experts_keep_what_they_say_and_say_what_is_held(name):
-    """Most of it was held without a word, a router's tuple was an AttributeError, and an expert without tokens refused."""
+    """Most of it was held without a word, a router's tuple was an AttributeError, and an expert without tokens
+    refused."""
     transformers = package("transformers")
     config, settings, said, warned = MIXTURES[name]
     kind = "AutoModelForSeq2SeqLM" if name == "switch" else "AutoModelForCausalLM"

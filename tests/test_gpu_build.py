@@ -96,7 +96,8 @@ def compile_into(folder):
 
 
 def test_triton_finds_what_was_compiled_without_a_gpu(work, monkeypatch):
-    """Triton looks for a kernel's files where they were written, so that a cache which was taken along was compiled anew."""
+    """Triton looks for a kernel's files where they were written, so that a cache which was taken along was compiled
+    anew."""
     pytest.importorskip("triton")
     assert "3 kernels compiled, 0 found" in compile_into(gpu_build.MADE)
     (work / "work").rename(work / "moved")

@@ -1,5 +1,5 @@
-"""The GPU gate before there is a GPU: a dry run in a checkout that is only read, and stand-ins for its stages that are killed,
-fail, hang and talk wherever a call could be lost."""
+"""The GPU gate before there is a GPU: a dry run in a checkout that is only read, and stand-ins for its stages that are
+killed, fail, hang and talk wherever a call could be lost."""
 
 import json
 import os
@@ -200,7 +200,8 @@ def assert_gone(*processes):
 
 @pytest.mark.parametrize("place", range(len(names("cuda"))), ids=names("cuda"))
 def test_killed_in_the_middle_of_a_stage(tmp_path, place):
-    """By SIGKILL, which nobody catches, as when a machine's time is up: the rows are there, the stage's process is not."""
+    """By SIGKILL, which nobody catches, as when a machine's time is up: the rows are there, the stage's process is
+    not."""
     stages = [sh(name, told(machine=HEADER) + row(name)) for name in names("cuda")]
     stages[place][2][2] += FOREVER
     run = Run(tmp_path, stages)

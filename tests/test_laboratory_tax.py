@@ -1,4 +1,5 @@
-"""The laboratory's promises: the same runs from a second command, no finished run lost, nothing mixed, figures that are measured."""
+"""The laboratory's promises: the same runs from a second command, no finished run lost, nothing mixed, figures that are
+measured."""
 
 import copy
 import dataclasses

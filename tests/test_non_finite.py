@@ -47,8 +47,8 @@ def test_grad_scaler(inner, unscale, wrapping):
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("inner", INNER)
 def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
-    """The step is skipped, the directions stay, and the next step is projected. A fused optimizer is called all the same and
-    finds the inf itself: the update is zero, and must stay it."""
+    """The step is skipped, the directions stay, and the next step is projected. A fused optimizer is called all the
+    same and finds the inf itself: the update is zero, and must stay it."""
     model, x = model_and_batches()
     opt, protected = wrapping(INNER[inner](model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -73,8 +73,8 @@ def test_grad_scaler_skips_an_inf_in_the_gradient(inner, unscale, wrapping):
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("at", [None, 0, 1], ids=["alone", "oldest", "between"])
 def test_a_direction_that_is_not_finite_is_dropped(at, inner, bad, wrapping):
-    """An overflow in the capability loss would make every Gram non-finite, and so leave every later step unprotected: the
-    step is the one without that direction."""
+    """An overflow in the capability loss would make every Gram non-finite, and so leave every later step unprotected:
+    the step is the one without that direction."""
     model, twin, x = twins()
     opt, protected = wrapping(INNER[inner](model.parameters()), 3)
     other, reference = wrapping(INNER[inner](twin.parameters()), 3)

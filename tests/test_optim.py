@@ -145,7 +145,8 @@ def test_schedulers_see_the_wrapped_groups(name, wrapping):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_clipping(when, wrapping):
-    """Before the step: of the gradient that is projected then. After project(): of the projected one, which stays so."""
+    """Before the step: of the gradient that is projected then. After project(): of the projected one, which stays
+    so."""
     model, twin, x = twins()
     opt, protected = wrapping(model)
     protect(model, protected, x[0])
@@ -171,8 +172,8 @@ AFTER_PROJECT = ["backward", "backward of another parameter", "protect", "zero_g
 @pytest.mark.parametrize("method", ["orthogonal", "conflict", "pcgrad", ("mix", 0.5)], ids=str)
 @pytest.mark.parametrize("what", AFTER_PROJECT)
 def test_what_comes_after_project(what, method, wrapping):
-    """A backward pass that added to the projected gradients was stepped unprojected, and nothing was said. After zero_grad()
-    they are new ones: a step that was skipped must not leave the next one unprotected."""
+    """A backward pass that added to the projected gradients was stepped unprojected, and nothing was said. After
+    zero_grad() they are new ones: a step that was skipped must not leave the next one unprotected."""
     model, twin, x = twins()
     opt, protected = wrapping(model, 1, method)
     protect(model, protected, x[0])
@@ -221,7 +222,8 @@ def test_gradient_accumulation(wrapping):
 @pytest.mark.parametrize("form", ["positional", "keyword", "project() inside"])
 @pytest.mark.parametrize("inner", [torch.optim.LBFGS, torch.optim.SGD], ids=lambda c: c.__name__)
 def test_closures(inner, form, wrapping):
-    """Every evaluation is projected, once, where it makes its gradients: Lightning has the whole backward pass inside."""
+    """Every evaluation is projected, once, where it makes its gradients: Lightning has the whole backward pass
+    inside."""
     model, twin, x = twins()
     opt, protected = wrapping(inner(model.parameters(), lr=0.1), 1, "pcgrad")
     protect(model, protected, x[0])

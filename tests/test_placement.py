@@ -1,9 +1,9 @@
 """Sums of the CPU kernels have the same bits wherever rows lie in memory, for any number of threads and of other rows.
 
-What went wrong: columns that touch in memory in every row were walked as one, so the allocator decided where partial sums end;
-and the product of two rows was summed in another order where more rows, or only one, were multiplied with them. A resumed run
-computes the Gram of its directions anew where an uninterrupted one has extended it row by row, so its weights differed in the last
-bit."""
+What went wrong: columns that touch in memory in every row were walked as one, so the allocator decided where partial
+sums end; and the product of two rows was summed in another order where more rows, or only one, were multiplied with
+them. A resumed run computes the Gram of its directions anew where an uninterrupted one has extended it row by row, so
+its weights differed in the last bit."""
 
 import os
 import subprocess
@@ -124,7 +124,8 @@ def test_a_direction_with_another_dtype_is_multiplied_as_in_float32():
 
 
 def test_tasks_of_several_chunks():
-    """With 65 rows so many elements are more chunks than tasks, with three they are not; rows are repeated to save memory."""
+    """With 65 rows so many elements are more chunks than tasks, with three they are not; rows are repeated to save
+    memory."""
     rows = make_rows(3, [torch.float32], [(64, 32_900), (33,)])
     whole = gradproj.gram(*(rows[r % 3] for r in range(65)))
     assert torch.equal(whole[:3, :3], gradproj.gram(*rows)) and torch.equal(whole[60:63, 60:63], whole[:3, :3])

@@ -1,6 +1,7 @@
 """What was captured stays, and what should learn does, in situations that users get into; or it is refused in words.
 
-Every one of these once moved protected outputs, froze what should have trained, or failed with an error that gave no advice.
+Every one of these once moved protected outputs, froze what should have trained, or failed with an error that gave no
+advice.
 """
 
 import warnings
@@ -231,7 +232,8 @@ def test_a_model_that_is_mostly_held_says_so(few):
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_transformer_encoder(trains):
-    """in_proj_weight and out_proj are used inside of a function: held, with a warning that says so. The rest is pinned."""
+    """in_proj_weight and out_proj are used inside of a function: held, with a warning that says so. The rest is
+    pinned."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, 0.0, batch_first=True), 2).train(trains)
     x = torch.randn(1, 3, 12)

@@ -1,4 +1,5 @@
-"""Data flows one way: optim -> protection -> {directions, nullspace} -> rows -> kernels. An import that runs back up fails here."""
+"""Data flows one way: optim -> protection -> {directions, nullspace} -> rows -> kernels. An import that runs back up
+fails here."""
 
 import ast
 from pathlib import Path
@@ -21,8 +22,8 @@ def place(parts) -> str:
 
 
 def imports():
-    """(file, room it is in, room that it imports), of all imports, those inside of functions included. Backends are imported by
-    name when they are asked for, which is how they register their ops."""
+    """(file, room it is in, room that it imports), of all imports, those inside of functions included. Backends are
+    imported by name when they are asked for, which is how they register their ops."""
     folders = [PACKAGE, Path(__file__).parent.parent / "triton_kernels"]
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):

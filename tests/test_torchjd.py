@@ -55,8 +55,8 @@ def test_pcgrad_in_our_order_equals_the_aggregator(on, monkeypatch):
 
 
 def test_conflict_is_dual_projection_of_the_gradient_alone(on):
-    """TorchJD's DualProj with all preference on row 0 and no regularisation solves the problem of "conflict", with one more
-    constraint, that g' does not oppose g, which holds by itself."""
+    """TorchJD's DualProj with all preference on row 0 and no regularisation solves the problem of "conflict", with one
+    more constraint, that g' does not oppose g, which holds by itself."""
     from torchjd.linalg import QuadprogProjector
 
     rows = conflicting_rows(5, device=on.device)

@@ -1,4 +1,5 @@
-"""What is Triton's own: tables, their cache, launches, and what is refused during capture. Numerics: the shared tests."""
+"""What is Triton's own: tables, their cache, launches, and what is refused during capture. Numerics: the shared
+tests."""
 
 import os
 import threading

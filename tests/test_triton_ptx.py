@@ -1,8 +1,8 @@
-"""What the Triton backend launches, compiled without a GPU for sm_90 and sm_80 with the Triton that is installed. With every
-Triton and in every form: triton_versions.py.
+"""What the Triton backend launches, compiled without a GPU for sm_90 and sm_80 with the Triton that is installed. With
+every Triton and in every form: triton_versions.py.
 
-Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is atomic;
-``pin_`` multiplies on tensor cores.
+Full chunks move 16 bytes at a time, sums stay in their threads until all rows are read, registers suffice, nothing is
+atomic; ``pin_`` multiplies on tensor cores.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Mistakes that users make with a NullSpace: what happens is right, or says what to do. Others have tests where they belong."""
+"""Mistakes that users make with a NullSpace: what happens is right, or says what to do. Others have tests where they
+belong."""
 
 import warnings
 

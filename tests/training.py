@@ -18,7 +18,8 @@ def _built(optimizer, settings, named) -> tuple[Optimizer, Protection]:
 
 
 def projected(optimizer, *settings, **named) -> gradproj.ProjectedOptimizer:
-    """``optimizer``, or SGD with the parameters of a model, under ``Directions(*settings, **named)`` or ``protection=``."""
+    """``optimizer``, or SGD with the parameters of a model, under ``Directions(*settings, **named)`` or
+    ``protection=``."""
     return gradproj.ProjectedOptimizer(*_built(optimizer, settings, named))
 
 
@@ -54,7 +55,8 @@ def twins(seed=0):
 
 
 def protecting(wrapping, *settings, blocks=1, optimizer=lambda model: model, **named):
-    """A small model, its batches, what is stepped, and what has protected the gradients of the first ``blocks`` batches."""
+    """A small model, its batches, what is stepped, and what has protected the gradients of the first ``blocks``
+    batches."""
     model, x = model_and_batches()
     opt, protected = wrapping(optimizer(model), *settings, **named)
     for batch in x[:blocks]:

@@ -1,7 +1,7 @@
 """Compiles what an op launches, without a GPU: triton_compile.py FOLDER op,rows,dtype,flag,flag.. ...
 
-The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead. For ``pin_``
-rows are the rank. Flags:
+The op runs on CPU tensors up to its launches, whose PTX and use of registers and stack are written to FOLDER instead.
+For ``pin_`` rows are the rank. Flags:
 
     sm80, sm100   for this architecture instead of sm_90
     strided       directions, or the weight of ``pin_``, have no dense dimension
@@ -44,7 +44,8 @@ N = 4096
 
 
 class Device:
-    """What the launcher asks before it compiles; a device of its own for every capability, because it keeps kernels by device."""
+    """What the launcher asks before it compiles; a device of its own for every capability, because it keeps kernels by
+    device."""
 
     capability = 90
 

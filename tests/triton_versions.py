@@ -2,8 +2,9 @@
 
     python tests/triton_versions.py [VERSION ..]
 
-Each Triton is installed into a folder of its own, build/compat/triton/VERSION, and used again when it is there; nothing else is
-changed. Needs torch and numpy. Prints what spills registers; ends with a table, and an error that names the cases that failed.
+Each Triton is installed into a folder of its own, build/compat/triton/VERSION, and used again when it is there; nothing
+else is changed. Needs torch and numpy. Prints what spills registers; ends with a table, and an error that names the
+cases that failed.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Tables on the device, kept.
 
-They are kept so that a training loop checks its buffers and builds once: under the addresses, shapes, strides and dtypes of
-all buffers, the newest of them, up to ``CACHE_BYTES``. Their memory outlives every reader: a stream that uses a table is
-recorded on it, the copy's pinned source is held by torch until the copy is done, and what a CUDA graph has captured stays for
-ever, because the graph reads it at every replay.
+They are kept so that a training loop checks its buffers and builds once: under the addresses, shapes, strides and
+dtypes of all buffers, the newest of them, up to ``CACHE_BYTES``. Their memory outlives every reader: a stream that uses
+a table is recorded on it, the copy's pinned source is held by torch until the copy is done, and what a CUDA graph has
+captured stays for ever, because the graph reads it at every replay.
 """
 
 import threading

@@ -64,8 +64,8 @@ def combine_chunk(
 def combine_kernel(
     segments, width, programs, weights, num_rows, rows: tl.constexpr, dtypes: tl.constexpr, instance: tl.constexpr
 ):  # fmt: skip
-    """Reads the rows whose weight is not 0 once and writes row 0, 16 bytes at a time in full chunks; weights (1, 0, .., 0)
-    read and write nothing. A program walks its chunks backwards: what a Gram read last is still in L2."""
+    """Reads the rows whose weight is not 0 once and writes row 0, 16 bytes at a time in full chunks; weights (1, 0, ..,
+    0) read and write nothing. A program walks its chunks backwards: what a Gram read last is still in L2."""
     program = programs + tl.program_id(0) * 4
     weights += tl.load(program + 2) * num_rows
     if (tl.load(weights) == 1.0) & (any_nonzero(weights, rows, 1, len(rows)) == 0):

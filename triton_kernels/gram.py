@@ -49,8 +49,8 @@ def gram_kernel(
     segments, width, programs, partial, first, second, heads: tl.constexpr, dtypes: tl.constexpr, only_first: tl.constexpr,
     instance: tl.constexpr,
 ):  # fmt: skip
-    """Reads each row of a pass once, 16 bytes at a time in full chunks; writes a double per program and pair of rows. The rows
-    are ``heads`` from position ``first`` on and the others from ``second`` on. Same grid, same bits."""
+    """Reads each row of a pass once, 16 bytes at a time in full chunks; writes a double per program and pair of rows.
+    The rows are ``heads`` from position ``first`` on and the others from ``second`` on. Same grid, same bits."""
     program = programs + tl.program_id(0) * 4
     segment = segments + tl.load(program + 1) * width
     threads: tl.constexpr = instance.threads
@@ -84,9 +84,9 @@ def gram_finish_kernel(
     partial, bounds, gram, gram_dd, weights, num_rows, first, second, gamma: tl.float64, eps: tl.float64, heads: tl.constexpr,
     count: tl.constexpr, only_first: tl.constexpr, method: tl.constexpr, block: tl.constexpr, tableau: tl.constexpr,
 ):  # fmt: skip
-    """A program a part. Adds up what its programs found for each pair of a pass's ``count`` rows, and writes it to ``gram``,
-    where those are ``heads`` rows from ``first`` on and the others from ``second`` on. Copies ``gram_dd`` if given; with a
-    ``method`` solves for the weights."""
+    """A program a part. Adds up what its programs found for each pair of a pass's ``count`` rows, and writes it to
+    ``gram``, where those are ``heads`` rows from ``first`` on and the others from ``second`` on. Copies ``gram_dd`` if
+    given; with a ``method`` solves for the weights."""
     part = tl.program_id(0).to(tl.int64)
     gram += part * num_rows * num_rows
     pairs: tl.constexpr = count if only_first else count * (count + 1) // 2

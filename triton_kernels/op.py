@@ -27,7 +27,8 @@ def refusing() -> Iterator[None]:
 
 
 def implement(function: Callable) -> Callable:
-    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on the CPU.
+    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on
+    the CPU.
 
     A kernel that does not compile or start becomes one error that says what failed, where, and the way out.
     """
@@ -70,8 +71,8 @@ _compiled: set[tuple] = set()
 
 
 def launch(device: torch.device, starts: Sequence[Start]) -> None:
-    """Launches of kernels that write the user's buffers. All are compiled and loaded before the first runs: if one is not, nothing
-    is half written."""
+    """Launches of kernels that write the user's buffers. All are compiled and loaded before the first runs: if one is
+    not, nothing is half written."""
     for start in starts:
         key = id(start.kernel), device, start.form
         if key not in _compiled:

@@ -51,7 +51,8 @@ def find_layer(table, layers, program):
 
 @triton.jit
 def split(x, dtype: tl.constexpr):
-    """float32 as a sum of two that tensor cores take: 22 bits in TF32, for which ``dtype`` is float32, 16 in bfloat16."""
+    """float32 as a sum of two that tensor cores take: 22 bits in TF32, for which ``dtype`` is float32, 16 in
+    bfloat16."""
     if dtype == tl.float32:
         high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
         low = x - high
@@ -128,9 +129,10 @@ def load_target(line, first_row, first, outputs, rank, form: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layers"])
 def pin_kernel(table, partial, layers, form: tl.constexpr):
-    """A program takes some rows of one weight: reads them from memory once, again from cache, the last first, writes them once;
-    per block of columns of U, which are orthogonal to all others, so that one block after the other is exact. Reads the
-    block twice too. Writes |W U - B|^2. Offsets within a tile are 32-bit: pointers would take twice the registers."""
+    """A program takes some rows of one weight: reads them from memory once, again from cache, the last first, writes
+    them once; per block of columns of U, which are orthogonal to all others, so that one block after the other is
+    exact. Reads the block twice too. Writes |W U - B|^2. Offsets within a tile are 32-bit: pointers would take twice
+    the registers."""
     num_rows: tl.constexpr = form.rows  # Triton 3.6 and 3.7 take no plain number, as in form.rows, for a shape
     num_ranks: tl.constexpr = form.ranks
     program = tl.program_id(0)
@@ -212,7 +214,8 @@ def pin_finish_kernel(table, partial, squares, block: tl.constexpr):
 def pin_(
     weights: list[Tensor], bases: list[Tensor], targets: list[Tensor | None], biases: list[Tensor], biased: list[int]
 ) -> Tensor:
-    """The op ``pin_``; see ``gradproj.kernels.ops``. One launch for all weights of one form; what does not fit goes to a BLAS."""
+    """The op ``pin_``; see ``gradproj.kernels.ops``. One launch for all weights of one form; what does not fit goes to
+    a BLAS."""
     if not weights:
         return torch.zeros(0, dtype=torch.float64)
     device = weights[0].device

@@ -58,13 +58,14 @@ class Form(NamedTuple):
 
     Attributes:
         dtype: of the weights.
-        layout: ``"rows"``: neighbours in a row of W are neighbours in memory, and every row starts on a 16-byte boundary;
-            ``"columns"``: the same of columns, as in a transposed weight; ``"strided"``: anything. In the first two every
-            column of U is dense.
+        layout: ``"rows"``: neighbours in a row of W are neighbours in memory, and every row starts on a 16-byte
+            boundary; ``"columns"``: the same of columns, as in a transposed weight; ``"strided"``: anything. In the
+            first two every column of U is dense.
         aligned: every column of U starts on a 16-byte boundary too, which it seldom does with a bias.
         ranks: columns of U that are taken at a time.
-        rows: of W that a program takes. The more they are, the less often U is read, from L2; the fewer, the more surely the
-            second reading of W finds in L2 what the first has left there. A warp group multiplies 64 rows at least.
+        rows: of W that a program takes. The more they are, the less often U is read, from L2; the fewer, the more
+            surely the second reading of W finds in L2 what the first has left there. A warp group multiplies 64 rows at
+            least.
     """
 
     dtype: tl.dtype

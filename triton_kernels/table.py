@@ -1,8 +1,9 @@
 """From lists of tensors to tables of addresses that a kernel walks: the host's part, in Python.
 
-A column holds one tensor of every row; a segment is a run of elements that every row of it has. Dense neighbours that touch in
-memory in every row are one segment, within a part. A dense segment that is off a 16-byte boundary by the same number of
-elements in every row is cut into a head and an aligned rest. Columns without a common dense order keep sizes and strides.
+A column holds one tensor of every row; a segment is a run of elements that every row of it has. Dense neighbours that
+touch in memory in every row are one segment, within a part. A dense segment that is off a 16-byte boundary by the same
+number of elements in every row is cut into a head and an aligned rest. Columns without a common dense order keep sizes
+and strides.
 """
 
 from collections.abc import Sequence
@@ -47,10 +48,11 @@ class Launch(NamedTuple):
     Attributes:
         rows: which are there, ascending; the position of a row is its index here.
         dtypes: triton types of those.
-        segments: [S + 1, width] int64, ascending by part: first chunk, numel, whether every row starts on a 16-byte boundary,
-            ``ndim`` sizes, and of every row the address and ``ndim`` strides. The last entry has the number of chunks only.
-        programs: [n + 1, 4] int64: first chunk, the segment that holds it, the part, and the slot for a Gram's sums. All
-            chunks of a program, up to the next one's first, are of one part.
+        segments: [S + 1, width] int64, ascending by part: first chunk, numel, whether every row starts on a 16-byte
+            boundary, ``ndim`` sizes, and of every row the address and ``ndim`` strides. The last entry has the number
+            of chunks only.
+        programs: [n + 1, 4] int64: first chunk, the segment that holds it, the part, and the slot for a Gram's sums.
+            All chunks of a program, up to the next one's first, are of one part.
     """
 
     rows: tuple[int, ...]
@@ -121,7 +123,8 @@ class Table(NamedTuple):
         written: bool,
         threads: int | None = None,
     ) -> "Table":
-        """The table of one op's buffers; see ``gradproj.kernels.ops``. On the device when the current stream comes to use it.
+        """The table of one op's buffers; see ``gradproj.kernels.ops``. On the device when the current stream comes to
+        use it.
 
         Args:
             written: whether row 0 will be.
@@ -152,8 +155,8 @@ def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: st
 
 
 def _programs_for(device: torch.device, num_rows: int, threads: int) -> int:
-    """Programs whose loads, 16 bytes a thread and row, keep ``IN_FLIGHT`` bytes of a multiprocessor on their way; a number of
-    its own for a device, so that sums are in the same order."""
+    """Programs whose loads, 16 bytes a thread and row, keep ``IN_FLIGHT`` bytes of a multiprocessor on their way; a
+    number of its own for a device, so that sums are in the same order."""
     if device.type == "cpu":
         return 4  # interpreted
     each = min(8, max(2, IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
@@ -198,8 +201,8 @@ def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
 
 
 def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
-    """By rows that are there, their dtypes and dimensions (0 if dense): of every column the part, then what a segment has from
-    its numel on. Ascending by part, without columns that are empty."""
+    """By rows that are there, their dtypes and dimensions (0 if dense): of every column the part, then what a segment
+    has from its numel on. Ascending by part, without columns that are empty."""
     found: dict[tuple, list[list[int]]] = {}
     count = len(rows) // num_rows
     for i in sorted(range(count), key=parts.__getitem__) if parts else range(count):
@@ -265,7 +268,8 @@ def _programs(part: np.ndarray, segments: np.ndarray, most: int, num_parts: int)
 
 
 def _number_slots(programs: list[np.ndarray], num_parts: int) -> np.ndarray:
-    """Numbers the slots of all programs so that those of a part are neighbours; where each part's begin, and the end."""
+    """Numbers the slots of all programs so that those of a part are neighbours; where each part's begin, and the
+    end."""
     part = np.concatenate([np.zeros(0, dtype=np.int64), *(p[:-1, 2] for p in programs)])
     slots = np.argsort(np.argsort(part, kind="stable"))
     for p in programs:

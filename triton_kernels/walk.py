@@ -1,4 +1,5 @@
-"""How kernels walk a table: which segment holds a chunk, and where a row has its elements. ``table.Launch`` says what it holds."""
+"""How kernels walk a table: which segment holds a chunk, and where a row has its elements. ``table.Launch`` says what
+it holds."""
 
 import triton
 import triton.language as tl
@@ -45,7 +46,8 @@ def load_row(
 ):  # fmt: skip
     """A chunk of a row as ``instance.compute``. Full: 16 bytes at a time; else element by element, from any address.
 
-    A row that is not ``used`` is not read, and zeros: no branch, so that the loads of several rows are in flight together.
+    A row that is not ``used`` is not read, and zeros: no branch, so that the loads of several rows are in flight
+    together.
     """
     index = start + tl.arange(0, instance.chunk)
     pointers = row_pointers(segment, position, dtype, index, full, instance)

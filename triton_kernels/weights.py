@@ -15,7 +15,8 @@ TOLERANCE = tl.constexpr(methods.RANK_TOLERANCE)
 
 @triton.jit
 def solve(gram, weights, num_rows, gamma, eps, method: tl.constexpr, block: tl.constexpr):
-    """Weights of one Gram, by all threads of a program; ``block``: a power of two, no less than the number of directions."""
+    """Weights of one Gram, by all threads of a program; ``block``: a power of two, no less than the number of
+    directions."""
     k = tl.arange(0, block)
     i, j = k[:, None], k[None, :]
     inside = k < num_rows - 1
@@ -88,7 +89,8 @@ def solve_finite(gg, gd, dd, k, steps, method: tl.constexpr, block: tl.constexpr
 
 @triton.jit
 def next_nonnegative(diagonal, active, last, y, slack, k):
-    """A step of Lawson & Hanson: y, moved towards the solution on the active set, and the direction that leaves or enters."""
+    """A step of Lawson & Hanson: y, moved towards the solution on the active set, and the direction that leaves or
+    enters."""
     infinity = float("inf")
     blocks = active & (last <= 0.0)
     gap = tl.where(blocks & (y > 0.0), y - last, 1.0)

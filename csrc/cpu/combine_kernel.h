@@ -3,7 +3,8 @@
 namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
-// Weights and pointers in locals: what lies in memory could be what out points to, and would be read again after every store.
+// Weights and pointers in locals: what lies in memory could be what out points to, and would be read again after every
+// store.
 template <typename T, typename G, typename S, int kRows>
 void combine_rows(G* out, const void* const* rows, const double* weights, int64_t n) {
   using First = Step<T, G, !std::is_same_v<G, S>>;

@@ -1,18 +1,19 @@
-// Inner products of the rows. Reads R N bytes once, writes R^2 numbers per part. Products are float32 (float64 if anything is),
-// sums float64.
+// Inner products of the rows. Reads R N bytes once, writes R^2 numbers per part. Products are float32 (float64 if
+// anything is), sums float64.
 //
-// Order of summation of a pair: within a slice as gram_kernel.h says, slices ascending within a chunk, chunks as a binary tree
-// over their number. Where chunks end depends on the sizes of the columns alone, and a tree lets any power of two of them be a
-// task. So neither addresses, nor threads, nor the other rows change a bit of the product of two rows. One exception: in a
-// column whose rows differ in dtype, 16-bit rows are multiplied in float32 tiles, in another order than among themselves.
+// Order of summation of a pair: within a slice as gram_kernel.h says, slices ascending within a chunk, chunks as a
+// binary tree over their number. Where chunks end depends on the sizes of the columns alone, and a tree lets any power
+// of two of them be a task. So neither addresses, nor threads, nor the other rows change a bit of the product of two
+// rows. One exception: in a column whose rows differ in dtype, 16-bit rows are multiplied in float32 tiles, in another
+// order than among themselves.
 #include "ops.h"
 #include "rows.h"
 
 namespace gradproj::cpu {
 namespace {
 
-// Adds up lists of numbers in the order of a binary tree over their ascending indices; what is missing counts as zeros. 2^k
-// aligned neighbours may be added up first, by a tree of their own.
+// Adds up lists of numbers in the order of a binary tree over their ascending indices; what is missing counts as zeros.
+// 2^k aligned neighbours may be added up first, by a tree of their own.
 class TreeSum {
  public:
   explicit TreeSum(int64_t width) : width_(static_cast<size_t>(width)) {}
@@ -50,8 +51,8 @@ class TreeSum {
   std::vector<bool> full_;            // which levels of it are in use
 };
 
-// The sums of every task for every part that it meets, at slot task + part. No two share one: tasks and parts both ascend
-// along the plan, so of two neighbouring combinations at least one number is larger.
+// The sums of every task for every part that it meets, at slot task + part. No two share one: tasks and parts both
+// ascend along the plan, so of two neighbouring combinations at least one number is larger.
 class TaskSums {
  public:
   TaskSums(const Plan& plan, const Chunks& chunks, int64_t pairs)
@@ -128,7 +129,8 @@ void gram_task(const Plan& plan, const Chunks& chunks, int64_t task, bool row_on
 
 }  // namespace
 
-// gram: [parts, R, R], symmetric. gram_dd: [parts, R - 1, R - 1] products of rows 1.., or null; if given, only row 0 is computed.
+// gram: [parts, R, R], symmetric. gram_dd: [parts, R - 1, R - 1] products of rows 1.., or null; if given, only row 0 is
+// computed.
 void gram(const Plan& plan, const double* gram_dd, double* gram) {
   const int R = plan.rows;
   const bool row_only = gram_dd != nullptr;

@@ -3,9 +3,9 @@
 namespace gradproj::cpu::GRADPROJ_ISA {
 namespace {
 
-// Order of summation of one pair over n elements, the same in every kernel here and for any number of rows, so that the product
-// of two rows depends on nothing but them: lane by lane over the vectors of a run, from zero; runs ascending, in double; then what
-// fills no vector. Of 16-bit rows a step's even elements come before its odd ones.
+// Order of summation of one pair over n elements, the same in every kernel here and for any number of rows, so that the
+// product of two rows depends on nothing but them: lane by lane over the vectors of a run, from zero; runs ascending,
+// in double; then what fills no vector. Of 16-bit rows a step's even elements come before its odd ones.
 //
 // Of equal elements every float32 addition may round the same way: then the 48 of a run cost 8e-7 of the sum.
 constexpr int kChain = 48;
@@ -17,12 +17,12 @@ constexpr int kBlock = GRADPROJ_VECTOR_BYTES == 64 ? 5 : 3;
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// Bytes of each row that all blocks go through before they go on. So little, because the processor's prefetchers then see all
-// rows advance side by side, and run ahead of them while the blocks compute.
+// Bytes of each row that all blocks go through before they go on. So little, because the processor's prefetchers then
+// see all rows advance side by side, and run ahead of them while the blocks compute.
 constexpr int64_t kBlockTile = 512;
 
-// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a run, to a vector per pair; if kTriangle, y
-// is x and only pairs a <= b count. Each load serves several products.
+// Adds the products of kX rows x with kY rows y over elements [begin, end), part of a run, to a vector per pair; if
+// kTriangle, y is x and only pairs a <= b count. Each load serves several products.
 template <typename T, typename S, int kX, int kY, bool kTriangle>
 inline void block(const S* const* x_rows, const S* const* y_rows, int64_t begin, int64_t end,
                   typename Vector<T>::type* vectors) {

@@ -1,6 +1,6 @@
 // The arithmetic of gram and combine on n elements of every row, compiled once per instruction set; see kernels_impl.h.
-// Rows are contiguous. A tile is a run of elements short enough to stay in L1: what has to be read more than once, or copied
-// before it is used, is taken a tile at a time.
+// Rows are contiguous. A tile is a run of elements short enough to stay in L1: what has to be read more than once, or
+// copied before it is used, is taken a tile at a time.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,9 @@ struct F16 {
   uint16_t bits;
 };
 
-// Sums are kept in the order in which kernels go through them: of blocks of `block` rows with such blocks, upper triangle of
-// blocks row by row, and inside a block its pairs row by row. To look a pair up while rows are read costs a tenth of the time.
+// Sums are kept in the order in which kernels go through them: of blocks of `block` rows with such blocks, upper
+// triangle of blocks row by row, and inside a block its pairs row by row. To look a pair up while rows are read costs a
+// tenth of the time.
 inline int pair_place(int block, int num_rows, int i, int j) {
   const int top = i / block * block, left = j / block * block, height = std::min(block, num_rows - top);
   const int before = top * num_rows - top * (top - 1) / 2, diagonal = height * (height + 1) / 2, a = i - top, b = j - left;
@@ -36,11 +37,11 @@ inline int pair_place(int block, int num_rows, int i, int j) {
 
 // Kernels that read and write rows where they lie. Row 0 is the gradient; rows 1.. share a dtype, which may be another.
 struct RowKernels {
-  // Adds the products of all rows to sums, pair i <= j at pair_place; or if row_only those of row 0 and row j, at j. `sums`
-  // is followed by scratch of equal length. Reads R n elements.
+  // Adds the products of all rows to sums, pair i <= j at pair_place; or if row_only those of row 0 and row j, at j.
+  // `sums` is followed by scratch of equal length. Reads R n elements.
   void (*gram)(const void* const* rows, int num_rows, int64_t n, bool row_only, PairSum* sums);
-  // out = sum_r weights[r] rows[r], rounded once; out has the dtype of row 0 and may be one of the rows. Reads R n elements,
-  // writes n.
+  // out = sum_r weights[r] rows[r], rounded once; out has the dtype of row 0 and may be one of the rows. Reads R n
+  // elements, writes n.
   void (*combine)(void* out, const void* const* rows, const double* weights, int num_rows, int64_t n);
   bool mixed;  // the directions have another dtype: gram has row_only alone
 };

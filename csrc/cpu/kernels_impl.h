@@ -1,7 +1,10 @@
 // Included by kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp, each under its own target and with its own
-// GRADPROJ_ISA and GRADPROJ_VECTOR_BYTES. Vectors are the compiler's vector extension, so one source serves every processor.
-// Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on telling so by __F16C__ inside a pragma.
-// No header that defines inline functions may be included from here: the linker would keep one instruction set's copy for all.
+// GRADPROJ_ISA and GRADPROJ_VECTOR_BYTES. Vectors are the compiler's vector extension, so one source serves every
+// processor.
+// Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on telling so by __F16C__ inside a
+// pragma.
+// No header that defines inline functions may be included from here: the linker would keep one instruction set's copy
+// for all.
 
 #include "vector.h"
 

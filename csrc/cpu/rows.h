@@ -37,8 +37,8 @@ inline bool all_in_memory(const Plan& plan, size_t segment) {
   return plan.segments[segment].ndim == 0 && std::all_of(views, views + plan.rows, [](const RowView& v) { return v.data; });
 }
 
-// The kernels that read the rows `which` (ascending) of a slice where they lie, and the addresses of those rows. Null if a row is
-// absent or strided, or there are no such kernels: then a buffer has to do.
+// The kernels that read the rows `which` (ascending) of a slice where they lie, and the addresses of those rows. Null
+// if a row is absent or strided, or there are no such kernels: then a buffer has to do.
 inline const RowKernels* in_place(const Plan& plan, const Slice& s, const std::vector<int>& which,
                                   std::vector<const void*>& rows) {
   const RowView* views = plan.row_views(s.segment);
@@ -55,8 +55,8 @@ inline const RowKernels* in_place(const Plan& plan, const Slice& s, const std::v
   return row_kernels(gradient, direction);
 }
 
-// Copies n elements of a row of a strided segment, from linear index `start`, between memory and a contiguous tile, run by run
-// of the innermost dimension.
+// Copies n elements of a row of a strided segment, from linear index `start`, between memory and a contiguous tile, run
+// by run of the innermost dimension.
 template <typename U, bool kToTile>
 void move_elements(const Plan& plan, const Segment& segment, int row, int64_t start, int64_t n, char* memory, char* tile) {
   const int64_t *sizes = plan.sizes(segment), *strides = plan.strides(segment, row);

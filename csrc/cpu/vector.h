@@ -1,6 +1,7 @@
 // Vectors, and the steps in which kernels take a row. Part of kernels_impl.h.
 
-// Before loops of constant length over arrays that are to live in registers: gcc leaves an array in memory if it keeps one loop.
+// Before loops of constant length over arrays that are to live in registers: gcc leaves an array in memory if it keeps
+// one loop.
 #if defined(__clang__)
 #define GRADPROJ_UNROLL _Pragma("unroll")
 #else
@@ -39,7 +40,8 @@ inline void encode(float x, BF16& out) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x);
   out.bits = static_cast<uint16_t>((x != x ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
-// Overflow gives infinity. Adding 0.5 to what is below the normal float16 puts the units of a subnormal in the last bits.
+// Overflow gives infinity. Adding 0.5 to what is below the normal float16 puts the units of a subnormal in the last
+// bits.
 inline void encode(float x, F16& out) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x), magnitude = u & 0x7fffffffu;
   const uint32_t subnormal = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;
@@ -49,8 +51,9 @@ inline void encode(float x, F16& out) {
   out.bits = static_cast<uint16_t>((u >> 16 & 0x8000u) | rounded);
 }
 
-// A step is the elements of a row that one load takes, as kVectors vectors of T. kInOrder: vectors hold consecutive elements,
-// as they must where rows of different dtypes meet. Rows of one dtype may come in any order that is the same for all of them.
+// A step is the elements of a row that one load takes, as kVectors vectors of T. kInOrder: vectors hold consecutive
+// elements, as they must where rows of different dtypes meet. Rows of one dtype may come in any order that is the same
+// for all of them.
 template <typename T, typename S, bool kInOrder>
 struct Step;
 
@@ -127,8 +130,8 @@ inline void widen(typename Vector<T>::type v, PairSum& sum) {
         __builtin_convertvector(reinterpret_cast<const part*>(&v)[l / kWidth], Vector<double>::type);
 }
 
-// Asks for the line 1024 elements ahead of p. With more than three rows a tile of each is about a page, and the processor's own
-// prefetchers start anew on every page. Past the end of a buffer a prefetch does nothing.
+// Asks for the line 1024 elements ahead of p. With more than three rows a tile of each is about a page, and the
+// processor's own prefetchers start anew on every page. Past the end of a buffer a prefetch does nothing.
 template <typename S>
 inline void prefetch(const S* p) {
   __builtin_prefetch(p + 1024, 0, 2);

@@ -1,5 +1,5 @@
-// How an op walks a plan on the CPU: its elements, all segments one after the other, in chunks of kChunk, and 2^k neighbouring
-// chunks as a task of torch's threads. Where a chunk ends depends on the sizes of the segments alone.
+// How an op walks a plan on the CPU: its elements, all segments one after the other, in chunks of kChunk, and 2^k
+// neighbouring chunks as a task of torch's threads. Where a chunk ends depends on the sizes of the segments alone.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

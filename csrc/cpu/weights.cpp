@@ -6,8 +6,8 @@
 
 namespace gradproj::cpu {
 
-// gram: [parts, R, R] -> weights: [parts, R]. Parts are handed to torch's threads once there is more work than that costs; the
-// result does not depend on how many there are.
+// gram: [parts, R, R] -> weights: [parts, R]. Parts are handed to torch's threads once there is more work than that
+// costs; the result does not depend on how many there are.
 void weights(Rule rule, const double* gram, int64_t parts, int num_rows, double* weights) {
   const int64_t R = num_rows;
   // A part is about R^3 operations, half a nanosecond each: 100 us make a task.

@@ -1,4 +1,5 @@
-// From a plan to launches: sorts its segments by the kernel instance that takes them and fills kernel parameters. Host code.
+// From a plan to launches: sorts its segments by the kernel instance that takes them and fills kernel parameters. Host
+// code.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 
 namespace gradproj::cuda {
 
-// The rows that a launch takes: `heads` rows from `first` on and those from `second` on, `count` in all. needs_first: every result
-// involves the first of them; segments that lack it are skipped.
+// The rows that a launch takes: `heads` rows from `first` on and those from `second` on, `count` in all. needs_first:
+// every result involves the first of them; segments that lack it are skipped.
 struct Pass {
   int32_t first, heads, second, count;
   bool needs_first;
@@ -110,8 +111,8 @@ inline void append(Segments& p, const Plan& plan, size_t s, const Pass& pass) {
   ++p.count;
 }
 
-// Divides the chunks among blocks, whose number it returns: as many as have a chunk for every warp, or, where each chunk may
-// be of another part, as there are chunks; no more than the device's.
+// Divides the chunks among blocks, whose number it returns: as many as have a chunk for every warp, or, where each
+// chunk may be of another part, as there are chunks; no more than the device's.
 inline int64_t divide(Segments& p, const Device& device, bool several_parts) {
   const int64_t chunks = p.chunks(), wanted = several_parts ? chunks : (chunks + kWarps - 1) / kWarps;
   const int64_t most = std::min(device.most_blocks, wanted);
@@ -139,7 +140,8 @@ inline StridedSegment make_strided(const Plan& plan, size_t s, const Pass& pass)
   return p;
 }
 
-// Calls dense(kind, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, always in the same order.
+// Calls dense(kind, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, always in the same
+// order.
 template <typename Dense, typename Strided>
 void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense, const Strided& strided) {
   std::vector<Kind> kinds;

@@ -7,9 +7,10 @@
 
 namespace gradproj::cuda {
 
-// Where a combine kernel finds its weights. count == 0: in `weights` [parts, R]. Otherwise there are two rows and one part, and
-// a Gram pass has just left `count` slots of partial sums: every block adds them up for itself (a few thousand doubles out of
-// L2) and applies the rule, so that nothing has to run between the two passes; block 0 also writes the results down.
+// Where a combine kernel finds its weights. count == 0: in `weights` [parts, R]. Otherwise there are two rows and one
+// part, and a Gram pass has just left `count` slots of partial sums: every block adds them up for itself (a few
+// thousand doubles out of L2) and applies the rule, so that nothing has to run between the two passes; block 0 also
+// writes the results down.
 struct WeightSource {
   double* weights;
   const double* slots;
@@ -207,9 +208,10 @@ class Combine {
 template <typename G>
 constexpr int kCombineBlocks = sizeof(G) == 8 ? 3 : 4;
 
-// Row 0 of dense segments. Reads each row whose weight is not 0 once and writes row 0 once: 16 bytes of row 0 and as many
-// elements of the others per lane; one element per lane in heads, tails, and segments whose rows are not all aligned as row 0
-// is. Walks backwards over the chunks that the same block of a Gram pass took: what was read last is still in L2.
+// Row 0 of dense segments. Reads each row whose weight is not 0 once and writes row 0 once: 16 bytes of row 0 and as
+// many elements of the others per lane; one element per lane in heads, tails, and segments whose rows are not all
+// aligned as row 0 is. Walks backwards over the chunks that the same block of a Gram pass took: what was read last is
+// still in L2.
 // Order of summation: rows 1, 2, .., then row 0.
 template <typename G, typename D>
 __global__ __launch_bounds__(kThreads, kCombineBlocks<G>)

@@ -1,5 +1,5 @@
-// Elements between memory and registers. G is what row 0 stores, D what the other rows store; they are computed with as float,
-// or as double where G is double. Elements travel in pairs, for which CUDA has types and packed conversions.
+// Elements between memory and registers. G is what row 0 stores, D what the other rows store; they are computed with as
+// float, or as double where G is double. Elements travel in pairs, for which CUDA has types and packed conversions.
 #pragma once
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// The Gram of up to nine rows in one pass, of more in several: every block leaves float64 sums of its products in slots, a second kernel adds the
-// slots up. No kernel here knows of torch.
+// The Gram of up to nine rows in one pass, of more in several: every block leaves float64 sums of its products in
+// slots, a second kernel adds the slots up. No kernel here knows of torch.
 #pragma once
 
 #include "batches.h"
@@ -9,8 +9,8 @@ namespace gradproj::cuda {
 
 constexpr int kPassRows = 9;
 
-// Sums that a lane keeps: products of kRows rows in C, added to totals in double after every chunk. Pair (i, j), i <= j, is
-// number j (j + 1) / 2 + i, so the pairs of fewer rows come first. kRowOnly: pair (0, j) only, number j.
+// Sums that a lane keeps: products of kRows rows in C, added to totals in double after every chunk. Pair (i, j), i <=
+// j, is number j (j + 1) / 2 + i, so the pairs of fewer rows come first. kRowOnly: pair (0, j) only, number j.
 // At most 48 products are added up in float32: of equal elements every addition may round the same way, 8e-7 in all.
 template <typename C, int kRows, bool kRowOnly>
 struct Sums {
@@ -79,8 +79,8 @@ class ChunkRows {
       sums.add(column);
     }
   }
-  // Whole steps from position `first` on, as many as fit in front of `last`; returns where they end. All loads of kUnroll steps
-  // are issued before the first product.
+  // Whole steps from position `first` on, as many as fit in front of `last`; returns where they end. All loads of
+  // kUnroll steps are issued before the first product.
   template <int kUnroll, bool kAllPresent, typename S>
   __device__ int add_steps(S& sums, int first, int last) const {
     for (; first + kUnroll * kStep <= last; first += kUnroll * kStep) {
@@ -129,9 +129,9 @@ constexpr int gram_blocks(int rows, bool row_only) {
   return rows <= 5 || row_only ? 2 : 1;
 }
 
-// Products of the rows of dense segments, at most kRows of them. Reads each element of each row once: 16 bytes of row 0 and as
-// many elements of the others per lane; one element per lane in heads, tails, and chunks whose rows are not all aligned as
-// row 0 is. Writes a slot, kPairs doubles, per block and part that it meets.
+// Products of the rows of dense segments, at most kRows of them. Reads each element of each row once: 16 bytes of row 0
+// and as many elements of the others per lane; one element per lane in heads, tails, and chunks whose rows are not all
+// aligned as row 0 is. Writes a slot, kPairs doubles, per block and part that it meets.
 // Order of summation: a lane its own elements, ascending; the lanes of a warp; the warps of a block; the slots.
 template <typename G, typename D, int kRows, bool kRowOnly>
 __global__ __launch_bounds__(kThreads, gram_blocks<G>(kRows, kRowOnly))
@@ -188,7 +188,8 @@ struct Target {
   bool add;  // to what is there
 };
 
-// Adds up slots first, first + 1, .. into one part of the Gram. Reads count * pairs doubles. By every thread of one block.
+// Adds up slots first, first + 1, .. into one part of the Gram. Reads count * pairs doubles. By every thread of one
+// block.
 __device__ inline void add_up(const Slots& slots, int64_t first, int32_t count, const Pass& pass, const Target& target,
                               int64_t part) {
   const int R = target.R, K = R - 1;

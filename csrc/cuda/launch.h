@@ -15,7 +15,8 @@ int64_t gram_scratch(const Device& device, const Plan& plan);
 // computed, or null.
 void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, double* scratch, double* gram);
 
-// A plan of two rows and one part: their three products stay in scratch, as so many partial sums each. Returns how many.
+// A plan of two rows and one part: their three products stay in scratch, as so many partial sums each. Returns how
+// many.
 int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratch);
 
 // Gram [parts, R, R] -> weights [parts, R].

@@ -1,5 +1,5 @@
-// Kernel parameters: the segments of a plan, by value. Nothing is uploaded, so nothing has to be pinned, cached or kept alive,
-// and a captured graph owns its copy. 32,764 bytes of parameters need CUDA 12.1 and compute capability 7.0.
+// Kernel parameters: the segments of a plan, by value. Nothing is uploaded, so nothing has to be pinned, cached or kept
+// alive, and a captured graph owns its copy. 32,764 bytes of parameters need CUDA 12.1 and compute capability 7.0.
 //
 //   plan      segments of all launches, ascending by part (plan.h)
 //   segments  up to kMostSegments of one kernel instance, in one launch's parameters:
@@ -24,8 +24,8 @@ __host__ __device__ inline int lead_of(const char* address, int64_t element_byte
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16 / static_cast<unsigned>(element_bytes));
 }
 
-// Dense segments. Each is cut into chunks at multiples of `chunk` positions, counted from the 16-byte boundary of row 0 in
-// front of its first element; chunks are numbered through the launch. A block takes `per_block` neighbouring chunks.
+// Dense segments. Each is cut into chunks at multiples of `chunk` positions, counted from the 16-byte boundary of row 0
+// in front of its first element; chunks are numbered through the launch. A block takes `per_block` neighbouring chunks.
 struct Segments {
   int64_t numel[kMostSegments];
   const char* address[kMostAddresses];  // `rows` to a segment; null: the row is absent there and counts as zeros
@@ -92,7 +92,8 @@ constexpr size_t kOtherParameters = 100;  // bytes, of any kernel that takes seg
 static_assert(sizeof(Segments) + kOtherParameters <= 32764 && sizeof(StridedSegment) + kOtherParameters <= 32764);
 #endif
 
-// Where one element of a strided segment lies. Its index is below 2^52: a product with the inverse is off by one at most.
+// Where one element of a strided segment lies. Its index is below 2^52: a product with the inverse is off by one at
+// most.
 class Element {
  public:
   __device__ Element(const StridedSegment& p, int64_t i) : p_(p) {

@@ -1,13 +1,15 @@
-// Partial sums in global memory, and how they are added up: in a fixed order, without atomics. What the same buffers give on a
-// device is the same to the bit, launches on different streams share nothing, and a captured graph can be replayed anywhere.
+// Partial sums in global memory, and how they are added up: in a fixed order, without atomics. What the same buffers
+// give on a device is the same to the bit, launches on different streams share nothing, and a captured graph can be
+// replayed anywhere.
 #pragma once
 
 #include "runtime.h"
 
 namespace gradproj::cuda {
 
-// A block leaves the sums of one part in the slot numbered block + part. Blocks and parts both ascend along a launch, so no
-// two sums share a slot. Slots in front of `written` hold sums of an earlier launch, to which those of this one are added.
+// A block leaves the sums of one part in the slot numbered block + part. Blocks and parts both ascend along a launch,
+// so no two sums share a slot. Slots in front of `written` hold sums of an earlier launch, to which those of this one
+// are added.
 struct Slots {
   double* sums;  // `pairs` doubles to a slot
   int32_t pairs;

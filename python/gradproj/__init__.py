@@ -1,4 +1,5 @@
-"""Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat gradient."""
+"""Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat
+gradient."""
 
 from gradproj import reference
 from gradproj.directions import Directions

@@ -1,4 +1,5 @@
-"""A backward pass's gradients, apart from those that are there: set aside, taken without a copy where that is safe, put back."""
+"""A backward pass's gradients, apart from those that are there: set aside, taken without a copy where that is safe, put
+back."""
 
 import contextlib
 import functools
@@ -63,7 +64,8 @@ def gradients_aside(parameters: Callable[[], list[Tensor]]) -> Iterator[Aside]:
     Args:
         parameters: gives the parameters; asked again at the end, since the block may replace some.
     Raises:
-        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; DeepSpeed owns the parameters.
+        RuntimeError: a parameter is stepped, or its gradient freed, during the backward pass; DeepSpeed owns the
+            parameters.
     """
     owners = parameters()
     if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in owners):
@@ -114,8 +116,8 @@ def _shares_storage(grad: Tensor) -> bool:
     """Whether another tensor lies in the memory of ``grad``, through which it may be written.
 
     DDP's bucket views, contiguous gradient buffers, and gradients of several views of one tensor. Not a DTensor: the
-    gradients of a ``fully_shard`` group are views of one buffer, but each backward pass makes a new one, and what writes
-    to it afterwards is only the accumulation into ``p.grad``.
+    gradients of a ``fully_shard`` group are views of one buffer, but each backward pass makes a new one, and what
+    writes to it afterwards is only the accumulation into ``p.grad``.
     """
     if grad.layout != torch.strided or hasattr(grad, "device_mesh"):
         return False

@@ -17,8 +17,8 @@ from gradproj.rows.sharding import Sharding
 
 
 class Hooks:
-    """The hooks of one protection on its optimizers. They refer to them weakly: an optimizer owns its hooks, so that it and
-    what is protected are freed when nobody else refers to it."""
+    """The hooks of one protection on its optimizers. They refer to them weakly: an optimizer owns its hooks, so that it
+    and what is protected are freed when nobody else refers to it."""
 
     def __init__(self, caller: str, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):
         if not isinstance(protection, Protection):
@@ -75,8 +75,8 @@ class Hooks:
             self._adopt(optimizer)
 
     def warn_of_copies(self) -> None:
-        """Copying and pickling go through ``__getstate__``; torch leaves out both the hooks and this, so that only the copy is
-        unprotected."""
+        """Copying and pickling go through ``__getstate__``; torch leaves out both the hooks and this, so that only the
+        copy is unprotected."""
 
         def getstate(ref):
             if len(self.protection):

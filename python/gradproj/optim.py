@@ -52,10 +52,10 @@ class Handle:
 class ProjectedOptimizer(Handle, Optimizer):
     """A torch optimizer whose steps leave alone what is protected.
 
-    It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers, scalers,
-    checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the wrapped optimizer's,
-    with what is protected in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first) of each parameter's
-    state. Whatever does not know them ignores them, once a step has made the rest of the state.
+    It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers,
+    scalers, checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the
+    wrapped optimizer's, with what is protected in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first)
+    of each parameter's state. Whatever does not know them ignores them, once a step has made the rest of the state.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or one that derives from it.
@@ -125,10 +125,10 @@ def attach(
     """Protect the user's own optimizer object, or several that step the parts of one model.
 
     Args:
-        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps is taken.
-            A list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients before the
-            first of them steps, and weights are pinned when the last one has stepped; if one is left out, with the next step,
-            ``protect()`` or ``state_dict()``.
+        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps is
+            taken. A list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients
+            before the first of them steps, and weights are pinned when the last one has stepped; if one is left out,
+            with the next step, ``protect()`` or ``state_dict()``.
         protection, sharding: as for :class:`ProjectedOptimizer`.
     Returns:
         Attached: ``protect()``, ``project()``, ``unprotect()``, ``last``, ``detach()``. Hooks do not survive copying or
@@ -159,8 +159,8 @@ def _forwarded(name: str, doc: str) -> property:
     return property(get, set_, delete, doc)
 
 
-# By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach the
-# optimizer that reads them. Hooks are registered there too, because it is what runs them.
+# By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach
+# the optimizer that reads them. Hooks are registered there too, because it is what runs them.
 for _name, _doc in {
     "param_groups": "The wrapped optimizer's parameter groups, the very list.",
     "state": "The wrapped optimizer's state, the very dict.",

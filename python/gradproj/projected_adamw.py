@@ -15,11 +15,13 @@ from gradproj.optim import attach
 class ProjectedAdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` that protects what a file of :meth:`gradproj.NullSpace.save` says, from its first step on.
 
-    For config files and ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, where an optimizer is made from a class and
-    keyword arguments. Hooks do not survive copying or pickling an optimizer: make it anew, and load its ``state_dict()``.
+    For config files and ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, where an optimizer is made from a class
+    and keyword arguments. Hooks do not survive copying or pickling an optimizer: make it anew, and load its
+    ``state_dict()``.
 
     Args:
-        params: the model; or its ``named_parameters()``, or parameter groups of such pairs: a basis finds its layer by name.
+        params: the model; or its ``named_parameters()``, or parameter groups of such pairs: a basis finds its layer by
+            name.
         protection: the file's path.
         every, space, rest: of :class:`gradproj.NullSpace`.
         adamw: everything that ``torch.optim.AdamW`` takes.

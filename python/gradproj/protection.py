@@ -1,7 +1,9 @@
-"""What a protection is: what the optimizer's wrapper and the integrations ask of it, and what all protections have in common.
+"""What a protection is: what the optimizer's wrapper and the integrations ask of it, and what all protections have in
+common.
 
-``capture()`` is the body of ``opt.protect()``; ``before_step()`` and ``after_step()`` surround the inner optimizer's step; ``state()``,
-``strip()`` and ``load_state()`` travel with its checkpoints; ``metrics()`` is for a log. The wrapper knows nothing else.
+``capture()`` is the body of ``opt.protect()``; ``before_step()`` and ``after_step()`` surround the inner optimizer's
+step; ``state()``, ``strip()`` and ``load_state()`` travel with its checkpoints; ``metrics()`` is for a log. The wrapper
+knows nothing else.
 """
 
 import abc
@@ -25,7 +27,8 @@ class Protection(abc.ABC):
     """Base class of all protections. One belongs to one optimizer, or to one list of them.
 
     Attributes:
-        captures_once: whether one capture before training is all that it needs; else fresh ones are wanted again and again.
+        captures_once: whether one capture before training is all that it needs; else fresh ones are wanted again and
+            again.
         sharding: of the parameters, as given to the wrapper.
     """
 

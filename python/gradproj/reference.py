@@ -67,7 +67,8 @@ def orthogonal_gradient_projection(
 
 
 def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
-    """Naive: what one writes from the formula. Moves about 5 N bytes and holds N more, N being the bytes of the weight."""
+    """Naive: what one writes from the formula. Moves about 5 N bytes and holds N more, N being the bytes of the
+    weight."""
     return weight - (weight @ basis - target) @ basis.T
 
 
@@ -82,7 +83,8 @@ class NaiveBasis(NamedTuple):
 def null_space(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any], share: float = 0.05
 ) -> dict[str, NaiveBasis]:
-    """All of a null space of ``nn.Linear`` layers, naively: what :class:`gradproj.NullSpace` captures, by the layers' names.
+    """All of a null space of ``nn.Linear`` layers, naively: what :class:`gradproj.NullSpace` captures, by the layers'
+    names.
 
     Then after every step of any optimizer W <- ``pin_(W, U, B)``, the bias being W's last column. Holds a matrix of
     inputs x inputs for every layer, and all of their eigenvectors.
@@ -135,7 +137,8 @@ def _with_bias(module: nn.Linear) -> Tensor:
 
 
 def damped_rates(rests: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
-    """Layer-wise factors 1 / (1 + rest / c) of a learning rate, c being such that 1 - factor is ``damping`` in the mean."""
+    """Layer-wise factors 1 / (1 + rest / c) of a learning rate, c being such that 1 - factor is ``damping`` in the
+    mean."""
     low, high = 1e-30, 1e30
     for _ in range(500):
         c = (low * high) ** 0.5
@@ -186,7 +189,8 @@ def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Seque
 def oracle_pin(
     weight: Tensor, basis: Tensor, target: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and ``|W U - B|``."""
+    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and ``|W U -
+    B|``."""
     w, u = weight.detach().double().cpu().numpy(), basis.double().cpu().numpy()
     whole = w if bias is None else np.concatenate([w, bias.detach().double().cpu().numpy()[:, None]], axis=1)
     moved = whole @ u - (0.0 if target is None else target.double().cpu().numpy())
@@ -195,8 +199,8 @@ def oracle_pin(
 
 
 def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogonal", eps: float = 0.0) -> np.ndarray:
-    """Weights of a method by numpy's pseudo-inverse (``orthogonal``), enumeration of active sets (``conflict``), and the
-    paper's own loop in coefficients of the rows (``pcgrad``); part by part if ``gram`` is [P, R, R].
+    """Weights of a method by numpy's pseudo-inverse (``orthogonal``), enumeration of active sets (``conflict``), and
+    the paper's own loop in coefficients of the rows (``pcgrad``); part by part if ``gram`` is [P, R, R].
     """
     if gram.ndim == 3:
         return np.stack([oracle_weights(part, method, eps) for part in gram])

@@ -57,7 +57,8 @@ def assert_same_on_all_ranks(value) -> None:
 
 
 def training(rank: int, world: int, way: str, expected: list[list[Tensor]], method) -> None:
-    """Projected gradients of every step and the parameters after them. With DDP, and only there, ranks are compared once."""
+    """Projected gradients of every step and the parameters after them. With DDP, and only there, ranks are compared
+    once."""
     run, read, numbers = models.WAYS[way](rank, world), [], ranks._numbers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_numbers", lambda tensors: read.append(tensors) or numbers(tensors))
@@ -81,8 +82,9 @@ def layouts(rank: int, world: int) -> None:
     assert "Partial" in str(tp) and "plain" in tp, tp
     if world == 4:
         assert "_StridedShard" in str([g.placements for g in grads("fsdp2_tp") if isinstance(g, DTensor)])
-    # FSDP2 lays the gradients of a group side by side, so that kernels may walk them as one segment. There are four groups;
-    # the outermost one's own parameter comes last in it, not first. Only the first rank's shards have no padding.
+    # FSDP2 lays the gradients of a group side by side, so that kernels may walk them as one segment. There are four
+    # groups; the outermost one's own parameter comes last in it, not first. Only the first rank's shards have no
+    # padding.
     shards = [g.to_local() for g in grads("fsdp2")]
     merged = sum(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(shards))
     assert rank or (len(shards), merged) == (9, 4)
@@ -159,7 +161,8 @@ def micro_batches(rank: int, world: int) -> None:
 
 
 def save(rank: int, world: int, way: str, folder: str, protected: bool) -> tuple[list, list]:
-    """Train, save with torch.distributed.checkpoint, train on: the directions when saved, and the parameters at the end."""
+    """Train, save with torch.distributed.checkpoint, train on: the directions when saved, and the parameters at the
+    end."""
     run, opt = _resumable(rank, world, way)
     _steps(run, opt, range(3))
     if not protected:

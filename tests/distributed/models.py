@@ -106,7 +106,8 @@ def hsdp(rank: int, world: int) -> Run:
 
 
 def _parallelize(model: Net, mesh) -> Net:
-    """Sequence parallel norm (its gradients are Partial), a column- and a row-parallel layer; head and scale stay plain."""
+    """Sequence parallel norm (its gradients are Partial), a column- and a row-parallel layer; head and scale stay
+    plain."""
     sequence = Shard(1)
     plan = {
         "norm": SequenceParallel(),

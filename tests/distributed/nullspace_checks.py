@@ -1,4 +1,5 @@
-"""What the ranks of a pool do together with a NullSpace. Every function runs on all ranks; its first arguments are rank and world."""
+"""What the ranks of a pool do together with a NullSpace. Every function runs on all ranks; its first arguments are rank
+and world."""
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ def experts_alone(world: int) -> dict:
 
 
 def experts(rank: int, world: int, expected: dict) -> None:
-    """Moments were numbered by first calls: bases were off by a half; and where a rank never calls an expert, the others hung."""
+    """Moments were numbered by first calls: bases were off by a half; and where a rank never calls an expert, the
+    others hung."""
     model = DistributedDataParallel(Experts(), find_unused_parameters=True)
     protection = NullSpace(model, share=0.5)
     found = _capture_experts(protection, model, [rank])

@@ -18,9 +18,11 @@ IMPORTED_ONCE = [
 
 
 class Pool:
-    """``size`` processes. ``pool(world, check, *args)`` runs ``check(rank, world, *args)`` over gloo on the first ``world`` of them.
+    """``size`` processes. ``pool(world, check, *args)`` runs ``check(rank, world, *args)`` over gloo on the first
+    ``world`` of them.
 
-    A check that fails leaves ranks that wait for each other: the processes are ended, and the next check starts new ones.
+    A check that fails leaves ranks that wait for each other: the processes are ended, and the next check starts new
+    ones.
     """
 
     def __init__(self, size: int):

@@ -1,4 +1,5 @@
-"""Single projections, and what ranks protect, on all ranks of a pool. Every function's first arguments are rank and world."""
+"""Single projections, and what ranks protect, on all ranks of a pool. Every function's first arguments are rank and
+world."""
 
 import contextlib
 
@@ -99,7 +100,8 @@ def _condition(gram: np.ndarray) -> float:
 
 
 def wrapper_counts(rank: int, world: int) -> None:
-    """One collective a step, also where ranks disagree on which gradients there are: a kept Gram must not change that."""
+    """One collective a step, also where ranks disagree on which gradients there are: a kept Gram must not change
+    that."""
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     opt = ProjectedOptimizer(torch.optim.SGD(parameters, lr=0.1), Directions(3), sharding=Sharding(placement="shard"))
     for step in range(4):
@@ -117,8 +119,8 @@ def wrapper_counts(rank: int, world: int) -> None:
 
 
 def group_implied_by_gradients(rank: int, world: int) -> None:
-    """One gradient's mesh covers the world, and so implies the group. No direction has that parameter: the directions' own
-    Gram, which is kept, would not know the group."""
+    """One gradient's mesh covers the world, and so implies the group. No direction has that parameter: the directions'
+    own Gram, which is kept, would not know the group."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     values = torch.arange(6.0).view(3, 2), torch.tensor([1.0, 2.0, 3.0])
     meshes = (mesh, Replicate(), Shard(0)), (mesh["inner"], Replicate())
@@ -150,7 +152,8 @@ def empty_rank(rank: int, world: int) -> None:
 
 
 def wrapper_on_empty_rank(rank: int, world: int) -> None:
-    """FSDP1 and ZeRO leave ranks whose parameters have no elements and no gradients: they protect and step like all others.
+    """FSDP1 and ZeRO leave ranks whose parameters have no elements and no gradients: they protect and step like all
+    others.
 
     protect() raised there that nothing had received a gradient, and the others waited.
     """

@@ -1,7 +1,7 @@
-// A stand-in for the CUDA runtime that runs a kernel's own source on the CPU. The threads of a block are fibers of one worker
-// thread, which take turns at barriers; the blocks of a launch are dealt out to two workers, and nothing orders one worker's
-// blocks before the other's. Sanitizers then see what a GPU would not tell: reads out of bounds, misaligned vectors, undefined
-// behaviour, a missing barrier, two blocks at one address. For tests only, with GCC.
+// A stand-in for the CUDA runtime that runs a kernel's own source on the CPU. The threads of a block are fibers of one
+// worker thread, which take turns at barriers; the blocks of a launch are dealt out to two workers, and nothing orders
+// one worker's blocks before the other's. Sanitizers then see what a GPU would not tell: reads out of bounds,
+// misaligned vectors, undefined behaviour, a missing barrier, two blocks at one address. For tests only, with GCC.
 #pragma once
 
 #include <ucontext.h>
@@ -329,7 +329,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
-// By way of the float that is not nearer to 0 and has its last bit set where it is not exact: then nothing rounds twice.
+// By way of the float that is not nearer to 0 and has its last bit set where it is not exact: then nothing rounds
+// twice.
 inline __nv_bfloat16 __double2bfloat16(double x) {
   const float f = static_cast<float>(x);
   if (x != x || static_cast<double>(f) == x) return __float2bfloat16_rn(f);

@@ -1,5 +1,5 @@
-// Runs cases from a file through the CUDA kernels on the CPU and writes what they left behind. The format is a flat list of
-// 8-byte words; tests/cuda_emulation.py writes and reads it.
+// Runs cases from a file through the CUDA kernels on the CPU and writes what they left behind. The format is a flat
+// list of 8-byte words; tests/cuda_emulation.py writes and reads it.
 #include <cmath>
 #include <cstdio>
 #include <fstream>

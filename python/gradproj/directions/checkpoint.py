@@ -1,7 +1,7 @@
 """Directions inside an optimizer's ``state_dict()``.
 
-Direction k (oldest first) of parameter i is ``state_dict["state"][i]["protected_k"]``, beside ``exp_avg`` and the like, so that
-whatever maps, shards or reshards optimizer state does the same with it.
+Direction k (oldest first) of parameter i is ``state_dict["state"][i]["protected_k"]``, beside ``exp_avg`` and the like,
+so that whatever maps, shards or reshards optimizer state does the same with it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ _PREFIX = "protected_"
 
 
 def insert(state_dict: dict[str, Any], rows: Sequence[Sequence[Tensor | None]]) -> dict[str, Any]:
-    """``state_dict`` with ``rows``: K lists, oldest first, with one tensor or None per parameter. Shares the tensors."""
+    """``state_dict`` with ``rows``: K lists, oldest first, with one tensor or None per parameter. Shares the
+    tensors."""
     state = dict(state_dict["state"])
     for k, row in enumerate(rows):
         for i, t in zip(_ids(state_dict), row, strict=True):

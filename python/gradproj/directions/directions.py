@@ -28,23 +28,24 @@ DTYPES = (None, torch.bfloat16, torch.float16)
 class Directions(Protection):
     """The ``count`` newest gradients of ``protect()`` blocks; before each step the gradient is projected against them.
 
-    A direction that is not finite is dropped with a RuntimeWarning: on the CPU before the step uses the others, elsewhere at
-    the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device leaves the
-    gradients untouched.
+    A direction that is not finite is dropped with a RuntimeWarning: on the CPU before the step uses the others,
+    elsewhere at the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device
+    leaves the gradients untouched.
 
-    Under a ``GradScaler`` nothing needs to be unscaled for ``"orthogonal"`` and ``"conflict"`` with ``eps=0``, which do not
-    depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is divided by.
+    Under a ``GradScaler`` nothing needs to be unscaled for ``"orthogonal"`` and ``"conflict"`` with ``eps=0``, which do
+    not depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is
+    divided by.
 
     Args:
         count: how many directions to keep, 1 to 64; each further ``protect()`` block replaces the oldest.
         method: ``"orthogonal"``, ``"conflict"``, ``"pcgrad"``, ``("mix", gamma)``, or a callable Gram -> weights; see
             :func:`gradproj.project_`.
         eps: added to every <d, d>; 0 is scale-free.
-        per: ``"model"`` projects all parameters as one vector; ``"group"`` those of each parameter group, ``"tensor"`` each
-            parameter by itself, in the same passes: the tensors in ``last`` then have a leading dimension.
+        per: ``"model"`` projects all parameters as one vector; ``"group"`` those of each parameter group, ``"tensor"``
+            each parameter by itself, in the same passes: the tensors in ``last`` then have a leading dimension.
         dtype: None keeps gradients as they are made, without a copy. bfloat16 or float16 halve the memory of float32
-            directions (float16 overflows at 65504 and loses digits below 6e-5). A projection is exact with respect to what
-            is stored. Complex gradients are kept as their real view in either case.
+            directions (float16 overflows at 65504 and loses digits below 6e-5). A projection is exact with respect to
+            what is stored. Complex gradients are kept as their real view in either case.
     Raises:
         ValueError, TypeError: a setting that is not one of these.
 
@@ -118,7 +119,8 @@ class Directions(Protection):
         return self._last
 
     def metrics(self) -> dict[str, float]:
-        """``removed``: length of the change over that of the gradient; ``cosine_min``: of the gradient with a direction."""
+        """``removed``: length of the change over that of the gradient; ``cosine_min``: of the gradient with a
+        direction."""
         if self._last is None:
             return {}
         return {"removed": self._last.removed.max().item(), "cosine_min": self._last.cosine.min().item()}
@@ -126,16 +128,17 @@ class Directions(Protection):
     def capture(self) -> CaptureBlock:
         """Context manager: the gradients made inside are a direction.
 
-        Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it ends.
-        The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket views,
-        gradients that share memory, gradients that the caller keeps. An exception inside leaves everything as it was.
+        Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it
+        ends. The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket
+        views, gradients that share memory, gradients that the caller keeps. An exception inside leaves everything as it
+        was.
 
         Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
-            RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the block
-                is inside another one, or inside a closure of ``step()``; a parameter is stepped during the backward pass;
-                DeepSpeed owns the parameters.
+            RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the
+                block is inside another one, or inside a closure of ``step()``; a parameter is stepped during the
+                backward pass; DeepSpeed owns the parameters.
             NotImplementedError: a gradient is sparse.
         """
         return CaptureBlock(self._capture())
@@ -192,7 +195,8 @@ class Directions(Protection):
         return self._last
 
     def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
-        """What a projection takes; and again, if it has found directions that are not finite, for which it writes nothing."""
+        """What a projection takes; and again, if it has found directions that are not finite, for which it writes
+        nothing."""
         self._drop_non_finite()
         while self._rows:
             rows, part = self._in_order_of(parameters), self._parts(parameters)
@@ -277,8 +281,8 @@ class Directions(Protection):
         return checkpoint.without_directions(state_dict)
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Its directions replace what is protected; those of several optimizers, loaded one after the other, come together
-        again. The newest, if there are too many."""
+        """Its directions replace what is protected; those of several optimizers, loaded one after the other, come
+        together again. The newest, if there are too many."""
         found = checkpoint.directions(state_dict, parameters)
         if not found:
             return

@@ -1,4 +1,5 @@
-"""The directions' own Gram, kept from step to step: a step then computes K + 1 products instead of (K + 1)(K + 2) / 2."""
+"""The directions' own Gram, kept from step to step: a step then computes K + 1 products instead of (K + 1)(K + 2) /
+2."""
 
 from collections.abc import Sequence
 

@@ -1,13 +1,13 @@
 """Whether data-parallel ranks protect the same: compared once, without a collective.
 
 A backward pass inside ``protect()`` that goes around DDP leaves every rank its own gradient: the ranks then project
-differently, and their parameters drift apart without a word. Each rank leaves a few numbers of its direction in the process
-group's store when it first protects, and looks there when it first steps: DDP's backward pass in between has brought all ranks
-that far.
+differently, and their parameters drift apart without a word. Each rank leaves a few numbers of its direction in the
+process group's store when it first protects, and looks there when it first steps: DDP's backward pass in between has
+brought all ranks that far.
 
-Directions may differ for good reasons: pipeline stages, ZeRO's partitions, local SGD, independent runs in one group. All of
-these step gradients that differ too. So ranks that protect different directions show each other their gradients, and only those
-that step the same gradient are wrong.
+Directions may differ for good reasons: pipeline stages, ZeRO's partitions, local SGD, independent runs in one group.
+All of these step gradients that differ too. So ranks that protect different directions show each other their gradients,
+and only those that step the same gradient are wrong.
 """
 
 import time
@@ -20,8 +20,8 @@ from torch import Tensor
 from gradproj.rows.dtensors import PLAIN_TYPES
 from gradproj.rows.sharding import Sharding
 
-# A reduced gradient is the same to the last bit, unless devices of two kinds have worked on it since; one rank's own gradient
-# is off by far more.
+# A reduced gradient is the same to the last bit, unless devices of two kinds have worked on it since; one rank's own
+# gradient is off by far more.
 _TOLERANCE = 1e-4
 _PATIENCE_S = 10.0  # for the gradients of a rank that has protected something else
 _NUMBERS = 16

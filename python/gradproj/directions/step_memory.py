@@ -49,8 +49,8 @@ class StepMemory:
             RuntimeError: it is, but may not.
         """
         if self._first is not None:
-            # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a step
-            # that raised would count too.
+            # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a
+            # step that raised would count too.
             grad, version = self._first[0](), self._first[1]
             return grad is not None and grad._version == version and any(g is grad for g in grads)
         if not self._grads:

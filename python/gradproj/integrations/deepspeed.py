@@ -9,24 +9,27 @@ from gradproj.rows import functional
 
 
 def protect(protection: NullSpace) -> list[RemovableHandle]:
-    """Take out of each layer's gradient what would change the layer's outputs on the protected inputs: G <- G - (G U) U^T.
+    """Take out of each layer's gradient what would change the layer's outputs on the protected inputs: G <- G - (G U)
+    U^T.
 
-    DeepSpeed steps copies of the weights, in pieces, so that there is no weight to pin. But the projection is linear, and each
-    rank has whole gradients before the engine reduces them: projected there, on every backward pass, their sum over
-    micro-batches and ranks is projected too. No collective, and nothing to wrap around the engine.
+    DeepSpeed steps copies of the weights, in pieces, so that there is no weight to pin. But the projection is linear,
+    and each rank has whole gradients before the engine reduces them: projected there, on every backward pass, their sum
+    over micro-batches and ranks is projected too. No collective, and nothing to wrap around the engine.
 
-    All ranks must hold the same bases: capture the same batches on every rank before ``torch.distributed`` is initialised, or each
-    its own afterwards under ``NullSpace(group=torch.distributed.group.WORLD)``, which sums them.
+    All ranks must hold the same bases: capture the same batches on every rank before ``torch.distributed`` is
+    initialised, or each its own afterwards under ``NullSpace(group=torch.distributed.group.WORLD)``, which sums them.
 
-    Call it after ``capture()`` and before ``deepspeed.initialize()``, and give the engine the parameters that then train: with
-    ``rest="hold"`` all others are frozen here. As always in gradient space, Adam's scaling and weight decay leak a little.
+    Call it after ``capture()`` and before ``deepspeed.initialize()``, and give the engine the parameters that then
+    train: with ``rest="hold"`` all others are frozen here. As always in gradient space, Adam's scaling and weight decay
+    leak a little.
 
     Args:
         protection: made with ``space="gradient"``, and captured.
     Returns:
         handles, whose ``remove()`` takes the protection off.
     Raises:
-        TypeError, ValueError: not such a null space; a layer's bias trains, whose gradient arrives apart from its weight's.
+        TypeError, ValueError: not such a null space; a layer's bias trains, whose gradient arrives apart from its
+        weight's.
         RuntimeError: nothing has been captured, or the engine has prepared the model already.
 
     Example::

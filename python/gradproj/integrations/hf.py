@@ -23,22 +23,25 @@ FILE = "gradproj.pt"  # in a checkpoint's folder: a null space, which the Traine
 class ProtectCallback(TrainerCallback):
     """Protects a capability while a ``Trainer`` trains: attaches to whatever optimizer the Trainer has made.
 
-    A :class:`gradproj.NullSpace` is captured once, on all of ``data``, when training begins; it is saved with every checkpoint and
-    taken from there when training resumes. :class:`gradproj.Directions` get a fresh direction from the next batch of ``data``
-    before every ``every``-th step; they are in the optimizer's state. Batches go to the model's device. Under DDP a direction is
-    averaged over the ranks, and what a null space has gathered is summed.
+    A :class:`gradproj.NullSpace` is captured once, on all of ``data``, when training begins; it is saved with every
+    checkpoint and taken from there when training resumes. :class:`gradproj.Directions` get a fresh direction from the
+    next batch of ``data`` before every ``every``-th step; they are in the optimizer's state. Batches go to the model's
+    device. Under DDP a direction is averaged over the ranks, and what a null space has gathered is summed.
 
-    What the protection did is in the Trainer's log: ``gradproj/removed`` and ``gradproj/cosine_min`` (of the directions), or
-    ``gradproj/moved``, how far the last step had moved the protected products. Reporters named in ``report_to`` run before
-    a callback: to have these figures there too, move it to the front of ``trainer.callback_handler.callbacks``.
+    What the protection did is in the Trainer's log: ``gradproj/removed`` and ``gradproj/cosine_min`` (of the
+    directions), or ``gradproj/moved``, how far the last step had moved the protected products. Reporters named in
+    ``report_to`` run before a callback: to have these figures there too, move it to the front of
+    ``trainer.callback_handler.callbacks``.
 
     Args:
         protection: a NullSpace of the model that is trained (after adapters were added), or Directions.
-        data: batches as the model takes them, with labels: a list, or a ``DataLoader``, which is gone through again and again.
+        data: batches as the model takes them, with labels: a list, or a ``DataLoader``, which is gone through again and
+            again.
         loss: ``(model, batch) -> scalar``; None is ``model(**batch).loss``.
         every: steps between directions, 1 by default. A NullSpace takes none.
     Raises:
-        TypeError, ValueError: one of these is not what it should be. On training: what ``attach`` and ``capture`` raise.
+        TypeError, ValueError: one of these is not what it should be. On training: what ``attach`` and ``capture``
+        raise.
 
     Example::
 
@@ -149,7 +152,8 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _average_over_replicas(parameters: list[Tensor]) -> None:
-    """What DDP does after a forward pass of its own; a callback is given the model inside it. DTensors are reduced already."""
+    """What DDP does after a forward pass of its own; a callback is given the model inside it. DTensors are reduced
+    already."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return
     for p in parameters:

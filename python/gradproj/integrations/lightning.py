@@ -14,8 +14,8 @@ from gradproj.rows.sharding import of_replicas
 class ProtectCallback(lightning.Callback):
     """Captures a :class:`gradproj.NullSpace` when training begins, and attaches it to the module's optimizers.
 
-    It is attached before a checkpoint's optimizer states are loaded, so that a run that resumes takes its bases from there and
-    captures nothing.
+    It is attached before a checkpoint's optimizer states are loaded, so that a run that resumes takes its bases from
+    there and captures nothing.
 
     Args:
         protection: of the LightningModule, or of a module in it.

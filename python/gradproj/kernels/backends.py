@@ -21,7 +21,8 @@ class Backend(NamedTuple):
     Attributes:
         device_types: of the tensors that it takes.
         ops: that it has.
-        load: makes the ops; what it returns is why it cannot, or an empty string. Called when the backend is first asked for.
+        load: makes the ops; what it returns is why it cannot, or an empty string. Called when the backend is first
+            asked for.
         on_request: never chosen without :func:`use_backend`.
     """
 
@@ -52,8 +53,8 @@ def _loaded(load: Callable[[], str]) -> str:
 
 
 def library(name: str) -> Path:
-    """Where the library of native kernels ``name``, ``"cpu"`` or ``"cuda"``, is or would be. It is made for the stable ABI of
-    torch 2.10: whichever torch it was built on, it loads on 2.10 and later."""
+    """Where the library of native kernels ``name``, ``"cpu"`` or ``"cuda"``, is or would be. It is made for the stable
+    ABI of torch 2.10: whichever torch it was built on, it loads on 2.10 and later."""
     return Path(__file__).parent.parent / f"_{name}.so"
 
 
@@ -164,5 +165,6 @@ def select(device_type: str, op: str = "gram") -> Backend:
     return backend
 
 
-# torch.compiler.assume_constant_result, without importing the compiler now: a context variable and the disk cannot be traced.
+# torch.compiler.assume_constant_result, without importing the compiler now: a context variable and the disk cannot be
+# traced.
 select.__dict__["_dynamo_marked_constant"] = True

@@ -1,8 +1,9 @@
 """Gram -> weights: the one step in which gradient-surgery methods differ.
 
-Torch operations only, so that it runs on any device, and without a host synchronisation on CUDA. ``csrc/weights.h`` holds
-the same rules for the native backends, and says why they are right. Weights are float64; ``w[0]`` scales the gradient,
-``w[k]`` direction k. A Gram is [R, R], or [P, R, R] for P parts of the parameters that are projected each by itself.
+Torch operations only, so that it runs on any device, and without a host synchronisation on CUDA. ``csrc/weights.h``
+holds the same rules for the native backends, and says why they are right. Weights are float64; ``w[0]`` scales the
+gradient, ``w[k]`` direction k. A Gram is [R, R], or [P, R, R] for P parts of the parameters that are projected each by
+itself.
 """
 
 from collections.abc import Callable
@@ -65,8 +66,8 @@ def apply_weighting(weighting: Weighting, gram: Tensor) -> Tensor:
         weighting: maps an [R, R] float64 Gram to [R] weights, on the Gram's device or another.
         gram: [R, R] or [P, R, R] float64.
     Returns:
-        [R] or [P, R] float64 on the device of ``gram``; (1, 0, .., 0) where the Gram, for which the callable is then shown the
-        identity, or a weight is not finite.
+        [R] or [P, R] float64 on the device of ``gram``; (1, 0, .., 0) where the Gram, for which the callable is then
+        shown the identity, or a weight is not finite.
     Raises:
         ValueError: the callable returned something else.
     """
@@ -89,8 +90,8 @@ def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Te
 
     Args:
         gram: [K + 1, K + 1] or [P, K + 1, K + 1] float64.
-        method, gamma, eps: as :func:`gradproj.project_` describes them. ``"pcgrad"`` takes rows in ascending order, where the
-            paper shuffles, because ranks must agree; without any conflict all its weights are 1.
+        method, gamma, eps: as :func:`gradproj.project_` describes them. ``"pcgrad"`` takes rows in ascending order,
+            where the paper shuffles, because ranks must agree; without any conflict all its weights are 1.
     Returns:
         [K + 1] or [P, K + 1] float64 on the device of ``gram``; (1, 0, .., 0) for a part that is not finite.
     """
@@ -182,7 +183,8 @@ def _active(table: Tensor) -> Tensor:
 
 
 def _sweep(table: Tensor, pivot: Tensor, moves: Tensor) -> Tensor:
-    """The tableau with direction ``pivot[p]`` of every part that ``moves[p]`` taken into the active set, or out of it."""
+    """The tableau with direction ``pivot[p]`` of every part that ``moves[p]`` taken into the active set, or out of
+    it."""
     row = table.take_along_dim(pivot[:, None, None], dim=1)[:, 0]
     value = row.take_along_dim(pivot[:, None], dim=1)
     here = torch.arange(row.shape[1], device=row.device) == pivot[:, None]
@@ -213,9 +215,9 @@ def _solve_all(table: Tensor) -> tuple[Tensor, Tensor]:
 def _solve_nonnegative(table: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep of every part a step.
 
-    Returns the swept tableau, y [P, K], and [P, 1] whether y is the solution on the active set. If the bound of steps came
-    first, y is not the nearest yet, but still feasible; some K steps are the rule, and where the loop always runs in full the
-    bound is lower.
+    Returns the swept tableau, y [P, K], and [P, 1] whether y is the solution on the active set. If the bound of steps
+    came first, y is not the nearest yet, but still feasible; some K steps are the rule, and where the loop always runs
+    in full the bound is lower.
     """
     num_parts, k, _ = table.shape
     index = torch.arange(k, device=table.device)

@@ -1,15 +1,21 @@
 """Every op's schema and fake, in one place.
 
 The same five ops exist in three namespaces: ``gradproj`` (native: C++ on CPU tensors, CUDA C++ on CUDA tensors),
-``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was built.
+``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was
+built.
 
-``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the gradient.
+``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the
+gradient.
+
 ``gram_dd``, if given, is the [num_rows - 1, num_rows - 1] Gram of rows 1.., which is then copied instead of computed.
-``parts`` gives every column the number of its part, below ``num_parts``; then ``gram_dd``, Gram and weights have a leading
-dimension of that length, and every part is projected by itself.
-``pin_`` takes [o, i] weights, [i, r] bases, [o, r] targets, and biases [o], of the weights numbered ``biased``, whose bases are
-[i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to a BLAS and has none; the
-one in plain torch expects its caller to have checked the arguments.
+
+``parts`` gives every column the number of its part, below ``num_parts``; then ``gram_dd``, Gram and weights have a
+leading dimension of that length, and every part is projected by itself.
+
+``pin_`` takes [o, i] weights, [i, r] bases, [o, r] targets, and biases [o], of the weights numbered ``biased``, whose
+bases are [i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to a BLAS
+and has none; the one in plain torch expects its caller to have checked the arguments.
+
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """
 

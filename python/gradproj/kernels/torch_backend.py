@@ -93,8 +93,8 @@ def _cut(column: Column, limit: int) -> Iterator[Column]:
 
 
 def pin_(weights, bases, targets, biases, biased) -> Tensor:
-    """Two matrix products per block of a weight's rows, so that on a CPU the second finds the block in cache. Small layers that are
-    alike take batched products on copies: calls cost more than their elements."""
+    """Two matrix products per block of a weight's rows, so that on a CPU the second finds the block in cache. Small
+    layers that are alike take batched products on copies: calls cost more than their elements."""
     if not weights:
         return torch.zeros(0, dtype=torch.float64)
     device_type = weights[0].device.type

@@ -1,7 +1,7 @@
 """What a projection refuses, exactly and in words.
 
-The native ops check the same things fast; when one refuses, this finds the precise error. The other backends call it first.
-Nothing here reads or writes a buffer's contents.
+The native ops check the same things fast; when one refuses, this finds the precise error. The other backends call it
+first. Nothing here reads or writes a buffer's contents.
 """
 
 import threading
@@ -187,8 +187,8 @@ def _check_overlap(op, rows, names, indices) -> None:
 
 
 def signature(tensors: Sequence[Tensor]) -> tuple:
-    """What checks and tables depend on, of tensors on one device: addresses, shapes, strides and dtypes. It holds no tensor;
-    another tensor with the same signature can take the place of the first."""
+    """What checks and tables depend on, of tensors on one device: addresses, shapes, strides and dtypes. It holds no
+    tensor; another tensor with the same signature can take the place of the first."""
     return (
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(attrgetter("shape"), tensors)),

@@ -30,8 +30,8 @@ class Curvature(NamedTuple):
 def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
     """How many eigenvectors each layer keeps: those of the largest curvature over all layers.
 
-    An eigenvector of a layer fixes as many weights as the layer has outputs; they are taken in descending order of curvature until
-    the next would fix more than ``share`` of all weights.
+    An eigenvector of a layer fixes as many weights as the layer has outputs; they are taken in descending order of
+    curvature until the next would fix more than ``share`` of all weights.
     """
     curvature = torch.cat([layer.scale * layer.values.double().cpu() for layer in layers])
     owner = torch.cat([torch.full((len(layer.values),), l) for l, layer in enumerate(layers)]).long()
@@ -50,7 +50,8 @@ def rest(layer: Curvature, rank: int) -> float:
 
 
 def rates(rests: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
-    """Factors m_l of the layers' learning rates: 1 / (1 + rest_l / c), with c such that 1 - m_l is ``damping`` in the mean.
+    """Factors m_l of the layers' learning rates: 1 / (1 + rest_l / c), with c such that 1 - m_l is ``damping`` in the
+    mean.
 
     Args:
         rests: per layer, the curvature that is left.

@@ -17,7 +17,8 @@ class Basis(NamedTuple):
     """What a layer keeps.
 
     Attributes:
-        vectors: U [inputs, r], orthonormal; with a bias the last input is its 1. Layers with the same inputs share memory.
+        vectors: U [inputs, r], orthonormal; with a bias the last input is its 1. Layers with the same inputs share
+            memory.
         target: B = W U [outputs, r] of this rank's rows of the weight; None for zeros.
         curvature: that the rank was chosen by.
         tokens: whose inputs it is made of.
@@ -77,8 +78,8 @@ def make_bases(
 ) -> dict[str, Basis]:
     """Moments and output gradients of layers become their bases. A layer that no token has reached gets one of rank 0.
 
-    One moment at a time, which is freed, and of its eigenvectors no more are kept than the share allows so far: beside the bases
-    this holds the double of one moment.
+    One moment at a time, which is freed, and of its eigenvectors no more are kept than the share allows so far: beside
+    the bases this holds the double of one moment.
 
     Args:
         share: of all weights' dimensions that bases may fix.
@@ -124,8 +125,8 @@ def make_bases(
 
 
 def spaced(vectors: Tensor) -> Tensor:
-    """Columns [inputs, r] one after the other in memory, so that the leading ones of a shared matrix lie as a matrix of their
-    own does, each from a 16-byte boundary on: with a bias, inputs are odd."""
+    """Columns [inputs, r] one after the other in memory, so that the leading ones of a shared matrix lie as a matrix of
+    their own does, each from a 16-byte boundary on: with a bias, inputs are odd."""
     inputs, rank = vectors.shape
     memory = vectors.new_zeros(rank, -(-inputs // 4) * 4)[:, :inputs].T
     return memory.copy_(vectors)

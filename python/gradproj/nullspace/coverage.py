@@ -57,7 +57,8 @@ def silent(layers: Sequence[Layer], rest: str) -> str:
 
 
 def warning(model: nn.Module, layers: Sequence[Layer]) -> str:
-    """What to say if more is held than a user expects, embeddings and vectors (norms, biases) being expected; else nothing."""
+    """What to say if more is held than a user expects, embeddings and vectors (norms, biases) being expected; else
+    nothing."""
     expected = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
     covered = {id(p) for layer in layers for p in layer.parameters}
     held, trained = {}, 0

@@ -119,13 +119,15 @@ def matching(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]
 
 
 def _identity(basis: Basis) -> tuple:
-    """Equal for layers whose eigenvectors are leading columns of one matrix. Without any, eigenvalues tell layers apart."""
+    """Equal for layers whose eigenvectors are leading columns of one matrix. Without any, eigenvalues tell layers
+    apart."""
     tensors = (basis.vectors, basis.curvature.values)
     return (*(t.untyped_storage().data_ptr() for t in tensors), basis.vectors.shape[0])
 
 
 def _target_placements(layer: Layer) -> tuple:
-    """How the rows of a target [outputs, r] lie over the ranks: as the weight's outputs do, which Conv1D has in its columns."""
+    """How the rows of a target [outputs, r] lie over the ranks: as the weight's outputs do, which Conv1D has in its
+    columns."""
     placements = layer.weight.placements  # type: ignore[attr-defined]
     if not is_conv1d(layer.owner):
         return placements
@@ -153,7 +155,8 @@ def whole(layer: Layer, target: Tensor) -> Tensor:
 
 
 def on_rank(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, Basis]:
-    """On the devices of the layers' weights, with this rank's rows of the targets. Eigenvectors that layers share stay shared."""
+    """On the devices of the layers' weights, with this rank's rows of the targets. Eigenvectors that layers share stay
+    shared."""
     vectors: dict[tuple, Tensor] = {}
     for layer in sorted(layers, key=lambda layer: -bases[layer.name].rank):
         key = layer.weight.device, *_identity(bases[layer.name])

@@ -19,10 +19,10 @@ class Layer:
     Attributes:
         name: of the module, without what wrappers add to it.
         owner: the module that has the trained ``weight`` (and ``bias``).
-        taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share the
-            weight, or the layer that an adapter adapts.
-        consumer: of an adapter, lora_B, the only consumer of lora_A's output: products with protected inputs are to be zero, not
-            what they are, and then it may train freely.
+        taps: the modules whose inputs and output gradients say what to protect: itself, more of them if several share
+            the weight, or the layer that an adapter adapts.
+        consumer: of an adapter, lora_B, the only consumer of lora_A's output: products with protected inputs are to be
+            zero, not what they are, and then it may train freely.
     """
 
     def __init__(self, name: str, owner: nn.Module, taps: list[nn.Module], consumer: nn.Module | None = None):
@@ -80,11 +80,11 @@ class Layer:
 
 
 def find(model: nn.Module, wanted: Wanted | None = None) -> list[Layer]:
-    """The layers of ``model`` that can be protected: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` with groups=1, and
-    PEFT's LoRA adapters, of those whose weight trains.
+    """The layers of ``model`` that can be protected: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` with
+    groups=1, and PEFT's LoRA adapters, of those whose weight trains.
 
-    None is a head that is tied to an embedding; a weight that is computed (weight_norm and other parametrizations); and the
-    ``out_proj`` of ``nn.MultiheadAttention``, which is multiplied by inside of a function.
+    None is a head that is tied to an embedding; a weight that is computed (weight_norm and other parametrizations); and
+    the ``out_proj`` of ``nn.MultiheadAttention``, which is multiplied by inside of a function.
 
     Args:
         wanted: name and module -> whether to take it; None takes all.
@@ -220,7 +220,8 @@ def call_input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def is_product(module: nn.Module, outputs: int | None, y: Any) -> bool:
-    """Whether what a call returned can be the product with a weight: one tensor, with so many outputs if that is known."""
+    """Whether what a call returned can be the product with a weight: one tensor, with so many outputs if that is
+    known."""
     if not isinstance(y, Tensor) or not y.dim():
         return False
     return outputs is None or y.shape[1 if isinstance(_adapted(module), nn.Conv2d) else -1] == outputs

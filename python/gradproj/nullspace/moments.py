@@ -1,7 +1,7 @@
 """Second moments of the inputs of layers, gathered during ordinary backward passes.
 
-A token counts where the gradient of an output is not exactly zero: padding and masked positions do not. Layers that are called
-with the same input tensor share one moment.
+A token counts where the gradient of an output is not exactly zero: padding and masked positions do not. Layers that are
+called with the same input tensor share one moment.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a m
 class Moment:
     """Sum of x x^T over tokens: exact, or a single-pass sketch of rank ``sketch``.
 
-    The sketch keeps Y = A Q for a fixed random orthonormal Q; Nystrom's formula A ~ Y (Q' Y)^-1 Y' gives the leading eigenpairs.
+    The sketch keeps Y = A Q for a fixed random orthonormal Q; Nystrom's formula A ~ Y (Q' Y)^-1 Y' gives the leading
+    eigenpairs.
     Source: Tropp, Yurtsever, Udell & Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix from
     streaming data", algorithm 3.
 
@@ -69,7 +70,8 @@ class Moment:
         return other
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of the mean, descending, and orthonormal eigenvectors [width, k], without those below rounding."""
+        """Eigenvalues of the mean, descending, and orthonormal eigenvectors [width, k], without those below
+        rounding."""
         mean = self.sum.double() / max(1, self.tokens)
         if self._test is None:
             values, vectors = torch.linalg.eigh((mean + mean.T) / 2)
@@ -116,8 +118,8 @@ class _Call:
 
 
 class _Tap(torch.autograd.Function):
-    """Hands a layer's input to ``report`` when the layer's backward pass is done. It is saved as autograd saves things, so that
-    gradient checkpointing drops it and makes it again."""
+    """Hands a layer's input to ``report`` when the layer's backward pass is done. It is saved as autograd saves things,
+    so that gradient checkpointing drops it and makes it again."""
 
     @staticmethod
     def forward(ctx, x, report):

@@ -29,30 +29,34 @@ SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank sa
 class NullSpace(Protection):
     """Pins what each layer computes on the inputs that a capability uses: after every step W <- W - (W U - B) U^T.
 
-    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss; B = W U is
-    what the layer made of them then. The statement is about the weights, not about one step: any optimizer, momentum, weight
-    decay and skipped steps included, nothing accumulates, and no capability data are needed afterwards. What the capture did
-    not see is not protected.
+    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss; B =
+    W U is what the layer made of them then. The statement is about the weights, not about one step: any optimizer,
+    momentum, weight decay and skipped steps included, nothing accumulates, and no capability data are needed
+    afterwards. What the capture did not see is not protected.
 
-    Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters, which
-    become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no module of these
-    kinds has are the rest; :attr:`coverage` counts it. The capture proves that it has heard every use of a covered weight.
+    Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters,
+        which
+    become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no module of
+    these kinds has are the rest; :attr:`coverage` counts it. The capture proves that it has heard every use of a
+    covered weight.
 
     Args:
         model: whose layers are protected.
-        share: of the covered weights' dimensions that is given up to the capability, in (0, 1); the memory of the bases, beside
-            that of the weights, is about three times as much. The rank goes to the layers where the curvature is.
+        share: of the covered weights' dimensions that is given up to the capability, in (0, 1); the memory of the
+            bases, beside that of the weights, is about three times as much. The rank goes to the layers where the
+            curvature is.
         max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
         modules: ``(name, module) -> bool``, which layers to cover; None covers all.
-        space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for optimizers
-            whose parameters are copies; Adam's scaling and weight decay then leak.
-        rest: ``"hold"`` keeps all other trained parameters where they are, so that protected activations do not change at all;
-            ``"train"`` lets them go.
+        space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for
+            optimizers whose parameters are copies; Adam's scaling and weight decay then leak.
+        rest: ``"hold"`` keeps all other trained parameters where they are, so that protected activations do not change
+            at all; ``"train"`` lets them go.
         every: after how many steps the weights are pinned; :meth:`pin` does it now.
         group: the process group whose ranks hold this model and capture together. None: that of its DTensors, of the
             DistributedDataParallel module that the capture goes through, or of the wrapper's ``sharding``.
     Raises:
-        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add B A x.
+        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add B
+        A x.
     Warns:
         RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
 
@@ -65,7 +69,8 @@ class NullSpace(Protection):
         inner = torch.optim.AdamW(protection.param_groups(lr=1e-5))
         opt = gradproj.ProjectedOptimizer(inner, protection)
 
-    Source: Saha et al. 2021 (GPM), Wang et al. 2021 (Adam-NSCL), Fang et al. 2025 (AlphaEdit) for projections into the null space
+    Source: Saha et al. 2021 (GPM), Wang et al. 2021 (Adam-NSCL), Fang et al. 2025 (AlphaEdit) for projections into the
+        null space
     of inputs; Martens & Grosse 2015 (K-FAC) for the curvature of a layer as inputs times output gradients.
     """
 
@@ -149,19 +154,21 @@ class NullSpace(Protection):
     def capture(self) -> CaptureBlock:
         """Context manager: the inputs of the layers in the backward passes inside are protected.
 
-        Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before. Needs no
-        optimizer. A further block adds to what was gathered, each token counting the same; the weights are pinned first,
-        so that what was protected stays.
+        Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
+        Needs no optimizer. A further block adds to what was gathered, each token counting the same; the weights are
+        pinned first, so that what was protected stays.
 
-        Needs room for the rank of both: with the same ``share``, directions of least curvature of either are given up; raise
-        ``share`` first to keep all.
+        Needs room for the rank of both: with the same ``share``, directions of least curvature of either are given up;
+        raise ``share`` first to keep all.
 
-        In every backward pass the gradient of each covered weight is compared with the sum of y x^T over the calls that were heard,
-        for the cost of a few matrix-vector products. Where a weight is sharded (tensor parallelism) it is not.
+        In every backward pass the gradient of each covered weight is compared with the sum of y x^T over the calls that
+        were heard, for the cost of a few matrix-vector products. Where a weight is sharded (tensor parallelism) it is
+        not.
 
         Raises:
-            RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite; running
-                statistics that are in training mode; ranks that hold different layers, or of which nothing says what they hold.
+            RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
+                running statistics that are in training mode; ranks that hold different layers, or of which nothing says
+                what they hold.
             NotImplementedError: an adapter that has been trained already.
         """
         return CaptureBlock(self._capture())
@@ -224,8 +231,8 @@ class NullSpace(Protection):
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
-        """Bring the weights back to W U = B now, for evaluation and before a checkpoint; None if nothing is protected or the
-        protection is in gradient space."""
+        """Bring the weights back to W U = B now, for evaluation and before a checkpoint; None if nothing is protected
+        or the protection is in gradient space."""
         if not self.bases or self.space != "weights":
             return None
         self._last = self._current_lists().pin()
@@ -276,19 +283,20 @@ class NullSpace(Protection):
         weight_decay: float | None = None,
         no_decay: Callable[[str, Tensor], bool] = lambda name, p: p.dim() < 2,
     ) -> list[dict[str, Any]]:
-        """Parameter groups with layer-wise learning rates, for any optimizer: layers that the capability needs learn slower.
+        """Parameter groups with layer-wise learning rates, for any optimizer: layers that the capability needs learn
+        slower.
 
-        A layer's rate is ``lr`` times m = 1 / (1 + rest / c): rest is the curvature that the kept directions leave in it, and c is
-        such that 1 - m is ``damping`` in the mean over all covered weights. Costs no memory and no time.
+        A layer's rate is ``lr`` times m = 1 / (1 + rest / c): rest is the curvature that the kept directions leave in
+        it, and c is such that 1 - m is ``damping`` in the mean over all covered weights. Costs no memory and no time.
 
         Args:
             lr: learning rate of a layer without curvature.
             damping: in [0, 1); 0 gives every layer ``lr``.
-            weight_decay: given to the groups; parameters of which ``no_decay(name, parameter)`` is true get 0. None leaves it to
-                the optimizer.
+            weight_decay: given to the groups; parameters of which ``no_decay(name, parameter)`` is true get 0. None
+                leaves it to the optimizer.
         Returns:
-            at most 16 groups (twice that with ``weight_decay``) of the parameters that train; with ``rest="hold"`` held ones are
-            in none of them.
+            at most 16 groups (twice that with ``weight_decay``) of the parameters that train; with ``rest="hold"`` held
+            ones are in none of them.
         Raises:
             RuntimeError: nothing has been captured. ValueError: damping out of range.
         """
@@ -304,7 +312,8 @@ class NullSpace(Protection):
         return allocation.groups([p for _, p in named], factors, lr, decays)
 
     def report(self) -> str:
-        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis; and the coverage."""
+        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis; and
+        the coverage."""
         return f"{report(self.layers, self.bases)}\n{coverage.sentence(self.coverage, self.rest)}"
 
     def __repr__(self) -> str:
@@ -324,7 +333,8 @@ class NullSpace(Protection):
 
     @classmethod
     def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
-        """What :meth:`save` has written, for a model with the same layers; ``settings`` are those of :class:`NullSpace`.
+        """What :meth:`save` has written, for a model with the same layers; ``settings`` are those of
+        :class:`NullSpace`.
 
         Raises:
             ValueError: a layer of the file is absent from the model, or of another size; it is named.

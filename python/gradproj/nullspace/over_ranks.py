@@ -1,4 +1,5 @@
-"""What the ranks of a group have gathered, brought together: which ranks those are, and sums in an order that all of them have."""
+"""What the ranks of a group have gathered, brought together: which ranks those are, and sums in an order that all of
+them have."""
 
 import zlib
 from collections.abc import Collection, Sequence
@@ -47,8 +48,9 @@ def group_of(model: nn.Module, given: Any, sharding: Sharding | None, ddp: nn.Mo
 def sum_over_ranks(gather: Gather, layers: Sequence[Layer], silent: set[int], group: Any) -> None:
     """Every rank has seen its own batches, and not all of them have called every layer, or in the same order.
 
-    Layers share a moment afterwards if they do on every rank. Moments are numbered by their first layers; a rank that never
-    called a layer adds nothing to its moment. One all_reduce per moment, one moment at a time; three small collectives.
+    Layers share a moment afterwards if they do on every rank. Moments are numbered by their first layers; a rank that
+    never called a layer adds nothing to its moment. One all_reduce per moment, one moment at a time; three small
+    collectives.
 
     Raises:
         RuntimeError: the ranks have different layers. On every rank.

@@ -1,8 +1,9 @@
 """That a capture has heard every use of a weight: its gradient is the sum of y x^T over the calls of its modules.
 
-A weight may be multiplied by where no hook hears it: by a functional call, by a loss that is fused with the head, by an adapter
-that rescales. What it computes there would not be protected. In every backward pass of a capture both sides are multiplied by one
-vector v of random signs, which finds any difference for the cost of a few matrix-vector products, and holds no matrix.
+A weight may be multiplied by where no hook hears it: by a functional call, by a loss that is fused with the head, by an
+adapter that rescales. What it computes there would not be protected. In every backward pass of a capture both sides are
+multiplied by one vector v of random signs, which finds any difference for the cost of a few matrix-vector products, and
+holds no matrix.
 
 Source: Freivalds 1977, "Probabilistic machines can use less running time".
 """
@@ -49,8 +50,8 @@ class _Sums:
 class Proof:
     """Listens to the calls and the gradients of ``layers``, and compares them whenever a backward pass ends.
 
-    A weight that is sharded where it is multiplied by (tensor parallelism) has no whole gradient and is not proved; under FSDP2
-    it is whole there.
+    A weight that is sharded where it is multiplied by (tensor parallelism) has no whole gradient and is not proved;
+    under FSDP2 it is whole there.
 
     Attributes:
         silent: numbers of layers whose module returns something else than its product, so that it cannot be heard.

@@ -15,9 +15,9 @@ SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 class Uncovered:
     """The parameters that train and are in no layer, and the running statistics.
 
-    An optimizer leaves a parameter without a gradient alone, its weight decay included, so that gradients are set aside during a
-    step. Some write all the same (Muon's reference gives such a parameter one of zeros), so that versions are compared; of a
-    parameter of at most 1 MiB, such as a norm's or a bias's, there is a copy to put back.
+    An optimizer leaves a parameter without a gradient alone, its weight decay included, so that gradients are set aside
+    during a step. Some write all the same (Muon's reference gives such a parameter one of zeros), so that versions are
+    compared; of a parameter of at most 1 MiB, such as a norm's or a bias's, there is a copy to put back.
     """
 
     def __init__(self, model: nn.Module, rest: Literal["hold", "train"]):

@@ -1,7 +1,7 @@
 """Executes one call of a public function: unpack, split by device, dispatch, raise precise errors.
 
-Ops check their input themselves, so that a good call costs nothing per tensor here. An op that refuses has written nothing;
-``validate`` then finds out what to say.
+Ops check their input themselves, so that a good call costs nothing per tensor here. An op that refuses has written
+nothing; ``validate`` then finds out what to say.
 """
 
 import functools
@@ -124,7 +124,8 @@ def combine(call: Call, weights: Tensor) -> None:
 def pin(call: Call) -> Tensor:
     """|W U - B|^2 of every column of the rows weights, bases, targets and biases; weights and biases are pinned.
 
-    Of several devices the result is on the first that is not the CPU, put together without a copy that the host waits for.
+    Of several devices the result is on the first that is not the CPU, put together without a copy that the host waits
+    for.
     """
     if not call.entries:
         return torch.zeros(0, dtype=torch.float64)

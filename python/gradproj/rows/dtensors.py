@@ -145,7 +145,8 @@ def _weight(op: str, name: str, layout: _Layout, group, placement: str | None) -
 
 
 def _plain_weight(op: str, name: str, why: str, inside: int, group, placement: str | None) -> float:
-    """Weight of a tensor whose placement is known on ``inside`` ranks of the group only, as declared by ``placement``."""
+    """Weight of a tensor whose placement is known on ``inside`` ranks of the group only, as declared by
+    ``placement``."""
     if inside == dist.get_world_size(group):
         return 1.0
     if placement is None:
@@ -158,7 +159,8 @@ def _plain_weight(op: str, name: str, why: str, inside: int, group, placement: s
 
 
 def infer_group(op: str, meshes: "Sequence[DeviceMesh]"):
-    """The world, where one mesh covers it. The ranks outside of a smaller one may hold copies, or the rest of the model."""
+    """The world, where one mesh covers it. The ranks outside of a smaller one may hold copies, or the rest of the
+    model."""
     largest, world = max(mesh.size() for mesh in meshes), dist.get_world_size()
     if largest == world:
         return dist.group.WORLD

@@ -45,7 +45,8 @@ def local_gram(
 
     Args:
         rows, sharding: as for :func:`gram`.
-        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known already.
+        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known
+            already.
         part, num_parts: of :class:`gradproj.rows.call.Call`; every part has a Gram of its own.
     Returns:
         [R, R], or [P, R, R] with parts.
@@ -69,7 +70,8 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
 
 
 def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int) -> None:
-    """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each column's."""
+    """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each
+    column's."""
     call = _written("combine_", grads, directions, part, num_parts)
     expected = calls.weights_shape(call)
     if not isinstance(weights, Tensor) or weights.shape != expected:
@@ -93,21 +95,24 @@ def project_(
         grads: one tensor (or None) per parameter; any shapes, floating or complex dtypes, strides, devices. Modified.
         directions: K lists like ``grads``. Not modified. None counts as zeros, and so does a whole direction where
             ``grads`` is None, so that the result is exactly orthogonal on what can be written.
-        method: ``"orthogonal"`` removes the whole span of the directions; ``"conflict"`` takes the nearest vector with no
-            negative inner product; ``"pcgrad"`` projects every row, ``grads`` and the directions, off the rows that it
-            conflicts with, in ascending order, and sums them; ``("mix", gamma)`` adds gamma times every direction; a
-            callable, such as a ``torchjd.aggregation.*Weighting``, maps the [K + 1, K + 1] float64 Gram to [K + 1] weights.
-        eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and callables.
-        sharding: of rows that are sharded over ranks, as far as DTensors do not say it; every rank of its group must make the
-            call, one that owns nothing included.
+        method: ``"orthogonal"`` removes the whole span of the directions; ``"conflict"`` takes the nearest vector with
+            no negative inner product; ``"pcgrad"`` projects every row, ``grads`` and the directions, off the rows that
+            it conflicts with, in ascending order, and sums them; ``("mix", gamma)`` adds gamma times every direction; a
+            callable, such as a ``torchjd.aggregation.*Weighting``, maps the [K + 1, K + 1] float64 Gram to [K + 1]
+            weights.
+        eps: added to every <d_k, d_k>, and to <g, g> in ``"pcgrad"``; 0 is scale-free. Ignored by ``"mix"`` and
+            callables.
+        sharding: of rows that are sharded over ranks, as far as DTensors do not say it; every rank of its group must
+            make the call, one that owns nothing included.
     Returns:
         Projection: tensors on the device of ``grads``, the same on every rank.
     Raises:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
-    Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one all_reduce of
-    (K + 1)(K + 2) / 2 float64 numbers. Partial DTensors are reduced first, one all_reduce and one copy each; a gradient stays
-    Partial and its first rank holds the result, the others zeros.
-    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for "conflict"; Yu
+    Reads (2 K + 2) N bytes and writes N, N being the size of one rank's list; holds < 1 MiB. With a group, one
+    all_reduce of (K + 1)(K + 2) / 2 float64 numbers. Partial DTensors are reduced first, one all_reduce and one copy
+    each; a gradient stays Partial and its first rank holds the result, the others zeros.
+    Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for
+        "conflict"; Yu
     et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for "mix".
     """
     return project_rows(grads, directions, methods.parse(method, eps), sharding)
@@ -125,10 +130,10 @@ def project_rows(
     """:func:`project_` for callers that cache the directions' Gram.
 
     Args:
-        gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a gradient,
-            if it is known already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`; every part is projected by itself, in the same passes and the same
-            collective.
+        gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a
+            gradient, if it is known already.
+        part, num_parts: of :class:`gradproj.rows.call.Call`; every part is projected by itself, in the same passes and
+            the same collective.
     """
     call = _written("project_", grads, directions, part, num_parts)
     # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
@@ -181,9 +186,10 @@ def orthogonal_gradient_projection(
     Args:
         model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
-        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the gradients of
-            the first backward pass after a forward pass, and of no other.
-        eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0 does not.
+        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the
+            gradients of the first backward pass after a forward pass, and of no other.
+        eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0
+            does not.
         sharding: where the model is sharded over ranks; see :func:`project_`.
     Returns:
         Projection.
@@ -238,12 +244,15 @@ def pin_(
         targets: B [o, r], or None for zeros, which is the form for gradients; None if all are.
         biases: [o] each or None; one more column of W without being beside it in memory. Modified.
     Returns:
-        [L] float64: ``|W U - B|`` before, Frobenius. On the weights' device; of several, on the first that is not the CPU.
+        [L] float64: ``|W U - B|`` before, Frobenius. On the weights' device; of several, on the first that is not the
+        CPU.
     Raises:
         ValueError, TypeError, NotImplementedError: naming list, index, shape, dtype, device. Nothing is written.
-    Reads and writes every weight once, beside U and B; holds < 1 MiB, or up to 32 MiB where plain torch runs on a GPU. W U is
-    summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their addresses.
-    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of updates.
+    Reads and writes every weight once, beside U and B; holds < 1 MiB, or up to 32 MiB where plain torch runs on a GPU.
+    W U is summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their
+    addresses.
+    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of
+        updates.
     """
     absent = [None] * len(weights)
     rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]

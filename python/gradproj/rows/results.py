@@ -9,7 +9,8 @@ from torch import Tensor
 class Projection(NamedTuple):
     """What a projection did, as tensors on the device of the gradients: reading one synchronises, making it did not.
 
-    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about all.
+    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about
+    all.
 
     Attributes:
         gram: [K + 1, K + 1] float64 inner products before the projection.

@@ -1,7 +1,7 @@
 """Sharded rows: what this rank holds of them, how much of it counts, and the one collective of a projection.
 
-Kernels run on local shards and nothing is gathered. A tensor that several ranks hold is counted by each of them with weight
-1 / holders, so that the sum over the group counts it once.
+Kernels run on local shards and nothing is gathered. A tensor that several ranks hold is counted by each of them with
+weight 1 / holders, so that the sum over the group counts it once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,17 @@ _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
 
 class Sharding(NamedTuple):
-    """What the other ranks hold, as far as the tensors do not say it themselves. DTensors on a mesh that covers the world do.
+    """What the other ranks hold, as far as the tensors do not say it themselves. DTensors on a mesh that covers the
+    world do.
 
     Attributes:
-        group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns nothing
-            included. None: the world, if there are DTensors or a placement, else this rank alone.
-        placement: what the other ranks of the group hold of a plain tensor: ``"replicate"``, the same (DDP), or ``"shard"``,
-            other elements (FSDP1, ZeRO, pipeline stages). None: there are no plain tensors, or no other ranks.
-        owned: one bool per parameter (per entry of the lists), False for what another rank counts already, such as a tied
-            parameter on two pipeline stages: left out of the inner products, but written. None: all are owned.
+        group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns
+            nothing included. None: the world, if there are DTensors or a placement, else this rank alone.
+        placement: what the other ranks of the group hold of a plain tensor: ``"replicate"``, the same (DDP), or
+            ``"shard"``, other elements (FSDP1, ZeRO, pipeline stages). None: there are no plain tensors, or no other
+            ranks.
+        owned: one bool per parameter (per entry of the lists), False for what another rank counts already, such as a
+            tied parameter on two pipeline stages: left out of the inner products, but written. None: all are owned.
     """
 
     group: Any = None
@@ -39,7 +41,8 @@ class Sharding(NamedTuple):
 
 
 def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
-    """What a framework whose ranks all hold the model tells the wrapper of it: nothing on one rank, or if DTensors say it."""
+    """What a framework whose ranks all hold the model tells the wrapper of it: nothing on one rank, or if DTensors say
+    it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
     return None if dtensor_types(list(parameters)) else Sharding(placement="replicate")
@@ -93,7 +96,8 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
 
 
 def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
-    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be missing."""
+    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be
+    missing."""
     kinds = dtensor_types(tensors)
     if sharding is None and not kinds:
         return None
@@ -136,8 +140,8 @@ def device_of(group, preferred: torch.device | None = None) -> torch.device:
 def all_reduce(numbers: Tensor, group) -> Tensor:
     """Sum of n float64 numbers over ``group``, on the device of ``numbers``: one collective, of 8 n bytes.
 
-    The numbers travel on a device that the group communicates on, if theirs is not. A device without float64 carries their
-    bits, 8 n bytes per rank, and every rank adds them up in the same order.
+    The numbers travel on a device that the group communicates on, if theirs is not. A device without float64 carries
+    their bits, 8 n bytes per rank, and every rank adds them up in the same order.
     """
     device = device_of(group, numbers.device)
     if _carries_float64(device):
