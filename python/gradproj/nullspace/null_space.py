@@ -155,11 +155,9 @@ class NullSpace(Protection):
         """Context manager: the inputs of the layers in the backward passes inside are protected.
 
         Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
-        Needs no optimizer. A further block adds to what was gathered, each token counting the same; the weights are
-        pinned first, so that what was protected stays.
-
-        Needs room for the rank of both: with the same ``share``, directions of least curvature of either are given up;
-        raise ``share`` first to keep all.
+        Needs no optimizer. A further block pins the weights and adds to what was gathered, each token counting the
+        same. The rank is then allocated anew: with the same ``share``, directions of least curvature of either capture
+        are given up; raise ``protection.share`` first to keep all.
 
         In every backward pass the gradient of each covered weight is compared with the sum of y x^T over the calls that
         were heard, for the cost of a few matrix-vector products. Where a weight is sharded (tensor parallelism) it is

@@ -144,32 +144,13 @@ def project_rows(
         return Projection(products, weights, select(products.device.type).name)
 
     call, local = localize(call, sharding)
-    done = _weigh(call, local, rule, gram_dd)
-    calls.combine(call, done.weights)
-    finish(local, done.weights)
-    return done
-
-
-def weigh_rows(
-    grads: Row,
-    directions: Sequence[Row],
-    rule: methods.Rule | methods.Weighting,
-    sharding: Sharding | None,
-    gram_dd: Tensor | None,
-    part: Sequence[int],
-    num_parts: int,
-) -> Projection:
-    """What :func:`project_rows` would do; nothing is written."""
-    call, local = localize(_written("project_", grads, directions, part, num_parts), sharding)
-    return _weigh(call, local, rule, gram_dd)
-
-
-def _weigh(call: Call, local: Local, rule: methods.Rule | methods.Weighting, gram_dd: Tensor | None) -> Projection:
     products = reduce(_products(call, local, gram_dd), local.group)
     if isinstance(rule, methods.Rule):  # the same op on every rank, one that owns nothing included
         weights = select(products.device.type).op("weights")(products, *rule)
     else:
         weights = methods.apply_weighting(rule, products)
+    calls.combine(call, weights)
+    finish(local, weights)
     backend = select(calls.first(call).device.type).name if call.rows[0] else "none"
     return Projection(products, weights, backend)
 
