@@ -279,18 +279,16 @@ def test_a_second_capture_keeps_what_the_widest_of_a_shared_basis_had():
         (model(x) * torch.randn(10, 12)).sum().backward()
     ranks = [protection.bases[name].rank for name in "qv"]
     assert ranks[0] <= 2 and ranks[1] >= 9
-    before = model.v.weight @ protection.bases["v"].vectors
     opt = ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), protection)
     train(model, opt, 2)
-    protection.share = 0.95
+    first, earlier = model.v(x).detach(), protection.bases["v"].vectors
+    protection.share = 0.95  # room for the rank of both
     with protection.capture():
         (model(torch.randn(1, 12)) * torch.randn(1, 12)).sum().backward()
-    kept, earlier = protection.bases["v"].vectors, before
-    assert protection.bases["v"].rank >= ranks[1]
-    del kept, earlier
-    first = model.v(x).detach()
+    kept = protection.bases["v"].vectors
+    assert (earlier - kept @ (kept.T @ earlier)).abs().max() < 1e-4
     train(model, opt, 10)
-    assert (model.v(x) - first).abs().max() < 1e-4
+    assert (model.v(x) - first).abs().max() < 1e-3
 
 
 def test_layers_that_come_to_share_inputs_keep_what_each_had():
