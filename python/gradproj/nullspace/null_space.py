@@ -29,16 +29,15 @@ SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank sa
 class NullSpace(Protection):
     """Pins what each layer computes on the inputs that a capability uses: after every step W <- W - (W U - B) U^T.
 
-    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss; B =
-    W U is what the layer made of them then. The statement is about the weights, not about one step: any optimizer,
+    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss;
+    B = W U is what the layer made of them then. The statement is about the weights, not about one step: any optimizer,
     momentum, weight decay and skipped steps included, nothing accumulates, and no capability data are needed
     afterwards. What the capture did not see is not protected.
 
     Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters,
-        which
-    become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no module of
-    these kinds has are the rest; :attr:`coverage` counts it. The capture proves that it has heard every use of a
-    covered weight.
+    which become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no
+    module of these kinds has are held; :attr:`coverage` counts them. The capture proves that it has heard every use of
+    a covered weight.
 
     Args:
         model: whose layers are protected.
@@ -70,8 +69,7 @@ class NullSpace(Protection):
         opt = gradproj.ProjectedOptimizer(inner, protection)
 
     Source: Saha et al. 2021 (GPM), Wang et al. 2021 (Adam-NSCL), Fang et al. 2025 (AlphaEdit) for projections into the
-        null space
-    of inputs; Martens & Grosse 2015 (K-FAC) for the curvature of a layer as inputs times output gradients.
+    null space of inputs; Martens & Grosse 2015 (K-FAC) for the curvature of a layer as inputs times output gradients.
     """
 
     captures_once = True

@@ -112,8 +112,7 @@ def project_(
     all_reduce of (K + 1)(K + 2) / 2 float64 numbers. Partial DTensors are reduced first, one all_reduce and one copy
     each; a gradient stays Partial and its first rank holds the result, the others zeros.
     Source: Farajtabar et al. 2020 (OGD); Chaudhry et al. 2019 (A-GEM) and Lopez-Paz & Ranzato 2017 (GEM) for
-        "conflict"; Yu
-    et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for "mix".
+    "conflict"; Yu et al. 2020 (PCGrad); Ouyang et al. 2022 (PTX) for "mix".
     """
     return project_rows(grads, directions, methods.parse(method, eps), sharding)
 
@@ -232,8 +231,8 @@ def pin_(
     Reads and writes every weight once, beside U and B; holds < 1 MiB, or up to 32 MiB where plain torch runs on a GPU.
     W U is summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their
     addresses.
-    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of
-        updates.
+    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights
+    instead of updates.
     """
     absent = [None] * len(weights)
     rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]
