@@ -45,12 +45,12 @@ def test_share_is_never_exceeded(data):
     st.floats(0.0, 0.9),
 )
 def test_the_mean_of_what_is_slowed_is_damping(layers, damping):
-    rests, weights = zip(*layers, strict=True)
-    rates = allocation.rates(rests, weights, damping)
+    left, weights = zip(*layers, strict=True)
+    rates = allocation.rates(left, weights, damping)
     mean = sum((1 - m) * w for m, w in zip(rates, weights, strict=True)) / sum(weights)
     assert mean == pytest.approx(damping, abs=1e-6)
     assert len(set(rates)) <= allocation.STEPS and all(0 < m <= 1 + 1e-12 for m in rates)
-    order = sorted(range(len(rests)), key=rests.__getitem__)
+    order = sorted(range(len(left)), key=left.__getitem__)
     assert all(rates[a] >= rates[b] - 1e-9 for a, b in itertools.pairwise(order))
 
 

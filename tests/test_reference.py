@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from gradproj import NullSpace, reference
-from gradproj.nullspace import allocation
 
 
 def test_naive_projection_matches_the_oracle():
@@ -71,16 +70,16 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
     ranks = {name: basis.rank for name, basis in protection.bases.items()}
     assert ranks == {name: basis.basis.shape[1] for name, basis in naive.items()} and min(ranks.values()) > 0
     exact = 1e-10 if dtype == torch.float64 and not sketched else 1e-3 if not sketched else 0.02
-    for name, (basis, target, rest) in naive.items():
+    for name, (basis, target, left) in naive.items():
         mine = protection.bases[name]
         vectors, products = mine.vectors.double(), mine.target.double()
         assert (vectors @ vectors.T - basis @ basis.T).norm() < exact * ranks[name] ** 0.5
         assert (products @ vectors.T - target @ basis.T).norm() < exact * target.norm()
-        assert allocation.rest(mine.curvature, mine.rank) == pytest.approx(rest, rel=max(exact, 1e-6) * 10)
+        assert mine.left == pytest.approx(left, rel=max(exact, 1e-6) * 10)
 
-    rests = [naive[layer.name].rest for layer in protection.layers]
+    left = [naive[layer.name].left for layer in protection.layers]
     weights = [layer.numel for layer in protection.layers]
-    rates = reference.damped_rates(rests, weights, 0.3)
+    rates = reference.damped_rates(left, weights, 0.3)
     assert sum((1 - r) * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3)
     expected = {id(layer.weight): 0.1 * rate for layer, rate in zip(protection.layers, rates, strict=True)}
     for group in protection.param_groups(lr=0.1, damping=0.3):

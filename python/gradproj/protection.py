@@ -1,9 +1,7 @@
-"""What a protection is: what the optimizer's wrapper and the integrations ask of it, and what all protections have in
-common.
+"""What a protection is: all that the optimizer's wrapper and the integrations know of it, and what protections share.
 
 ``capture()`` is the body of ``opt.protect()``; ``before_step()`` and ``after_step()`` surround the inner optimizer's
-step; ``state()``, ``strip()`` and ``load_state()`` travel with its checkpoints; ``metrics()`` is for a log. The wrapper
-knows nothing else.
+step; ``state()``, ``strip()`` and ``load_state()`` are for its checkpoints, and ``metrics()`` for a log.
 """
 
 import abc
@@ -27,8 +25,7 @@ class Protection(abc.ABC):
     """Base class of all protections. One belongs to one optimizer, or to one list of them.
 
     Attributes:
-        captures_once: whether one capture before training is all that it needs; else fresh ones are wanted again and
-            again.
+        captures_once: one capture before training is enough; otherwise fresh ones are wanted again and again.
         sharding: of the parameters, as given to the wrapper.
     """
 
@@ -54,14 +51,8 @@ class Protection(abc.ABC):
 
     @abc.abstractmethod
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
-        """To call before the inner step.
-
-        Args:
-            closure: of the inner step.
-            begins: False if another of the optimizers has stepped since ``after_step()``.
-        Returns:
-            the closure to give to the inner step.
-        """
+        """To call before the inner step; returns the closure to give to it. ``begins`` is False if another of the
+        optimizers has stepped since ``after_step()``."""
 
     @abc.abstractmethod
     def after_step(self) -> None:
@@ -77,11 +68,7 @@ class Protection(abc.ABC):
 
     @abc.abstractmethod
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Take what :meth:`state` put in. A ``state_dict`` without anything protected changes nothing.
-
-        Raises:
-            ValueError: what is protected there does not fit ``parameters``. Nothing is changed.
-        """
+        """Take what :meth:`state` put in, if anything. A ValueError, and no change, if it does not fit."""
 
     @abc.abstractmethod
     def clear(self) -> None:
@@ -92,13 +79,8 @@ class Protection(abc.ABC):
         """What the last step did, for a log; reading it waits for the device. Empty before the first."""
 
     def project(self) -> Projection | Pin | None:
-        """Project the gradients now, for clipping or logging before the step; that step then does not do it again.
-
-        Returns:
-            what happened, also kept as ``last``; None if nothing is protected.
-        Raises:
-            RuntimeError: the protection acts inside the step.
-        """
+        """Project the gradients now, for clipping or logging before the step, which does not do it again then. Returns
+        what happened, also kept as ``last``; None if nothing is protected."""
         raise RuntimeError(f"project(): {type(self).__name__} with these settings acts inside step()")
 
     def pin(self) -> Pin | None:
@@ -107,15 +89,15 @@ class Protection(abc.ABC):
 
     @contextlib.contextmanager
     def _while_capturing(self) -> Iterator[None]:
-        """Refuses a capture inside of another, or of a closure, and steps inside of it."""
+        """Refuses a capture inside another one or inside a closure, and a step inside the capture."""
         if self._capturing:
             raise RuntimeError(
                 "protect() inside another protect(): several backward passes in one block add up already"
             )
         if self._in_closure:
             raise RuntimeError(
-                "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), under "
-                "Lightning in on_train_batch_start()"
+                "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), "
+                "under Lightning in on_train_batch_start()"
             )
         self._capturing = True
         try:
@@ -124,15 +106,11 @@ class Protection(abc.ABC):
             self._capturing = False
 
     def bind(self, optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
-        """Belong to these optimizers, whose ``param_groups`` are asked anew each time.
-
-        Raises:
-            RuntimeError: it belongs to others already.
-        """
+        """Belong to these optimizers, and to no others; their ``param_groups`` are read anew each time."""
         if any(ref() is not None for ref in self._optimizers):
             raise RuntimeError(
                 f"this {type(self).__name__} protects another optimizer already: make one for each, detach() it, or attach "
-                f"one to a list of optimizers"
+                "one to a list of optimizers"
             )
         self._optimizers, self.sharding = [weakref.ref(o) for o in optimizers], sharding
 
@@ -141,7 +119,7 @@ class Protection(abc.ABC):
         self._optimizers = ()
 
     def _live_groups(self) -> list[dict[str, Any]]:
-        """The optimizers' live parameter groups, one list after the other."""
+        """The optimizers' parameter groups, as of now."""
         optimizers = [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
         if not optimizers:
             raise RuntimeError(
@@ -150,23 +128,27 @@ class Protection(abc.ABC):
         return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def parameters(self) -> list[Tensor]:
-        """The parameters that the optimizers step, in their order, as of now."""
+        """What the optimizers step, in their order, as of now."""
         return [p for group in self._live_groups() for p in group["params"]]
 
     def _check_step(self) -> None:
-        """Refuse a step at a wrong time."""
         if self._capturing:
             raise RuntimeError(
                 "step() inside protect(): the gradients made there are not for a step; leave the block first"
             )
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters at "
-                "once; remove that hook and call step() after backward()"
+                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters "
+                "at once; remove that hook and call step() after backward()"
             )
 
-    def _guarded(self, closure: Closure, then: Callable[[], Any] | None = None) -> Closure:
-        """``closure``, in which protect() is refused, and ``then`` after each call of it."""
+    def _step_was_skipped(self) -> bool:
+        """A GradScaler has told a fused optimizer of an inf, so that nothing has moved."""
+        found = [getattr(ref(), "found_inf", None) for ref in self._optimizers]
+        return any(f is not None and bool(f) for f in found)
+
+    def _guarded(self, closure: Closure, then: Callable[[], Any]) -> Closure:
+        """``closure``, in which protect() is refused, followed by ``then``."""
 
         def guarded():
             self._in_closure = True
@@ -174,8 +156,7 @@ class Protection(abc.ABC):
                 loss = closure()
             finally:
                 self._in_closure = False
-            if then is not None:
-                then()
+            then()
             return loss
 
         return guarded

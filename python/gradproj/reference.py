@@ -1,7 +1,7 @@
-"""The naive algorithm and the float64 oracle. Read this file first: everything else computes the same numbers, faster.
+"""The naive algorithms and the float64 oracles. Read this file first: all the others compute these numbers, faster.
 
-The naive functions are what training scripts do today, kept as they are found so that a benchmark against them is fair.
-The oracles do the same arithmetic in float64 on one flat matrix, and are what every kernel is tested against.
+The naive functions are what training scripts do today, so that a benchmark against them is fair. The oracles do the
+same arithmetic in float64 on one flat matrix; every kernel is tested against them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -54,58 +54,56 @@ def orthogonal_gradient_projection(
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for loss in losses:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward(retain_graph=True)
         row = [p.grad for p in parameters if p.grad is not None]
         if len(row) < len(parameters):
-            raise ValueError(
-                "reference.orthogonal_gradient_projection: every parameter needs a gradient in both passes"
-            )
+            name = "reference.orthogonal_gradient_projection"
+            raise ValueError(f"{name}: every parameter needs a gradient in both passes")
         rows.append(row)
     capability, safety = rows
     project_(safety, capability)
 
 
 def pin_(weight: Tensor, basis: Tensor, target: Tensor) -> Tensor:
-    """Naive: what one writes from the formula. Moves about 5 N bytes and holds N more, N being the bytes of the
-    weight."""
+    """W - (W U - B) U^T, as one writes it. Moves about 5 N bytes and holds N more, N being the bytes of the weight."""
     return weight - (weight @ basis - target) @ basis.T
 
 
 class NaiveBasis(NamedTuple):
-    """U [inputs, r] and B = W U [outputs, r] of a layer, float64, and the curvature that U leaves in it."""
+    """U [inputs, r] and B = W U [outputs, r] of a layer, float64, and the mean curvature that U leaves in it."""
 
     basis: Tensor
     target: Tensor
-    rest: float
+    left: float
 
 
 def null_space(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any], share: float = 0.05
 ) -> dict[str, NaiveBasis]:
-    """All of a null space of ``nn.Linear`` layers, naively: what :class:`gradproj.NullSpace` captures, by the layers'
-    names.
+    """Naive form of what :class:`gradproj.NullSpace` captures, for the ``nn.Linear`` layers of a model, by their names.
 
-    Then after every step of any optimizer W <- ``pin_(W, U, B)``, the bias being W's last column. Holds a matrix of
-    inputs x inputs for every layer, and all of their eigenvectors.
+    Afterwards W <- ``pin_(W, U, B)`` after every step of any optimizer keeps W U = B; a bias is W's last column. Holds
+    an inputs x inputs matrix for every layer, and all of its eigenvectors.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    whole = {name: _with_bias(m).double() for name, m in layers.items()}  # W, and b as the column of an input that is 1
-    moment = {name: torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64) for name, w in whole.items()}
-    square, tokens = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
+    weight = {name: _with_bias(m) for name, m in layers.items()}
+    moment: dict[str, Any] = dict.fromkeys(layers, 0)  # sum of x x^T over the tokens
+    square, tokens = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)  # sum of the mean y^2, and how many tokens
 
-    def listen(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
+    def listen(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         x = args[0].detach().double().flatten(0, -2)
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)[:, : whole[name].shape[1]]
+        if module.bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
 
-        def hear(gradient: Tensor) -> None:
-            g = gradient.double().flatten(0, -2)
-            counts = (g != 0).any(1)  # not so padding
+        def add(gradient: Tensor) -> None:
+            y = gradient.double().flatten(0, -2)
+            counts = (y != 0).any(1)  # false for padding
             moment[name] += x[counts].T @ x[counts]
-            square[name] += float(g.square().mean(1).sum())
+            square[name] += float(y.square().mean(1).sum())
             tokens[name] += int(counts.sum())
 
-        y.register_hook(hear)
+        output.register_hook(add)
 
     handles = [m.register_forward_hook(partial(listen, name)) for name, m in layers.items()]
     for batch in batches:
@@ -113,38 +111,42 @@ def null_space(
     for handle in handles:
         handle.remove()
 
-    values, vectors, curvature = {}, {}, []
+    values, vectors, scale, curvature = {}, {}, {}, []
     for name in layers:
         values[name], vectors[name] = (t.flip(-1) for t in torch.linalg.eigh(moment[name] / tokens[name]))
-        scale = square[name] / tokens[name]  # s of the layer; s a is the curvature of the loss along an eigenvector
-        curvature += [(scale * float(a), name) for a in values[name] if a > 1e-6 * values[name][0]]
-    left, rank = share * sum(w.numel() for w in whole.values()), dict.fromkeys(layers, 0)
+        scale[name] = square[name] / tokens[name]  # the loss has curvature scale * value along an eigenvector
+        curvature += [(scale[name] * float(a), name) for a in values[name] if a > 1e-6 * values[name][0]]
+
+    budget, rank = share * sum(w.numel() for w in weight.values()), dict.fromkeys(layers, 0)
     for _, name in sorted(curvature, reverse=True):
-        left -= len(whole[name])  # an eigenvector fixes as many weights as there are outputs
-        if left < 0:
+        budget -= len(weight[name])  # an eigenvector fixes as many weights as its layer has outputs
+        if budget < 0:
             break
         rank[name] += 1
-    found = {}
+
+    bases = {}
     for name, r in rank.items():
-        basis, rest = vectors[name][:, :r], values[name][r:].sum() / max(1, len(values[name]) - r)
-        found[name] = NaiveBasis(basis, whole[name] @ basis, square[name] / tokens[name] * float(rest))
-    return found
+        basis, others = vectors[name][:, :r], values[name][r:]
+        left = scale[name] * float(others.sum() / max(1, len(others)))
+        bases[name] = NaiveBasis(basis, weight[name] @ basis, left)
+    return bases
 
 
 def _with_bias(module: nn.Linear) -> Tensor:
-    weight = module.weight.detach()
-    return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None]], dim=1)
+    """W in float64; a bias is one more column, whose input is always 1."""
+    columns = [module.weight] if module.bias is None else [module.weight, module.bias[:, None]]
+    return torch.cat(columns, dim=1).detach().double()
 
 
-def damped_rates(rests: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
-    """Layer-wise factors 1 / (1 + rest / c) of a learning rate, c being such that 1 - factor is ``damping`` in the
-    mean."""
+def damped_rates(left: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
+    """Layer-wise factors 1 / (1 + left / c) of a learning rate, with c such that 1 - factor is ``damping`` in the mean
+    over the weights."""
     low, high = 1e-30, 1e30
     for _ in range(500):
         c = (low * high) ** 0.5
-        mean = sum(w * r / (r + c) for r, w in zip(rests, weights, strict=True)) / sum(weights)
+        mean = sum(w * x / (x + c) for x, w in zip(left, weights, strict=True)) / sum(weights)
         low, high = (c, high) if mean > damping else (low, c)
-    return [c / (r + c) for r in rests]
+    return [c / (x + c) for x in left]
 
 
 def matrix(rows: Sequence[Buffers]) -> np.ndarray:
@@ -152,10 +154,9 @@ def matrix(rows: Sequence[Buffers]) -> np.ndarray:
     columns = []
     for column in zip(*rows, strict=True):
         like = next((t for t in column if t is not None), None)
-        if like is None:
-            continue
-        zeros = np.zeros_like(_float64(like))
-        columns.append(np.stack([zeros if t is None else _float64(t) for t in column]))
+        if like is not None:
+            zeros = np.zeros_like(_float64(like))
+            columns.append(np.stack([zeros if t is None else _float64(t) for t in column]))
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
 
@@ -174,14 +175,14 @@ def oracle_gram(*rows: Buffers) -> np.ndarray:
 def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Sequence[float]) -> list[np.ndarray | None]:
     """float64 ``w_0 g + sum_k w_k d_k`` per buffer, flat; rows of weight 0 are not read."""
     out: list[np.ndarray | None] = []
-    for i, g in enumerate(grads):
-        if g is None:
+    for column in zip(grads, *directions, strict=True):
+        if column[0] is None:
             out.append(None)
             continue
-        total = np.zeros_like(_float64(g))
-        for w, t in zip(weights, (g, *(d[i] for d in directions)), strict=True):
+        total = np.zeros_like(_float64(column[0]))
+        for w, t in zip(weights, column, strict=True):
             if w != 0 and t is not None:
-                total = total + w * _float64(t)
+                total += w * _float64(t)
         out.append(total)
     return out
 
@@ -189,19 +190,19 @@ def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Seque
 def oracle_pin(
     weight: Tensor, basis: Tensor, target: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and ``|W U -
-    B|``."""
-    w, u = weight.detach().double().cpu().numpy(), basis.double().cpu().numpy()
-    whole = w if bias is None else np.concatenate([w, bias.detach().double().cpu().numpy()[:, None]], axis=1)
-    moved = whole @ u - (0.0 if target is None else target.double().cpu().numpy())
-    whole = whole - moved @ u.T
-    return whole[:, : w.shape[1]], None if bias is None else whole[:, -1], float(np.linalg.norm(moved))
+    """float64 ``W - (W U - B) U^T``, the bias being one more column of W: the new weight, the new bias, and
+    ``|W U - B|``."""
+    whole = weight.detach() if bias is None else torch.cat([weight.detach(), bias.detach()[:, None]], dim=1)
+    w, u = whole.double().cpu().numpy(), basis.double().cpu().numpy()
+    moved = w @ u - (0.0 if target is None else target.double().cpu().numpy())
+    w = w - moved @ u.T
+    inputs = weight.shape[1]
+    return w[:, :inputs], None if bias is None else w[:, inputs], float(np.linalg.norm(moved))
 
 
 def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogonal", eps: float = 0.0) -> np.ndarray:
     """Weights of a method by numpy's pseudo-inverse (``orthogonal``), enumeration of active sets (``conflict``), and
-    the paper's own loop in coefficients of the rows (``pcgrad``); part by part if ``gram`` is [P, R, R].
-    """
+    the paper's own loop in coefficients of the rows (``pcgrad``); part by part if ``gram`` is [P, R, R]."""
     if gram.ndim == 3:
         return np.stack([oracle_weights(part, method, eps) for part in gram])
     k = len(gram) - 1

@@ -1,7 +1,8 @@
 """Bases in files and state dicts, by the names of their layers."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,100 +12,81 @@ from gradproj.nullspace.allocation import Curvature
 from gradproj.nullspace.basis import Basis, spaced
 from gradproj.nullspace.layers import Layer, is_conv1d
 
-FORMAT = "3"
+FORMAT = "4"
+TENSORS = ("vectors", "target", "values")  # of an entry; the others are numbers
 
 
 def pack(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, dict[str, Any]]:
-    """Plain tensors and numbers; targets of all ranks' rows."""
+    """One flat entry for each layer, of plain tensors and numbers; targets of all ranks' rows."""
     packed = {}
     for layer in layers:
-        basis = bases[layer.name]
-        curvature = basis.curvature
-        packed[layer.name] = {
-            "vectors": basis.vectors,
-            "target": None if basis.target is None else whole(layer, basis.target),
-            "values": curvature.values,
-            "numbers": [curvature.scale, curvature.trace, curvature.outputs, curvature.inputs, basis.tokens],
-        }
+        vectors, target, curvature, tokens = bases[layer.name]
+        target = None if target is None else _whole(layer, target)
+        packed[layer.name] = {"vectors": vectors, "target": target, "tokens": tokens, **curvature._asdict()}
     return packed
 
 
 def unpack(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, Basis]:
     bases = {}
     for name, entry in packed.items():
-        scale, trace, outputs, inputs, tokens = entry["numbers"]
-        curvature = Curvature(scale, entry["values"], trace, int(outputs), int(inputs))
-        bases[name] = Basis(entry["vectors"], entry["target"], curvature, int(tokens))
+        curvature = Curvature(*(entry[field] for field in Curvature._fields))
+        bases[name] = Basis(entry["vectors"], entry["target"], curvature, entry["tokens"])
     return bases
 
 
 def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float) -> None:
-    packed = pack(layers, bases)
-    # Of eigenpairs that layers with the same inputs share: the layer that keeps most of them.
-    owners: dict[tuple, str] = {}
+    owners: dict[tuple, str] = {}  # of layers that share eigenpairs, the one that keeps most of them writes them
     for name, basis in sorted(bases.items(), key=lambda item: -item[1].rank):
-        owners.setdefault(_identity(basis), name)
-    kinds_of = {layer.name: layer.kind for layer in layers}
+        owners.setdefault(basis.memory, name)
+    kind_of = {layer.name: layer.kind for layer in layers}
     tensors, facts = {}, {}
-    for name, entry in packed.items():
-        owner = owners[_identity(bases[name])]
-        facts[name] = {
-            "numbers": entry["numbers"],
-            "rank": bases[name].rank,
-            "eigenpairs_of": owner,
-            "kind": kinds_of[name],
-        }
+    for name, entry in pack(layers, bases).items():
+        owner, rank = owners[bases[name].memory], bases[name].rank
+        numbers = {key: value for key, value in entry.items() if key not in TENSORS}
+        facts[name] = {**numbers, "rank": rank, "eigenpairs_of": owner, "kind": kind_of[name]}
         if owner == name:
             tensors[f"{name}.values"] = entry["values"]
             tensors[f"{name}.vectors"] = entry["vectors"].T  # as they lie in memory: one after the other
         if entry["target"] is not None:
             tensors[f"{name}.target"] = entry["target"]
     metadata = {"format": FORMAT, "share": str(share), "layers": json.dumps(facts)}
-    _safetensors().save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, metadata)
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    _safetensors().torch.save_file(tensors, path, metadata)
 
 
-def _metadata(file, path) -> dict[str, str]:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT or "layers" not in metadata:
-        raise ValueError(
-            f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by this version's NullSpace.save()"
-        )
-    return metadata
+@contextlib.contextmanager
+def _opened(path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its metadata. A ValueError if :func:`save` has not made it."""
+    with _safetensors().safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"NullSpace.load: {path} has no bases of format {FORMAT}: it was not made by this version's "
+                "NullSpace.save()"
+            )
+        yield file, metadata
 
 
 def kinds(path) -> dict[str, str]:
-    """The class of each layer's module, by the layers' names. Errors as of :func:`load`."""
-    with _safetensors("safetensors").safe_open(path, framework="pt") as file:
-        return {name: fact["kind"] for name, fact in json.loads(_metadata(file, path)["layers"]).items()}
+    """The class of each layer's module, by the layers' names."""
+    with _opened(path) as (_, metadata):
+        return {name: fact["kind"] for name, fact in json.loads(metadata["layers"]).items()}
 
 
 def load(path) -> tuple[dict[str, Basis], float]:
-    """The bases, and the share that they were made with.
-
-    Raises:
-        ValueError: not such a file.
-    """
-    with _safetensors("safetensors").safe_open(path, framework="pt") as file:
-        metadata = _metadata(file, path)
+    """The bases, and the share that they were made with."""
+    with _opened(path) as (file, metadata):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    packed = {
-        name: {
-            "numbers": fact["numbers"],
-            "vectors": tensors[f"{fact['eigenpairs_of']}.vectors"][: fact["rank"]].T,
-            "target": tensors.get(f"{name}.target"),
-            "values": tensors[f"{fact['eigenpairs_of']}.values"],
-        }
-        for name, fact in json.loads(metadata["layers"]).items()
-    }
+    packed = json.loads(metadata["layers"])
+    for name, entry in packed.items():
+        entry["vectors"] = tensors[f"{entry['eigenpairs_of']}.vectors"][: entry["rank"]].T
+        entry["values"] = tensors[f"{entry['eigenpairs_of']}.values"]
+        entry["target"] = tensors.get(f"{name}.target")
     return unpack(packed), float(metadata["share"])
 
 
 def matching(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
-    """The layers of which there are bases, in their order.
-
-    Raises:
-        ValueError: there is none, or of another size; it is named.
-    """
+    """The layers of which there are bases. A ValueError if a basis is of no layer, or of one of another size."""
     by_name = {layer.name: layer for layer in layers}
     for name, basis in bases.items():
         if name not in by_name:
@@ -115,19 +97,49 @@ def matching(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]
                 f"NullSpace: layer {name!r} is {outputs} x {inputs} (its bias counted), but its basis is of a layer "
                 f"{basis.curvature.outputs} x {basis.vectors.shape[0]}"
             )
-    return [by_name[name] for name in bases]
+    return [layer for layer in layers if layer.name in bases]
 
 
-def _identity(basis: Basis) -> tuple:
-    """Equal for layers whose eigenvectors are leading columns of one matrix. Without any, eigenvalues tell layers
-    apart."""
-    tensors = (basis.vectors, basis.curvature.values)
-    return (*(t.untyped_storage().data_ptr() for t in tensors), basis.vectors.shape[0])
+def on_rank(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, Basis]:
+    """On the devices of the layers' weights, with this rank's rows of the targets. Eigenvectors that layers share stay
+    shared."""
+    shared: dict[tuple, Tensor] = {}
+    found = {}
+    for layer in sorted(layers, key=lambda layer: -bases[layer.name].rank):
+        basis, device = bases[layer.name], layer.weight.device
+        key = device, *basis.memory
+        if key not in shared:
+            shared[key] = spaced(basis.vectors.to(device))
+        target = None if basis.target is None else _of_rank(layer, basis.target).to(device)
+        found[layer.name] = basis._replace(vectors=shared[key][:, : basis.rank], target=target)
+    return found
 
 
-def _target_placements(layer: Layer) -> tuple:
-    """How the rows of a target [outputs, r] lie over the ranks: as the weight's outputs do, which Conv1D has in its
-    columns."""
+def _whole(layer: Layer, target: Tensor) -> Tensor:
+    """All rows of a target, of which this rank has those of its shard of the weight."""
+    weight: Any = layer.weight
+    if not hasattr(weight, "device_mesh"):
+        return target
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((layer.shape[0], target.shape[1]))
+    return DTensor.from_local(
+        target, weight.device_mesh, _placements(layer), run_check=False, shape=shape, stride=(shape[1], 1)
+    ).full_tensor()
+
+
+def _of_rank(layer: Layer, target: Tensor) -> Tensor:
+    """This rank's rows of a target."""
+    weight: Any = layer.weight
+    if not hasattr(weight, "device_mesh"):
+        return target
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(target, weight.device_mesh, _placements(layer), src_data_rank=None).to_local()
+
+
+def _placements(layer: Layer) -> tuple:
+    """Of a target [outputs, r]: those of the weight's outputs, which are Conv1D's columns."""
     placements = layer.weight.placements  # type: ignore[attr-defined]
     if not is_conv1d(layer.owner):
         return placements
@@ -136,52 +148,15 @@ def _target_placements(layer: Layer) -> tuple:
     found = tuple(Shard(0) if type(p) is Shard and p.dim == 1 else p for p in placements)
     if any(p.is_shard() and type(p) is not Shard for p in found):
         raise NotImplementedError(
-            f"NullSpace: the weight of {layer.name}, a Conv1D, is {placements} of a DTensor; shard it over one mesh dimension"
+            f"NullSpace: the weight of {layer.name}, a Conv1D, is {placements} of a DTensor; shard it over one mesh "
+            "dimension"
         )
     return found
 
 
-def whole(layer: Layer, target: Tensor) -> Tensor:
-    """The target of all rows, where this rank holds those of its shard of the weight."""
-    weight: Any = layer.weight
-    if not hasattr(weight, "device_mesh"):
-        return target
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((layer.shape[0], target.shape[1]))
-    return DTensor.from_local(
-        target, weight.device_mesh, _target_placements(layer), run_check=False, shape=shape, stride=(shape[1], 1)
-    ).full_tensor()
-
-
-def on_rank(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, Basis]:
-    """On the devices of the layers' weights, with this rank's rows of the targets. Eigenvectors that layers share stay
-    shared."""
-    vectors: dict[tuple, Tensor] = {}
-    for layer in sorted(layers, key=lambda layer: -bases[layer.name].rank):
-        key = layer.weight.device, *_identity(bases[layer.name])
-        if key not in vectors:
-            vectors[key] = spaced(bases[layer.name].vectors.to(layer.weight.device))
-    found = {}
-    for layer in layers:
-        weight: Any = layer.weight
-        basis = bases[layer.name]
-        key, target = (weight.device, *_identity(basis)), basis.target
-        if target is not None:
-            if hasattr(weight, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor
-
-                placements = _target_placements(layer)
-                target = distribute_tensor(target, weight.device_mesh, placements, src_data_rank=None).to_local()
-            target = target.to(weight.device)
-        found[layer.name] = basis._replace(vectors=vectors[key][:, : basis.rank], target=target)
-    return found
-
-
-def _safetensors(module: str = "safetensors.torch"):
-    import importlib
-
+def _safetensors() -> Any:
     try:
-        return importlib.import_module(module)
+        import safetensors.torch
     except ImportError as error:
         raise ImportError("NullSpace.save and load need safetensors: pip install safetensors") from error
+    return safetensors

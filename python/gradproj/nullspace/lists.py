@@ -4,45 +4,33 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from gradproj.nullspace.basis import Basis, local_weight
-from gradproj.nullspace.layers import Layer, matrix
+from gradproj.nullspace.basis import Basis, local_bias, local_weight
+from gradproj.nullspace.layers import Layer
 from gradproj.rows import functional
 from gradproj.rows.results import Pin
-from gradproj.rows.sharding import local_tensors
+from gradproj.rows.sharding import Sharding, local_tensors
 
 
 class PinLists:
-    """Weights, bases, targets and biases, made once: they hold for as long as the parameters stay where they are.
-
-    Attributes:
-        covered: identities of the parameters of the layers.
-    Raises:
-        RuntimeError: a layer trains other parameters than those that were captured.
-    """
+    """Weights, bases, targets and biases, made once: they hold for as long as the parameters stay where they are."""
 
     def __init__(self, layers: Sequence[Layer], bases: Mapping[str, Basis]):
-        self.covered = {id(p) for layer in layers for p in layer.parameters}
-        self._names: list[str] = []
-        self._weights: list[Tensor] = []
-        self._bases: list[Tensor] = []
-        self._targets: list[Tensor | None] = []
-        self._biases: list[Tensor | None] = []
+        self.covered = {id(p) for layer in layers for p in layer.parameters}  # identities
         self._seen: list[tuple[dict, str, Tensor, Tensor, int, bool]] = []
         for layer in layers:
-            basis = bases[layer.name]
             for module in dict.fromkeys((layer.owner, layer.consumer or layer.owner)):
                 for name, p in module._parameters.items():
                     if p is not None:
                         local = local_tensors([p])[0]
                         self._seen.append((module._parameters, name, p, local, local.data_ptr(), p.requires_grad))
-            if not trains(layer, basis) or not basis.rank:
-                continue
-            self._names.append(layer.name)
-            self._weights.append(matrix(layer.owner, local_weight(layer, layer.weight.detach())))
-            self._bases.append(basis.vectors)
-            self._targets.append(basis.target)
-            self._biases.append(None if layer.bias is None else local_tensors([layer.bias.detach()])[0])
+        moving = [layer for layer in layers if trains(layer, bases[layer.name]) and bases[layer.name].rank]
+        self._names = tuple(layer.name for layer in moving)
+        self._weights = [local_weight(layer, layer.weight.detach()) for layer in moving]
+        self._bases = [bases[name].vectors for name in self._names]
+        self._targets = [bases[name].target for name in self._names]
+        self._biases = [local_bias(layer.bias) for layer in moving]
 
     def current(self) -> bool:
         """Whether no parameter was replaced, moved, frozen or freed since."""
@@ -52,23 +40,34 @@ class PinLists:
         return True
 
     def pin(self) -> Pin:
-        moved = functional.pin_(self._weights, self._bases, self._targets, self._biases)
-        return Pin(tuple(self._names), moved)
+        return Pin(self._names, functional.pin_(self._weights, self._bases, self._targets, self._biases))
+
+
+def refuse_optimizers(layers: Sequence[Layer], optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
+    """Refuse optimizers that step none of the layers, and shards whose rows nothing tells."""
+    stepped = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    if not any(id(layer.weight) in stepped for layer in layers):
+        raise ValueError(
+            "this NullSpace is of another model than the optimizer's: none of its layers' weights is among the "
+            "optimizer's parameters; make both from the same model, the optimizer after adapters were added"
+        )
+    if sharding is not None and sharding.placement == "shard":
+        raise NotImplementedError(
+            'a NullSpace pins whole rows of weights, which Sharding(placement="shard") does not tell: shard with '
+            "fully_shard (FSDP2), whose DTensors do; for pipeline stages make NullSpace(stage, group=) of each stage's "
+            "own ranks"
+        )
 
 
 def trains(layer: Layer, basis: Basis) -> bool:
-    """Whether a layer may have moved.
-
-    Raises:
-        RuntimeError: it trains other parameters than those that were captured.
-    """
+    """Whether a layer may have moved. Refused if it trains other parameters than those that were captured."""
     frozen = not layer.weight.requires_grad
     if frozen and layer.bias is None:
         return False
     if frozen or basis.vectors.shape[0] != layer.shape[1]:
         raise RuntimeError(
             f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias was "
-            f"frozen or freed since, or has another size; capture again"
+            "frozen or freed since, or has another size; capture again"
         )
     return True
 
@@ -81,10 +80,10 @@ def project_gradients(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Pi
         basis, gradient = bases[layer.name], layer.weight.grad
         if gradient is None or not trains(layer, basis) or not basis.rank:
             continue
-        of_bias = None if layer.bias is None else layer.bias.grad
+        bias = None if layer.bias is None else local_bias(layer.bias.grad)
         names.append(layer.name)
-        gradients.append(matrix(layer.owner, local_weight(layer, gradient)))
-        # A bias without a gradient beside a weight that has one would be a frozen one; then it is no input.
-        spans.append(basis.vectors if layer.bias is None or of_bias is not None else basis.vectors[:-1])
-        biases.append(None if of_bias is None else local_tensors([of_bias])[0])
+        gradients.append(local_weight(layer, gradient))
+        # A bias that has no gradient where its weight has one does not move, and counts as frozen: it is no input then.
+        spans.append(basis.vectors[:-1] if layer.bias is not None and bias is None else basis.vectors)
+        biases.append(bias)
     return Pin(tuple(names), functional.pin_(gradients, spans, None, biases))

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from gradproj.capture import CaptureBlock, gradients_aside
 from gradproj.nullspace import allocation, coverage, files, layers
-from gradproj.nullspace.basis import Basis, add_earlier, make_bases, report
+from gradproj.nullspace.allocation import NoDecay, is_vector
+from gradproj.nullspace.basis import Basis, add_earlier, make_bases
 from gradproj.nullspace.layers import Layer
-from gradproj.nullspace.lists import PinLists, project_gradients
+from gradproj.nullspace.lists import PinLists, project_gradients, refuse_optimizers
 from gradproj.nullspace.moments import WIDE, Gather
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
 from gradproj.nullspace.precision import without_autocast
@@ -21,7 +22,7 @@ from gradproj.nullspace.proof import Proof
 from gradproj.nullspace.uncovered import Uncovered
 from gradproj.protection import Closure, Protection
 from gradproj.rows import sharding
-from gradproj.rows.results import Pin, Projection
+from gradproj.rows.results import Pin
 
 SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
 
@@ -30,20 +31,18 @@ class NullSpace(Protection):
     """Pins what each layer computes on the inputs that a capability uses: after every step W <- W - (W U - B) U^T.
 
     U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss;
-    B = W U is what the layer made of them then. The statement is about the weights, not about one step: any optimizer,
-    momentum, weight decay and skipped steps included, nothing accumulates, and no capability data are needed
-    afterwards. What the capture did not see is not protected.
+    B = W U is what the layer made of them then. W U = B is a statement about the weights: it holds after every step of
+    any optimizer, nothing accumulates, and no capability data are needed afterwards. What the capture did not see is
+    not protected.
 
     Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters,
     which become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no
-    module of these kinds has are held; :attr:`coverage` counts them. The capture proves that it has heard every use of
-    a covered weight.
+    module of these kinds has are held; :attr:`coverage` counts them.
 
     Args:
         model: whose layers are protected.
-        share: of the covered weights' dimensions that is given up to the capability, in (0, 1); the memory of the
-            bases, beside that of the weights, is about three times as much. The rank goes to the layers where the
-            curvature is.
+        share: in (0, 1), of the covered weights' dimensions that are given up to the capability; the bases take three
+            times that share of the weights' memory. The rank goes to the layers where the curvature is.
         max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
         modules: ``(name, module) -> bool``, which layers to cover; None covers all.
         space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for
@@ -54,8 +53,8 @@ class NullSpace(Protection):
         group: the process group whose ranks hold this model and capture together. None: that of its DTensors, of the
             DistributedDataParallel module that the capture goes through, or of the wrapper's ``sharding``.
     Raises:
-        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add B
-        A x.
+        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add
+            B A x.
     Warns:
         RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
 
@@ -96,26 +95,32 @@ class NullSpace(Protection):
             if word not in known:
                 raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
         self.model, self.share, self.max_rank, self.modules = model, share, max_rank, modules
-        self.space, self.every, self.group = space, every, group
-        self.layers = layers.find(model, modules)
-        self.bases: dict[str, Basis] = {}  # by the layers' names
+        self.space, self.rest, self.every, self.group = space, rest, every, group
         self._last: Pin | None = None
-        self._since_pin = 0
-        self._lists: PinLists | None = None
-        self._uncovered = Uncovered(model, rest)
         self._told_of_nothing = False
+        self._uncovered = Uncovered(model)
+        self._protect(layers.find(model, modules), {})
         if rest == "hold" and (warning := coverage.warning(model, self.layers)):
             warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+    def _protect(self, layers: list[Layer], bases: dict[str, Basis]) -> None:
+        self.layers, self.bases = layers, bases  # by the layers' names
+        self._lists: PinLists | None = None
+        self._since_pin = 0
+
+    def __len__(self) -> int:
+        """How many layers are protected now."""
+        return len(self.bases)
+
+    def clear(self) -> None:
+        self._protect(self.layers, {})
+        self._told_of_nothing = True  # it is what the caller wants
 
     @property
     def coverage(self) -> coverage.Coverage:
         """How many of the weights that train are covered, held, and reached by no captured token."""
         unused = [name for name, basis in self.bases.items() if not basis.tokens]
         return coverage.coverage(self.model, self.layers, unused)
-
-    @property
-    def rest(self) -> Literal["hold", "train"]:
-        return self._uncovered.rest
 
     @property
     def last(self) -> Pin | None:
@@ -125,28 +130,8 @@ class NullSpace(Protection):
         """``moved``: how far the last step had moved the protected products, over all layers."""
         return {} if self._last is None else {"moved": self._last.moved.norm().item()}
 
-    def __len__(self) -> int:
-        """How many layers are protected now."""
-        return len(self.bases)
-
-    def clear(self) -> None:
-        self.bases = {}
-        self._lists = None
-        self._since_pin = 0
-        self._told_of_nothing = True  # it is what the caller wants
-
     def bind(self, optimizers: Sequence[Optimizer], sharding: sharding.Sharding | None) -> None:
-        stepped = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        if not any(id(layer.weight) in stepped for layer in self.layers):
-            raise ValueError(
-                "this NullSpace is of another model than the optimizer's: none of its layers' weights is among the optimizer's "
-                "parameters; make both from the same model, the optimizer after adapters were added"
-            )
-        if sharding is not None and sharding.placement == "shard":
-            raise NotImplementedError(
-                'a NullSpace pins whole rows of weights, which Sharding(placement="shard") does not tell: shard with fully_shard '
-                "(FSDP2), whose DTensors do; for pipeline stages make NullSpace(stage, group=) of each stage's own ranks"
-            )
+        refuse_optimizers(self.layers, optimizers, sharding)
         super().bind(optimizers, sharding)
 
     def capture(self) -> CaptureBlock:
@@ -157,14 +142,12 @@ class NullSpace(Protection):
         same. The rank is then allocated anew: with the same ``share``, directions of least curvature of either capture
         are given up; raise ``protection.share`` first to keep all.
 
-        In every backward pass the gradient of each covered weight is compared with the sum of y x^T over the calls that
-        were heard, for the cost of a few matrix-vector products. Where a weight is sharded (tensor parallelism) it is
-        not.
+        That every use of a covered weight was heard is proved: in every backward pass its gradient is compared with the
+        sum of y x^T over the calls. Not so where the weight is sharded (tensor parallelism).
 
         Raises:
             RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
-                running statistics that are in training mode; ranks that hold different layers, or of which nothing says
-                what they hold.
+                running statistics in training mode; ranks that hold different layers, or may.
             NotImplementedError: an adapter that has been trained already.
         """
         return CaptureBlock(self._capture())
@@ -186,19 +169,14 @@ class NullSpace(Protection):
             raise RuntimeError(f"NullSpace: {others if reached else aside.why_empty()}")
         with without_autocast(self.layers[0].weight.device):
             add_earlier(gather, self.layers, self.bases)
-            self.bases = make_bases(gather, self.layers, self.share, self._most)
-        self._drop([self.layers[l] for l in sorted(proof.silent)])
-        self._lists = None
-        adapters = [layer for layer in self.layers if layer.to_zero]
-        if adapters:  # blind at once; the weights of other layers are their own targets
-            PinLists(adapters, self.bases).pin()
-
-    def _drop(self, silent: Sequence[Layer]) -> None:
-        """Layers of which nothing was heard are held."""
+            bases = make_bases(gather, self.layers, self.share, self._most)
+        silent = [self.layers[l] for l in sorted(proof.silent)]
         if silent:
-            self.layers = [layer for layer in self.layers if layer not in silent]
-            self.bases = {layer.name: self.bases[layer.name] for layer in self.layers}
             warnings.warn(coverage.silent(silent, self.rest), RuntimeWarning, stacklevel=4)
+        heard = [layer for layer in self.layers if layer not in silent]
+        self._protect(heard, {layer.name: bases[layer.name] for layer in heard})
+        # Adapters become blind at once; in other layers W U = B holds already.
+        PinLists([layer for layer in heard if layer.to_zero], self.bases).pin()
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -214,12 +192,24 @@ class NullSpace(Protection):
         if begins:
             self._uncovered.begin_step()
         if closure is not None:
-            return self._guarded(closure, self._prepare_gradients)
-        self._prepare_gradients()
+            return self._guarded(closure, then=lambda: self.before_step(None, begins=False))
+        if self.bases:
+            covered = self._current_lists().covered  # an error now leaves everything as it is
+            if self.space == "gradient":
+                self.project()
+            self._uncovered.before_step(self.parameters(), covered, self.rest)
+        elif not self._told_of_nothing:
+            self._told_of_nothing = True
+            warnings.warn(
+                "step() before anything was captured: a plain step, nothing is protected; put the capability's backward "
+                "passes into `with opt.protect():` first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
 
     def after_step(self) -> None:
-        if self.bases and self.space == "weights" and not self._skipped():
+        if self.bases and self.space == "weights" and not self._step_was_skipped():
             self._since_pin += 1
             if self._since_pin >= self.every:
                 self.pin()
@@ -227,8 +217,7 @@ class NullSpace(Protection):
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
-        """Bring the weights back to W U = B now, for evaluation and before a checkpoint; None if nothing is protected
-        or the protection is in gradient space."""
+        """Bring the weights back to W U = B now, for evaluation and before a checkpoint. None if nothing is to pin."""
         if not self.bases or self.space != "weights":
             return None
         self._last = self._current_lists().pin()
@@ -240,88 +229,51 @@ class NullSpace(Protection):
             self._lists = PinLists(self.layers, self.bases)
         return self._lists
 
-    def project(self) -> Projection | Pin | None:
-        return super().project() if self.space == "weights" else self._project_gradients()
-
-    @torch.no_grad()
-    def _project_gradients(self) -> Pin | None:
+    def project(self) -> Pin | None:
+        if self.space == "weights":
+            super().project()  # refuses
         if not self.bases:
             return None
         self._last = project_gradients(self.layers, self.bases)
         return self._last
 
-    def _prepare_gradients(self) -> None:
-        if not self.bases:
-            if not self._told_of_nothing:
-                self._told_of_nothing = True
-                warnings.warn(
-                    "step() before anything was captured: a plain step, nothing is protected; put the capability's backward "
-                    "passes into `with opt.protect():` first",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return
-        covered = self._current_lists().covered  # an error now leaves everything as it is
-        if self.space == "gradient":
-            self._project_gradients()
-        self._uncovered.before_step(self.parameters(), covered)
-
-    def _skipped(self) -> bool:
-        """Whether a fused optimizer has been told by a GradScaler to step over an inf: then nothing has moved."""
-        found = [getattr(ref(), "found_inf", None) for ref in self._optimizers]
-        return any(f is not None and bool(f) for f in found)
-
     def param_groups(
-        self,
-        lr: float,
-        damping: float = 0.3,
-        *,
-        weight_decay: float | None = None,
-        no_decay: Callable[[str, Tensor], bool] = lambda name, p: p.dim() < 2,
+        self, lr: float, damping: float = 0.3, *, weight_decay: float | None = None, no_decay: NoDecay = is_vector
     ) -> list[dict[str, Any]]:
-        """Parameter groups with layer-wise learning rates, for any optimizer: layers that the capability needs learn
-        slower.
+        """Parameter groups for any optimizer, in which layers that the capability needs learn slower.
 
-        A layer's rate is ``lr`` times m = 1 / (1 + rest / c): rest is the curvature that the kept directions leave in
+        A layer's rate is ``lr`` times m = 1 / (1 + left / c): left is the curvature that the kept directions leave in
         it, and c is such that 1 - m is ``damping`` in the mean over all covered weights. Costs no memory and no time.
 
         Args:
             lr: learning rate of a layer without curvature.
             damping: in [0, 1); 0 gives every layer ``lr``.
-            weight_decay: given to the groups; parameters of which ``no_decay(name, parameter)`` is true get 0. None
-                leaves it to the optimizer.
+            weight_decay: of the groups, 0 where ``no_decay(name, parameter)`` is true. None leaves it to the optimizer.
         Returns:
-            at most 16 groups (twice that with ``weight_decay``) of the parameters that train; with ``rest="hold"`` held
-            ones are in none of them.
+            at most 16 groups (32 with ``weight_decay``) of the parameters that train, without those that are held.
         Raises:
             RuntimeError: nothing has been captured. ValueError: damping out of range.
         """
         if not self.bases:
             raise RuntimeError("param_groups(): nothing has been captured yet: run capture() first")
-        rests = [allocation.rest(b.curvature, b.rank) for b in (self.bases[layer.name] for layer in self.layers)]
-        rates = allocation.rates(rests, [layer.numel for layer in self.layers], damping)
+        left = [self.bases[layer.name].left for layer in self.layers]
+        rates = allocation.rates(left, [layer.numel for layer in self.layers], damping)
         factors = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if self.rest == "hold":
             named = [(name, p) for name, p in named if id(p) in factors]
-        decays = [None if weight_decay is None else 0.0 if no_decay(*pair) else weight_decay for pair in named]
-        return allocation.groups([p for _, p in named], factors, lr, decays)
+        return allocation.groups(named, factors, lr, weight_decay, no_decay)
 
     def report(self) -> str:
-        """A table: per layer its inputs, rank, the part of its curvature that is kept, and the bytes of its basis; and
-        the coverage."""
-        return f"{report(self.layers, self.bases)}\n{coverage.sentence(self.coverage, self.rest)}"
+        """A table: size, rank, part of the curvature that is kept, and bytes of each layer; and the coverage."""
+        return coverage.report(self.layers, self.bases, self.coverage, self.rest)
 
     def __repr__(self) -> str:
         settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"
         return f"{settings}\n{self.report()}" if self.bases else f"{settings}, nothing captured yet"
 
     def save(self, path) -> None:
-        """Write the bases to a safetensors file, by the layers' names. The weights are pinned first.
-
-        Raises:
-            RuntimeError: nothing has been captured. ImportError: safetensors is not installed.
-        """
+        """Write the bases to a safetensors file, by the layers' names. The weights are pinned first."""
         if not self.bases:
             raise RuntimeError("save(): nothing has been captured yet: run capture() first")
         self.pin()
@@ -329,33 +281,25 @@ class NullSpace(Protection):
 
     @classmethod
     def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
-        """What :meth:`save` has written, for a model with the same layers; ``settings`` are those of
-        :class:`NullSpace`.
+        """What :meth:`save` has written, for a model with the same layers; ``settings`` as of :class:`NullSpace`.
 
         Raises:
             ValueError: a layer of the file is absent from the model, or of another size; it is named.
         """
         bases, share = files.load(path)
-        settings.setdefault("share", share)
-        protection = cls(model, **settings)
+        protection = cls(model, **{"share": share, **settings})
         protection._take(bases)
         return protection
 
     @torch.no_grad()
-    def _take(self, found: dict[str, Basis]) -> None:
-        self.layers = files.matching(self.layers, found)
-        self.bases = files.on_rank(self.layers, found)
-        self._lists = None
-        self._since_pin = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_lists": None}
+    def _take(self, bases: dict[str, Basis]) -> None:
+        found = files.matching(self.layers, bases)
+        self._protect(found, files.on_rank(found, bases))
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:
             return state_dict
-        bases = files.pack(self.layers, self.bases)
-        entry = {"share": self.share, "steps_since_pin": self._since_pin, "bases": bases}
+        entry = {"steps_since_pin": self._since_pin, "bases": files.pack(self.layers, self.bases)}
         return {**state_dict, "null_space": entry}
 
     def strip(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -365,4 +309,7 @@ class NullSpace(Protection):
         entry = state_dict.get("null_space")
         if entry is not None:
             self._take(files.unpack(entry["bases"]))
-            self._since_pin = int(entry["steps_since_pin"])
+            self._since_pin = entry["steps_since_pin"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lists": None}
