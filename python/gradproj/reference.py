@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Buffers = Sequence[Tensor | None]
+Loss = Callable[[nn.Module], Tensor] | Tensor
 
 
 def flatten(buffers: Sequence[Tensor]) -> Tensor:
@@ -22,10 +23,8 @@ def flatten(buffers: Sequence[Tensor]) -> Tensor:
 
 def unflatten_(buffers: Sequence[Tensor], flat: Tensor) -> None:
     """Copy the slices of ``flat`` back into ``buffers``."""
-    offset = 0
-    for b in buffers:
-        b.copy_(flat[offset : offset + b.numel()].view_as(b))
-        offset += b.numel()
+    for b, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        b.copy_(part.view_as(b))
 
 
 def project_(grads: Sequence[Tensor], direction: Sequence[Tensor], eps: float = 1e-8) -> None:
@@ -33,22 +32,16 @@ def project_(grads: Sequence[Tensor], direction: Sequence[Tensor], eps: float = 
 
     Moves about 15 N bytes and holds about 4 N more, N being the bytes of one list. No None, no shards, one dtype.
     """
-    d = flatten(direction)
-    g = flatten(grads)
+    g, d = flatten(grads), flatten(direction)
     coefficient = torch.dot(g, d) / (torch.dot(d, d) + eps)
-    projected = g - coefficient * d
-    unflatten_(grads, projected)
+    unflatten_(grads, g - coefficient * d)
 
 
-def orthogonal_gradient_projection(
-    model: torch.nn.Module,
-    safety_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
-    capability_loss: Callable[[torch.nn.Module], Tensor] | Tensor,
-) -> None:
+def orthogonal_gradient_projection(model: nn.Module, safety_loss: Loss, capability_loss: Loss) -> None:
     """The naive training-loop form: two backward passes, then :func:`project_` on ``p.grad`` of every parameter.
 
     Losses are scalars or functions of the model. Afterwards ``p.grad`` holds the projected safety gradient.
-    A parameter without a gradient in either pass shifts every later slice: the naive version refuses.
+    A parameter without a gradient in one of the passes would shift every later slice: the naive version refuses.
     """
     losses = [loss(model) if callable(loss) else loss for loss in (capability_loss, safety_loss)]
     parameters = [p for p in model.parameters() if p.requires_grad]

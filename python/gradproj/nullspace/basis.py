@@ -133,7 +133,8 @@ def make_bases(
             basis, tokens = torch.zeros(layer.shape[1], 0, device=layer.weight.device), 0
         else:
             basis, tokens = vectors[number][:, :rank], gather.moments[number].tokens
-        bases[layer.name] = Basis(basis, None if layer.to_zero else _product(layer, basis), curvature, tokens)
+        target = None if layer.to_zero else _product(layer, basis)
+        bases[layer.name] = Basis(basis, target, curvature, tokens)
     return bases
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradproj.nullspace.basis import Basis
 from gradproj.nullspace.layers import Layer, without_wrappers
@@ -27,13 +27,16 @@ class Coverage(NamedTuple):
     largest: tuple[tuple[str, int], ...]
 
 
-def coverage(model: nn.Module, layers: Sequence[Layer], unused: Collection[str]) -> Coverage:
-    """``unused``: names of the layers that no captured token reached."""
-    numbers = [0, 0]
+def coverage(model: nn.Module, layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Coverage:
+    covered = unused = 0
     for layer in layers:
-        numbers[layer.name in unused] += sum(p.numel() for p in layer.parameters if p.requires_grad)
-    held = {name: p.numel() for name, p in _held(model, layers).items()}
-    return Coverage(numbers[0], sum(held.values()), numbers[1], tuple(_largest(held, 8)))
+        size = sum(p.numel() for p in layer.parameters if p.requires_grad)
+        if layer.name in bases and not bases[layer.name].tokens:
+            unused += size
+        else:
+            covered += size
+    held = _held(model, layers, ())
+    return Coverage(covered, sum(size for _, size in held), unused, tuple(held[:8]))
 
 
 def report(layers: Sequence[Layer], bases: Mapping[str, Basis], found: Coverage, rest: str) -> str:
@@ -73,31 +76,27 @@ def warning(model: nn.Module, layers: Sequence[Layer]) -> str:
     """The warning if more is held than a user expects, embeddings and vectors (norms, biases) being expected; else
     nothing."""
     expected = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
-    matrices = {name: p for name, p in _held(model, layers).items() if p.dim() > 1 and id(p) not in expected}
-    held = {name: p.numel() for name, p in matrices.items()}
-    count = sum(held.values())
-    trained = count + coverage(model, layers, ()).covered
-    if count <= MUCH * trained:
+    expected |= {id(p) for p in model.parameters() if p.dim() < 2}
+    held = _held(model, layers, expected)
+    size = sum(size for _, size in held)
+    trained = size + coverage(model, layers, {}).covered
+    if size <= MUCH * trained:
         return ""
     return (
-        f"NullSpace covers no layer for {count / trained:.0%} of the weights that train, embeddings and norms apart, so "
-        f"they stand still: {_counts(_largest(held, 3))}{', ..' if len(held) > 3 else ''}. Covered are the weights of "
-        "nn.Linear, Conv1D, nn.Conv2d (groups=1) and LoRA; not so matrices without a module of their own (experts as one "
-        "parameter, attention's in_proj_weight), weights that are computed (weight_norm), and what modules= leaves out. "
+        f"NullSpace covers no layer for {size / trained:.0%} of the weights that train, embeddings and norms apart, so "
+        f"they stand still: {_counts(held[:3])}{', ..' if len(held) > 3 else ''}. Covered are the weights of nn.Linear, "
+        "Conv1D, nn.Conv2d (groups=1) and LoRA; not so matrices without a module of their own (experts as one parameter, "
+        "attention's in_proj_weight), weights that are computed (weight_norm), and what modules= leaves out. "
         'rest="train" lets them go unprotected; see .coverage'
     )
 
 
-def _held(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """The parameters that train and are in no layer."""
-    covered = {id(p) for layer in layers for p in layer.parameters}
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered)
-    return {without_wrappers(name): p for name, p in named}
-
-
-def _largest(sizes: Mapping[str, int], most: int) -> list[tuple[str, int]]:
-    return sorted(sizes.items(), key=lambda item: -item[1])[:most]
+def _held(model: nn.Module, layers: Sequence[Layer], expected: Collection[int]) -> list[tuple[str, int]]:
+    """Names and sizes of the parameters that train, are in no layer and not expected there, the largest first."""
+    others = {id(p) for layer in layers for p in layer.parameters}.union(expected)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in others]
+    return sorted(((without_wrappers(name), p.numel()) for name, p in named), key=lambda item: -item[1])
 
 
 def _counts(sizes: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} ({count:,})" for name, count in sizes)
+    return ", ".join(f"{name} ({size:,})" for name, size in sizes)

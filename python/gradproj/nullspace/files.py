@@ -13,44 +13,44 @@ from gradproj.nullspace.basis import Basis, spaced
 from gradproj.nullspace.layers import Layer, is_conv1d
 
 FORMAT = "4"
-TENSORS = ("vectors", "target", "values")  # of an entry; the others are numbers
 
 
 def pack(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> dict[str, dict[str, Any]]:
-    """One flat entry for each layer, of plain tensors and numbers; targets of all ranks' rows."""
+    """Plain tensors and numbers, with the targets of all ranks' rows. Of the layers that share eigenpairs, the one that
+    keeps most of them has them, and the others name it."""
+    owners: dict[tuple, str] = {}
+    for layer in sorted(layers, key=lambda layer: -bases[layer.name].rank):
+        owners.setdefault(bases[layer.name].memory, layer.name)
     packed = {}
     for layer in layers:
-        vectors, target, curvature, tokens = bases[layer.name]
-        target = None if target is None else _whole(layer, target)
-        packed[layer.name] = {"vectors": vectors, "target": target, "tokens": tokens, **curvature._asdict()}
+        basis = bases[layer.name]
+        scale, values, trace, outputs, inputs = basis.curvature
+        entry = {"kind": layer.kind, "scale": scale, "trace": trace, "outputs": outputs, "inputs": inputs}
+        entry |= {"rank": basis.rank, "tokens": basis.tokens, "eigenpairs_of": owners[basis.memory]}
+        if entry["eigenpairs_of"] == layer.name:
+            entry |= {"vectors": basis.vectors, "values": values}
+        if basis.target is not None:
+            entry["target"] = _whole(layer, basis.target)
+        packed[layer.name] = entry
     return packed
 
 
 def unpack(packed: Mapping[str, Mapping[str, Any]]) -> dict[str, Basis]:
     bases = {}
     for name, entry in packed.items():
-        curvature = Curvature(*(entry[field] for field in Curvature._fields))
-        bases[name] = Basis(entry["vectors"], entry["target"], curvature, entry["tokens"])
+        owner = packed[entry["eigenpairs_of"]]
+        curvature = Curvature(entry["scale"], owner["values"], entry["trace"], entry["outputs"], entry["inputs"])
+        bases[name] = Basis(owner["vectors"][:, : entry["rank"]], entry.get("target"), curvature, entry["tokens"])
     return bases
 
 
 def save(path, layers: Sequence[Layer], bases: Mapping[str, Basis], share: float) -> None:
-    owners: dict[tuple, str] = {}  # of layers that share eigenpairs, the one that keeps most of them writes them
-    for name, basis in sorted(bases.items(), key=lambda item: -item[1].rank):
-        owners.setdefault(basis.memory, name)
-    kind_of = {layer.name: layer.kind for layer in layers}
-    tensors, facts = {}, {}
+    tensors, others = {}, {}
     for name, entry in pack(layers, bases).items():
-        owner, rank = owners[bases[name].memory], bases[name].rank
-        numbers = {key: value for key, value in entry.items() if key not in TENSORS}
-        facts[name] = {**numbers, "rank": rank, "eigenpairs_of": owner, "kind": kind_of[name]}
-        if owner == name:
-            tensors[f"{name}.values"] = entry["values"]
-            tensors[f"{name}.vectors"] = entry["vectors"].T  # as they lie in memory: one after the other
-        if entry["target"] is not None:
-            tensors[f"{name}.target"] = entry["target"]
-    metadata = {"format": FORMAT, "share": str(share), "layers": json.dumps(facts)}
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        others[name] = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+        for key in entry.keys() - others[name].keys():
+            tensors[f"{name}.{key}"] = entry[key].detach().cpu().contiguous()
+    metadata = {"format": FORMAT, "share": str(share), "layers": json.dumps(others)}
     _safetensors().torch.save_file(tensors, path, metadata)
 
 
@@ -70,18 +70,16 @@ def _opened(path) -> Iterator[tuple[Any, dict[str, str]]]:
 def kinds(path) -> dict[str, str]:
     """The class of each layer's module, by the layers' names."""
     with _opened(path) as (_, metadata):
-        return {name: fact["kind"] for name, fact in json.loads(metadata["layers"]).items()}
+        return {name: entry["kind"] for name, entry in json.loads(metadata["layers"]).items()}
 
 
 def load(path) -> tuple[dict[str, Basis], float]:
     """The bases, and the share that they were made with."""
     with _opened(path) as (file, metadata):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    packed = json.loads(metadata["layers"])
-    for name, entry in packed.items():
-        entry["vectors"] = tensors[f"{entry['eigenpairs_of']}.vectors"][: entry["rank"]].T
-        entry["values"] = tensors[f"{entry['eigenpairs_of']}.values"]
-        entry["target"] = tensors.get(f"{name}.target")
+        packed = json.loads(metadata["layers"])
+        for key in file.keys():  # noqa: SIM118  not a dict
+            name, _, field = key.rpartition(".")
+            packed[name][field] = file.get_tensor(key)
     return unpack(packed), float(metadata["share"])
 
 

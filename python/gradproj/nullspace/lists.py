@@ -25,7 +25,7 @@ class PinLists:
                     if p is not None:
                         local = local_tensors([p])[0]
                         self._seen.append((module._parameters, name, p, local, local.data_ptr(), p.requires_grad))
-        moving = [layer for layer in layers if trains(layer, bases[layer.name]) and bases[layer.name].rank]
+        moving = that_move(layers, bases)
         self._names = tuple(layer.name for layer in moving)
         self._weights = [local_weight(layer, layer.weight.detach()) for layer in moving]
         self._bases = [bases[name].vectors for name in self._names]
@@ -59,31 +59,31 @@ def refuse_optimizers(layers: Sequence[Layer], optimizers: Sequence[Optimizer], 
         )
 
 
-def trains(layer: Layer, basis: Basis) -> bool:
-    """Whether a layer may have moved. Refused if it trains other parameters than those that were captured."""
-    frozen = not layer.weight.requires_grad
-    if frozen and layer.bias is None:
-        return False
-    if frozen or basis.vectors.shape[0] != layer.shape[1]:
-        raise RuntimeError(
-            f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias was "
-            "frozen or freed since, or has another size; capture again"
-        )
-    return True
+def that_move(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
+    """The layers that have a basis and train. Refused if one trains other parameters than those that were captured."""
+    found = []
+    for layer in layers:
+        basis, frozen = bases[layer.name], not layer.weight.requires_grad
+        if frozen and layer.bias is None:
+            continue
+        if frozen or basis.vectors.shape[0] != layer.shape[1]:
+            raise RuntimeError(
+                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias "
+                "was frozen or freed since, or has another size; capture again"
+            )
+        if basis.rank:
+            found.append(layer)
+    return found
 
 
 @torch.no_grad()
 def project_gradients(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Pin:
     """G <- G - (G U) U^T on the gradients of the layers that have one."""
-    names, gradients, spans, biases = [], [], [], []
-    for layer in layers:
-        basis, gradient = bases[layer.name], layer.weight.grad
-        if gradient is None or not trains(layer, basis) or not basis.rank:
-            continue
-        bias = None if layer.bias is None else local_bias(layer.bias.grad)
-        names.append(layer.name)
-        gradients.append(local_weight(layer, gradient))
-        # A bias that has no gradient where its weight has one does not move, and counts as frozen: it is no input then.
-        spans.append(basis.vectors[:-1] if layer.bias is not None and bias is None else basis.vectors)
-        biases.append(bias)
-    return Pin(tuple(names), functional.pin_(gradients, spans, None, biases))
+    moving = that_move([layer for layer in layers if layer.weight.grad is not None], bases)
+    gradients = [local_weight(layer, layer.weight.grad) for layer in moving]  # type: ignore[arg-type]  not None
+    biases = [None if layer.bias is None else local_bias(layer.bias.grad) for layer in moving]
+    spans = [bases[layer.name].vectors for layer in moving]
+    for l, layer in enumerate(moving):
+        if layer.bias is not None and biases[l] is None:
+            spans[l] = spans[l][:-1]  # such a bias does not move: it is no input
+    return Pin(tuple(layer.name for layer in moving), functional.pin_(gradients, spans, None, biases))

@@ -13,7 +13,6 @@ from gradproj.capture import CaptureBlock, gradients_aside
 from gradproj.nullspace import allocation, coverage, files, layers
 from gradproj.nullspace.allocation import NoDecay, is_vector
 from gradproj.nullspace.basis import Basis, add_earlier, make_bases
-from gradproj.nullspace.layers import Layer
 from gradproj.nullspace.lists import PinLists, project_gradients, refuse_optimizers
 from gradproj.nullspace.moments import WIDE, Gather
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
@@ -30,19 +29,18 @@ SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank sa
 class NullSpace(Protection):
     """Pins what each layer computes on the inputs that a capability uses: after every step W <- W - (W U - B) U^T.
 
-    U spans the inputs of largest curvature, gathered once during ordinary backward passes of the capability's loss;
-    B = W U is what the layer made of them then. W U = B is a statement about the weights: it holds after every step of
-    any optimizer, nothing accumulates, and no capability data are needed afterwards. What the capture did not see is
-    not protected.
+    U spans the inputs of largest curvature, gathered once in ordinary backward passes of the capability's loss, and
+    B = W U is what the layer made of them then. This holds after every step of any optimizer; nothing accumulates, and
+    no capability data are needed afterwards. What the capture did not see is not protected.
 
-    Covered: ``nn.Linear`` and its bias, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), and PEFT's LoRA adapters,
-    which become blind to the protected inputs. Embeddings, norms, a head tied to an embedding, and matrices that no
-    module of these kinds has are held; :attr:`coverage` counts them.
+    Covered: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), each with its bias, and PEFT's LoRA
+    adapters, which become blind to the protected inputs. What else trains is held (embeddings, a head tied to one,
+    norms, matrices that no such module has); :attr:`coverage` counts it.
 
     Args:
         model: whose layers are protected.
-        share: in (0, 1), of the covered weights' dimensions that are given up to the capability; the bases take three
-            times that share of the weights' memory. The rank goes to the layers where the curvature is.
+        share: of the covered weights' dimensions, how much the capability gets, in (0, 1): where the curvature is. The
+            bases take about three times that share of the weights' memory.
         max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
         modules: ``(name, module) -> bool``, which layers to cover; None covers all.
         space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for
@@ -53,8 +51,7 @@ class NullSpace(Protection):
         group: the process group whose ranks hold this model and capture together. None: that of its DTensors, of the
             DistributedDataParallel module that the capture goes through, or of the wrapper's ``sharding``.
     Raises:
-        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter that does more than add
-            B A x.
+        ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter other than plain LoRA.
     Warns:
         RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
 
@@ -103,13 +100,12 @@ class NullSpace(Protection):
         if rest == "hold" and (warning := coverage.warning(model, self.layers)):
             warnings.warn(warning, RuntimeWarning, stacklevel=2)
 
-    def _protect(self, layers: list[Layer], bases: dict[str, Basis]) -> None:
+    def _protect(self, layers: list[layers.Layer], bases: dict[str, Basis]) -> None:
         self.layers, self.bases = layers, bases  # by the layers' names
         self._lists: PinLists | None = None
         self._since_pin = 0
 
     def __len__(self) -> int:
-        """How many layers are protected now."""
         return len(self.bases)
 
     def clear(self) -> None:
@@ -119,8 +115,7 @@ class NullSpace(Protection):
     @property
     def coverage(self) -> coverage.Coverage:
         """How many of the weights that train are covered, held, and reached by no captured token."""
-        unused = [name for name, basis in self.bases.items() if not basis.tokens]
-        return coverage.coverage(self.model, self.layers, unused)
+        return coverage.coverage(self.model, self.layers, self.bases)
 
     @property
     def last(self) -> Pin | None:
@@ -138,12 +133,9 @@ class NullSpace(Protection):
         """Context manager: the inputs of the layers in the backward passes inside are protected.
 
         Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
-        Needs no optimizer. A further block pins the weights and adds to what was gathered, each token counting the
-        same. The rank is then allocated anew: with the same ``share``, directions of least curvature of either capture
-        are given up; raise ``protection.share`` first to keep all.
-
-        That every use of a covered weight was heard is proved: in every backward pass its gradient is compared with the
-        sum of y x^T over the calls. Not so where the weight is sharded (tensor parallelism).
+        Needs no optimizer. A further block pins the weights and adds its tokens to the earlier ones. The rank is then
+        allocated anew: with the same ``share``, directions of least curvature of either capture are given up; raise
+        ``protection.share`` first to keep all.
 
         Raises:
             RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
@@ -181,10 +173,10 @@ class NullSpace(Protection):
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _sketch(self, layer: Layer) -> int | None:
+    def _sketch(self, layer: layers.Layer) -> int | None:
         return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
 
-    def _most(self, layer: Layer) -> int | None:
+    def _most(self, layer: layers.Layer) -> int | None:
         return self.max_rank or (SKETCH if layer.shape[1] > WIDE else None)
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
@@ -200,12 +192,11 @@ class NullSpace(Protection):
             self._uncovered.before_step(self.parameters(), covered, self.rest)
         elif not self._told_of_nothing:
             self._told_of_nothing = True
-            warnings.warn(
+            text = (
                 "step() before anything was captured: a plain step, nothing is protected; put the capability's backward "
-                "passes into `with opt.protect():` first",
-                RuntimeWarning,
-                stacklevel=2,
+                "passes into `with opt.protect():` first"
             )
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         return None
 
     def after_step(self) -> None:
@@ -213,15 +204,14 @@ class NullSpace(Protection):
             self._since_pin += 1
             if self._since_pin >= self.every:
                 self.pin()
-        self._uncovered.after_step(" and ".join(type(o).__name__ for ref in self._optimizers if (o := ref())))
+        self._uncovered.after_step(self._optimizers)
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
         """Bring the weights back to W U = B now, for evaluation and before a checkpoint. None if nothing is to pin."""
         if not self.bases or self.space != "weights":
             return None
-        self._last = self._current_lists().pin()
-        self._since_pin = 0
+        self._last, self._since_pin = self._current_lists().pin(), 0
         return self._last
 
     def _current_lists(self) -> PinLists:
@@ -259,9 +249,8 @@ class NullSpace(Protection):
         left = [self.bases[layer.name].left for layer in self.layers]
         rates = allocation.rates(left, [layer.numel for layer in self.layers], damping)
         factors = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        if self.rest == "hold":
-            named = [(name, p) for name, p in named if id(p) in factors]
+        free = self.rest == "train"
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and (free or id(p) in factors)]
         return allocation.groups(named, factors, lr, weight_decay, no_decay)
 
     def report(self) -> str:
@@ -281,17 +270,13 @@ class NullSpace(Protection):
 
     @classmethod
     def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
-        """What :meth:`save` has written, for a model with the same layers; ``settings`` as of :class:`NullSpace`.
-
-        Raises:
-            ValueError: a layer of the file is absent from the model, or of another size; it is named.
-        """
+        """What :meth:`save` has written, for a model with the same layers; ``settings`` as of :class:`NullSpace`. A
+        ValueError names a layer that is absent from the model, or has another size."""
         bases, share = files.load(path)
         protection = cls(model, **{"share": share, **settings})
         protection._take(bases)
         return protection
 
-    @torch.no_grad()
     def _take(self, bases: dict[str, Basis]) -> None:
         found = files.matching(self.layers, bases)
         self._protect(found, files.on_rank(found, bases))
@@ -306,8 +291,7 @@ class NullSpace(Protection):
         return {key: value for key, value in state_dict.items() if key != "null_space"}
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        entry = state_dict.get("null_space")
-        if entry is not None:
+        if entry := state_dict.get("null_space"):
             self._take(files.unpack(entry["bases"]))
             self._since_pin = entry["steps_since_pin"]
 

@@ -1,10 +1,12 @@
 """What of a model no layer of a null space covers: held during a step, or let go with a warning."""
 
 import warnings
+import weakref
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradproj.nullspace.layers import running_statistics
 
@@ -48,7 +50,13 @@ class Uncovered:
         """
         others = [p for p in parameters if p.requires_grad and id(p) not in covered]
         if rest == "hold":
-            self._set_aside(others)
+            for p in others:
+                if p.grad is not None:
+                    self._grads[p], p.grad = p.grad, None
+                if p not in self._versions:
+                    self._versions[p] = p._version
+                    if p.numel() * p.element_size() <= SMALL and self._copies.get(p, (None,))[0] != p._version:
+                        self._copies[p] = p._version, p.detach().clone()
             self._tell_once(self.moving_statistics())
         elif others and not self._told:
             self._tell_once(
@@ -56,18 +64,8 @@ class Uncovered:
                 f"layers see: {_first(self._names(others), 8)}"
             )
 
-    def _set_aside(self, others: Sequence[Tensor]) -> None:
-        for p in others:
-            if p.grad is not None:
-                self._grads[p], p.grad = p.grad, None
-            if p in self._versions:
-                continue
-            self._versions[p] = p._version
-            if p.numel() * p.element_size() <= SMALL and self._copies.get(p, (None,))[0] != p._version:
-                self._copies[p] = p._version, p.detach().clone()
-
     @torch.no_grad()
-    def after_step(self, optimizers: str) -> None:
+    def after_step(self, optimizers: Sequence[weakref.ref[Optimizer]]) -> None:
         """Give the gradients back, and what the optimizers wrote to its values. A RuntimeError if that is too large."""
         written = [p for p, version in self._versions.items() if p._version != version]
         for p, grad in self._grads.items():
@@ -80,8 +78,9 @@ class Uncovered:
                 p.copy_(values)
                 self._copies[p] = p._version, values
         if large:
+            names = " and ".join(type(o).__name__ for ref in optimizers if (o := ref()))
             raise RuntimeError(
-                f"NullSpace: {optimizers} has written to {self._names(large)[0]} {tuple(large[0].shape)}, which is held "
+                f"NullSpace: {names} has written to {self._names(large)[0]} {tuple(large[0].shape)}, which is held "
                 "and had no gradient, and which is too large to keep a copy of: protected outputs have moved. Give the "
                 "optimizer protection.param_groups(lr), in which held parameters are not, or use "
                 'NullSpace(rest="train")'
