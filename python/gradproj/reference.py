@@ -168,15 +168,9 @@ def oracle_gram(*rows: Buffers) -> np.ndarray:
 def oracle_combine(grads: Buffers, directions: Sequence[Buffers], weights: Sequence[float]) -> list[np.ndarray | None]:
     """float64 ``w_0 g + sum_k w_k d_k`` per buffer, flat; rows of weight 0 are not read."""
     out: list[np.ndarray | None] = []
-    for column in zip(grads, *directions, strict=True):
-        if column[0] is None:
-            out.append(None)
-            continue
-        total = np.zeros_like(_float64(column[0]))
-        for w, t in zip(weights, column, strict=True):
-            if w != 0 and t is not None:
-                total += w * _float64(t)
-        out.append(total)
+    for g, *others in zip(grads, *directions, strict=True):
+        terms = [w * _float64(t) for w, t in zip(weights, (g, *others), strict=True) if w != 0 and t is not None]
+        out.append(None if g is None else sum(terms, start=np.zeros_like(_float64(g))))
     return out
 
 
@@ -220,10 +214,8 @@ def oracle_weights(gram: np.ndarray, method: str | tuple[str, float] = "orthogon
         x = np.zeros(k)
         if chosen:
             x[chosen] = np.linalg.pinv(cosines[np.ix_(chosen, chosen)], rcond=1e-8, hermitian=True) @ target[chosen]
-        if (x < 0).any():
-            continue
         value = x @ cosines @ x / 2 - target @ x
-        if value < best - 1e-12 * max(1.0, gram[0, 0]):
+        if (x >= 0).all() and value < best - 1e-12 * max(1.0, gram[0, 0]):
             best, weights[1:] = value, x * scale
     return weights
 

@@ -80,19 +80,15 @@ def _grouped(factors: list[float], weights: Sequence[int]) -> list[float]:
 
 
 def groups(
-    named: Sequence[tuple[str, Tensor]],
-    factors: Mapping[int, float],
-    lr: float,
-    weight_decay: float | None,
-    no_decay: NoDecay,
+    named: Sequence[tuple[str, Tensor]], factors: Mapping[int, float], lr: float, decay: float | None, no_decay: NoDecay
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, one for each learning rate and weight decay. ``factors``: of ``lr``, by
-    identity; 1 for what is absent."""
+    """Parameter groups for an optimizer, one for each learning rate and weight decay. ``factors`` of ``lr`` are by
+    identity, 1 for what is absent."""
     found: dict[tuple, dict[str, Any]] = {}
     for name, p in named:
         settings = {"lr": lr * factors.get(id(p), 1.0)}
-        if weight_decay is not None:
-            settings["weight_decay"] = 0.0 if no_decay(name, p) else weight_decay
+        if decay is not None:
+            settings["weight_decay"] = 0.0 if no_decay(name, p) else decay
         found.setdefault(tuple(settings.values()), {"params": [], **settings})["params"].append(p)
     return list(found.values())
 

@@ -77,8 +77,7 @@ def add_earlier(gather: Gather, layers: Sequence[Layer], bases: Mapping[str, Bas
 
     Layers that share a moment now, but had bases of their own, part: each goes on with what it had.
     """
-    earlier = {l: bases[layer.name] for l, layer in enumerate(layers) if layer.name in bases}
-    earlier = {l: basis for l, basis in earlier.items() if basis.tokens}
+    earlier = {l: basis for l, layer in enumerate(layers) if (basis := bases.get(layer.name)) and basis.tokens}
     keys: list[Hashable] = list(gather.moment_of)
     for l, basis in earlier.items():
         keys[l] = gather.moment_of[l], basis.memory

@@ -80,7 +80,7 @@ def that_move(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer
 def project_gradients(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Pin:
     """G <- G - (G U) U^T on the gradients of the layers that have one."""
     moving = that_move([layer for layer in layers if layer.weight.grad is not None], bases)
-    gradients = [local_weight(layer, layer.weight.grad) for layer in moving]  # type: ignore[arg-type]  not None
+    gradients = [local_weight(layer, layer.weight.grad) for layer in moving]  # type: ignore[arg-type]
     biases = [None if layer.bias is None else local_bias(layer.bias.grad) for layer in moving]
     spans = [bases[layer.name].vectors for layer in moving]
     for l, layer in enumerate(moving):
