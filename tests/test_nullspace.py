@@ -74,7 +74,7 @@ def test_a_linear_network_keeps_its_outputs_on_a_subspace(name, wrapping):
     ids=str,
 )  # fmt: skip
 def test_a_nonlinear_network_keeps_what_it_computed(few, settings, dtype, tolerance, wrapping):
-    """The rest is held, so activations do not move, and bases do not go stale."""
+    """All other parameters are held, so activations do not move, and bases do not go stale."""
     few = few.to(dtype)
     model, opt, _, before = protecting(few, wrapping, sgd, **settings)
     train(model, opt, 100)
@@ -120,10 +120,8 @@ def test_wide_layers_are_sketched(few, monkeypatch):
 
 def test_a_convolution(wrapping):
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3)),
-        torch.randn(1, 3, 4, 4),
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3))
+    x = torch.randn(1, 3, 4, 4)
     model, opt, _, before = protecting(x, wrapping, model=model)
     train(model, opt, 20, shape=(4, 3, 6, 6))
     assert (model(x) - before).abs().max() < 1e-3

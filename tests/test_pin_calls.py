@@ -49,7 +49,7 @@ def make_layers(count, device="cpu", biased=False, shape=(80, 48)):
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_repeated_call_waits_for_nothing(on, biased, monkeypatch):
-    """An index from a Python list was copied to the device in every call, which waits for it and cannot be captured."""
+    """An index from a Python list was copied to the device in every call, which waits, and which no graph captures."""
     w, u, b, c = make_layers(3, on.device, biased)
     w.append(torch.randn(70, 48, dtype=torch.float64, device=on.device))  # on Triton a BLAS takes it
     u.append(torch.eye(48, 4, dtype=torch.float64, device=on.device))
@@ -81,10 +81,8 @@ def test_a_repeated_call_waits_for_nothing(on, biased, monkeypatch):
     waits = ("index", "_local_scalar_dense", "item", "nonzero", "lift_fresh", "pin_memory")
     names = [name for name in inside.names + outside.names if name != "aten.index_copy_.default"]
     assert inside.names and not [name for name in names if any(word in name for word in waits)]
-    assert (
-        not [name for name in inside.names if "_to_copy" in name or name == "aten.copy_.default"]
-        or on.backend == "torch"
-    )
+    copies = [name for name in inside.names if "_to_copy" in name or name == "aten.copy_.default"]
+    assert not copies or on.backend == "torch"
     assert len(outside.names) == 2  # the op, and a square root
 
 
@@ -178,7 +176,7 @@ def test_compiles_into_one_graph():
 
 @pytest.fixture
 def fresh_backends():
-    """What was found out about this machine is found out again."""
+    """The best backends of this machine are looked up anew."""
     backends._best.cache_clear()
     yield
     backends._best.cache_clear()
@@ -186,7 +184,7 @@ def fresh_backends():
 
 @pytest.mark.parametrize("triton", ["", "triton is not installed"])
 def test_on_cuda_triton_pins_where_it_is_there(monkeypatch, fresh_backends, triton):
-    """`use_backend("cuda")` landed on plain torch."""
+    """`use_backend("cuda")` took plain torch for pin_ even where Triton was installed."""
     cuda = backends.TABLE["cuda"]._replace(load=lambda: "")
     made = backends.TABLE["triton"]._replace(device_types=("cuda",), load=lambda: triton, on_request=False)
     monkeypatch.setitem(backends.TABLE, "cuda", cuda)
@@ -198,7 +196,7 @@ def test_on_cuda_triton_pins_where_it_is_there(monkeypatch, fresh_backends, trit
 
 
 def test_triton_says_that_it_does_not_run_on_rocm(monkeypatch, fresh_backends):
-    """An AMD architecture is a string, gfx942, of which a kernel's tile was to be computed."""
+    """A kernel's tile was computed from the architecture, which on AMD is a string such as gfx942."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(backends, "INTERPRETED", False)
@@ -213,7 +211,7 @@ def test_triton_says_that_it_does_not_run_on_rocm(monkeypatch, fresh_backends):
 
 @pytest.mark.parametrize("op", ["gram", "pin_"])
 def test_devices_without_float64_are_refused(op):
-    """ "mps" was announced, and every op needs float64."""
+    """mps was listed as supported, but every op needs float64."""
     assert "mps" not in gradproj.backends()["torch"].device_types
     with pytest.raises(ValueError, match=f"{op}: no backend takes tensors on mps.*move them to the CPU"):
         backends.select("mps", op)

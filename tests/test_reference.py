@@ -35,7 +35,7 @@ def test_naive_loop_refuses_what_would_shift_its_slices():
 
 
 class Attention(nn.Module):
-    """q, k and v of one input; with and without biases."""
+    """q, k and v have the same input; some layers have a bias."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
 
     naive = reference.null_space(model, loss, batches, share=0.3)
     model.zero_grad()
-    if sketched:  # six dimensions wide enough for those that are kept
+    if sketched:  # more than 16 inputs; ten of their directions are more than are kept
         monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 16)
         monkeypatch.setattr("gradproj.nullspace.null_space.SKETCH", 10)
     protection = NullSpace(model, share=0.3)
@@ -83,6 +83,6 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
     assert sum((1 - r) * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3)
     expected = {id(layer.weight): 0.1 * rate for layer, rate in zip(protection.layers, rates, strict=True)}
     for group in protection.param_groups(lr=0.1, damping=0.3):
-        for p in group["params"]:  # rates of a bin of an optimizer's groups are their mean
+        for p in group["params"]:  # each group has the mean rate of its layers
             if id(p) in expected:
                 assert group["lr"] == pytest.approx(expected[id(p)], rel=0.15)

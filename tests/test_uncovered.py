@@ -45,7 +45,7 @@ def embed_and_step(model, opt, steps=3):
 
 
 def test_an_optimizer_that_writes_to_what_is_held(wrapping):
-    """What is small is put back; the gradients that the caller had are too."""
+    """Small parameters are put back, and so are the caller's gradients."""
     model, tokens = WithNorm(), torch.arange(4)
     protection = captured(model, tokens, share=0.9)
     before = model(tokens).detach()
@@ -69,7 +69,7 @@ def test_what_is_held_and_large_is_refused_when_it_was_written():
 
 
 def test_what_is_held_may_be_loaded_between_steps():
-    """It is not put back to what it was before."""
+    """What was loaded is what is held from then on."""
     model = WithNorm()
     opt = ProjectedOptimizer(MuonOfItsAuthors(model.parameters()), captured(model, torch.arange(4), share=0.9))
     embed_and_step(model, opt)

@@ -96,8 +96,8 @@ class Protection(abc.ABC):
             )
         if self._in_closure:
             raise RuntimeError(
-                "protect() inside the closure of step(), which an optimizer may call many times: protect before step(), "
-                "under Lightning in on_train_batch_start()"
+                "protect() inside the closure of step(), which an optimizer may call many times: protect before "
+                "step(), under Lightning in on_train_batch_start()"
             )
         self._capturing = True
         try:
@@ -109,8 +109,8 @@ class Protection(abc.ABC):
         """Belong to these optimizers, and to no others; their ``param_groups`` are read anew each time."""
         if any(ref() is not None for ref in self._optimizers):
             raise RuntimeError(
-                f"this {type(self).__name__} protects another optimizer already: make one for each, detach() it, or attach "
-                "one to a list of optimizers"
+                f"this {type(self).__name__} protects another optimizer already: make one for each, detach() it, or "
+                "attach one to a list of optimizers"
             )
         self._optimizers, self.sharding = [weakref.ref(o) for o in optimizers], sharding
 
@@ -138,8 +138,8 @@ class Protection(abc.ABC):
             )
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all parameters "
-                "at once; remove that hook and call step() after backward()"
+                "step() during a backward pass (optimizer-in-backward): a projection needs the gradients of all "
+                "parameters at once; remove that hook and call step() after backward()"
             )
 
     def _step_was_skipped(self) -> bool:

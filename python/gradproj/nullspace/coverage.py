@@ -84,10 +84,10 @@ def warning(model: nn.Module, layers: Sequence[Layer]) -> str:
         return ""
     return (
         f"NullSpace covers no layer for {size / trained:.0%} of the weights that train, embeddings and norms apart, so "
-        f"they stand still: {_counts(held[:3])}{', ..' if len(held) > 3 else ''}. Covered are the weights of nn.Linear, "
-        "Conv1D, nn.Conv2d (groups=1) and LoRA; not so matrices without a module of their own (experts as one parameter, "
-        "attention's in_proj_weight), weights that are computed (weight_norm), and what modules= leaves out. "
-        'rest="train" lets them go unprotected; see .coverage'
+        f"they stand still: {_counts(held[:3])}{', ..' if len(held) > 3 else ''}. Covered are the weights of "
+        "nn.Linear, Conv1D, nn.Conv2d (groups=1) and LoRA; not so matrices without a module of their own (experts as "
+        "one parameter, attention's in_proj_weight), weights that are computed (weight_norm), and what modules= leaves "
+        'out. rest="train" lets them go unprotected; see .coverage'
     )
 
 

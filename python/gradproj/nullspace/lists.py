@@ -25,7 +25,7 @@ class PinLists:
                     if p is not None:
                         local = local_tensors([p])[0]
                         self._seen.append((module._parameters, name, p, local, local.data_ptr(), p.requires_grad))
-        moving = that_move(layers, bases)
+        moving = movable(layers, bases)
         self._names = tuple(layer.name for layer in moving)
         self._weights = [local_weight(layer, layer.weight.detach()) for layer in moving]
         self._bases = [bases[name].vectors for name in self._names]
@@ -59,7 +59,7 @@ def refuse_optimizers(layers: Sequence[Layer], optimizers: Sequence[Optimizer], 
         )
 
 
-def that_move(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
+def movable(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
     """The layers that have a basis and train. Refused if one trains other parameters than those that were captured."""
     found = []
     for layer in layers:
@@ -68,8 +68,8 @@ def that_move(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer
             continue
         if frozen or basis.vectors.shape[0] != layer.shape[1]:
             raise RuntimeError(
-                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or bias "
-                "was frozen or freed since, or has another size; capture again"
+                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or "
+                "bias was frozen or freed since, or has another size; capture again"
             )
         if basis.rank:
             found.append(layer)
@@ -79,7 +79,7 @@ def that_move(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer
 @torch.no_grad()
 def project_gradients(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Pin:
     """G <- G - (G U) U^T on the gradients of the layers that have one."""
-    moving = that_move([layer for layer in layers if layer.weight.grad is not None], bases)
+    moving = movable([layer for layer in layers if layer.weight.grad is not None], bases)
     gradients = [local_weight(layer, layer.weight.grad) for layer in moving]  # type: ignore[arg-type]
     biases = [None if layer.bias is None else local_bias(layer.bias.grad) for layer in moving]
     spans = [bases[layer.name].vectors for layer in moving]

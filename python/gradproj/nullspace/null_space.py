@@ -39,8 +39,8 @@ class NullSpace(Protection):
 
     Args:
         model: whose layers are protected.
-        share: of the covered weights' dimensions, how much the capability gets, in (0, 1): where the curvature is. The
-            bases take about three times that share of the weights' memory.
+        share: part of the covered weights' dimensions that is kept for the capability, in (0, 1), where the curvature
+            is. The bases take about three times that part of the weights' memory.
         max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
         modules: ``(name, module) -> bool``, which layers to cover; None covers all.
         space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for
@@ -193,8 +193,8 @@ class NullSpace(Protection):
         elif not self._told_of_nothing:
             self._told_of_nothing = True
             text = (
-                "step() before anything was captured: a plain step, nothing is protected; put the capability's backward "
-                "passes into `with opt.protect():` first"
+                "step() before anything was captured: a plain step, nothing is protected; put the capability's "
+                "backward passes into `with opt.protect():` first"
             )
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return None

@@ -33,8 +33,8 @@ def group_of(model: nn.Module, given: Any, sharding: Sharding | None, ddp: nn.Mo
     if mesh is not None and mesh.ndim == 1:
         return mesh.get_group()
     raise RuntimeError(
-        f"NullSpace: {dist.get_world_size()} ranks run, and nothing says which of them hold this model and are to protect "
-        "the same: capture through the DistributedDataParallel module, or pass NullSpace(group=): "
+        f"NullSpace: {dist.get_world_size()} ranks run, and nothing says which of them hold this model and are to "
+        "protect the same: capture through the DistributedDataParallel module, or pass NullSpace(group=): "
         "torch.distributed.group.WORLD if all do, the group of this stage or run if they hold several models"
     )
 
@@ -55,8 +55,8 @@ def sum_over_ranks(gather: Gather, layers: Sequence[Layer], silent: set[int], gr
     names, numbers, unheard = zip(*everywhere, strict=True)
     if any(theirs != names[0] for theirs in names):
         raise RuntimeError(
-            "NullSpace: the ranks that capture together have different layers: they hold several models, or parts of one; "
-            "pass NullSpace(group=), the ranks that hold the same as this one"
+            "NullSpace: the ranks that capture together have different layers: they hold several models, or parts of "
+            "one; pass NullSpace(group=), the ranks that hold the same as this one"
         )
     silent.update(*unheard)
     keys = list(zip(*numbers, strict=True))  # per layer, the number of its moment on each rank

@@ -35,9 +35,9 @@ class Uncovered:
         if not moving:
             return ""
         return (
-            f"NullSpace: the running statistics of {_first(moving, 3)} change in every forward pass in training mode, and "
-            "with them what the model computes in eval mode: call eval() on these modules before the capture, and leave "
-            "them so"
+            f"NullSpace: the running statistics of {_first(moving, 3)} change in every forward pass in training mode, "
+            "and with them what the model computes in eval mode: call eval() on these modules before the capture, and "
+            "leave them so"
         )
 
     def begin_step(self) -> None:
