@@ -34,8 +34,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(table(_rows, machine()))
     for seconds in _host_cost:
         terminalreporter.write_line(
-            f"\nhost cost: {seconds * 1e6:.2f} us per buffer (300 tensors of 64 elements, K = 1: 600 buffers, one call, "
-            f"everything included)"
+            f"\nhost cost: {seconds * 1e6:.2f} us per buffer (300 tensors of 64 elements, K = 1: 600 buffers, one "
+            "call, everything included)"
         )
     for title, lines in _tables.items():
         terminalreporter.section(title)
