@@ -36,18 +36,16 @@ class Fields(tl.constexpr):
 
 
 def keep(key: tuple, device: torch.device, build: Callable[[], Any]) -> Any:
-    """The table under ``key``, built at its first use and uploaded before the current stream reads it.
-
-    A table has its ``memory`` on the device, and in ``ready`` the event recorded after the upload, None on a CPU.
-    """
+    """The table under ``key``: built once, uploaded before the current stream reads it. It has its ``memory`` on the
+    device, and in ``ready`` the event recorded after the upload; None on a CPU."""
     with _lock:
         table = _tables.get(key)
-        if table is None and _capturing(device):
-            raise Refused(
-                "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device "
-                "while a CUDA graph is captured; run one step with the same buffers before the capture"
-            )
         if table is None:
+            if _capturing(device):
+                raise Refused(
+                    "gradproj: these buffers are new to the Triton backend, and a table cannot be copied to the device "
+                    "while a CUDA graph is captured; run one step with the same buffers before the capture"
+                )
             table = _tables[key] = build()
         elif table is not next(reversed(_tables.values())):  # spares a second hash of a long key
             _tables.move_to_end(key)

@@ -73,7 +73,7 @@ def combine(table: Table, weights: Tensor) -> None:
         at.start(combine_kernel, (at.rows, at.dtypes, at.instance), weights, table.num_rows) for at in table.launches
     ]
     with torch.cuda.device_of(weights):
-        launch(table.device, starts)
+        launch(weights.device, starts)
 
 
 @implement

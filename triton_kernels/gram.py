@@ -18,7 +18,7 @@ from gradproj.kernels.methods import Rule
 from gradproj.triton_kernels.op import implement
 from gradproj.triton_kernels.table import PROGRAM, SEGMENT, Table, check_small
 from gradproj.triton_kernels.walk import find_segment, is_full, load_row
-from gradproj.triton_kernels.weights import solve, solves
+from gradproj.triton_kernels.weights import METHODS, solve
 
 PASS_ROWS = 9  # rows whose products one pass takes: 45 float64 sums a thread
 GROUP_ROWS = 4  # more rows are taken in groups, two groups a pass
@@ -127,10 +127,8 @@ def gram_finish_kernel(
 
 def passes(num_rows: int, only_first: bool) -> Iterator[tuple[range, range]]:
     """The rows of each pass: two ranges, so that every pair of rows is in one of them."""
-    if num_rows <= PASS_ROWS:
-        yield range(1), range(1, num_rows)
-    elif only_first:
-        for k in range(1, num_rows, PASS_ROWS - 1):
+    if only_first or num_rows <= PASS_ROWS:
+        for k in range(1, max(2, num_rows), PASS_ROWS - 1):
             yield range(1), range(k, min(k + PASS_ROWS - 1, num_rows))
     else:
         groups = [range(k, min(k + GROUP_ROWS, num_rows)) for k in range(0, num_rows, GROUP_ROWS)]
@@ -140,9 +138,9 @@ def passes(num_rows: int, only_first: bool) -> Iterator[tuple[range, range]]:
 def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> tuple[Tensor, Tensor | None]:
     """Gram, [R, R] or [P, R, R], and, where one pass does it, the weights of ``rule``, [R] or [P, R]."""
     num_rows, only_first = table.num_rows, gram_dd is not None
-    gram = torch.empty(*table.lead, num_rows, num_rows, dtype=torch.float64, device=table.device)
+    gram = torch.empty(*table.lead, num_rows, num_rows, dtype=torch.float64, device=table.memory.device)
     weights, method, gamma, eps = None, None, 0.0, 0.0
-    if rule is not None and num_rows <= PASS_ROWS and solves(rule.name, num_rows):
+    if rule is not None and rule.name in METHODS and 2 <= num_rows <= PASS_ROWS:
         weights, (method, gamma, eps) = gram.new_empty(gram.shape[:-1]), rule
     tableau = triton.next_power_of_2(max(1, num_rows - 1))
     with torch.cuda.device_of(gram):

@@ -36,10 +36,10 @@ def implement(function: Callable) -> Callable:
         except (Refused, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            cause: BaseException = error
             first = arguments[0]
             device = (first if isinstance(first, Tensor) else next(t for t in first if t is not None)).device
             called = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            cause: BaseException = error
             while cause.__cause__ is not None:  # the compiler's own errors begin with a listing
                 cause = cause.__cause__
             line = (str(cause).strip().splitlines() or [""])[0]

@@ -32,8 +32,7 @@ def find_layer(layers_ptr, num_layers, program):
 
 @triton.jit
 def split(x, dtype: tl.constexpr):
-    """float32 as a sum of two that tensor cores take: 22 bits in TF32, for which ``dtype`` is float32, 16 in
-    bfloat16."""
+    """float32 as a sum of two for tensor cores: 22 bits in TF32, for which ``dtype`` is float32, or 16 in bfloat16."""
     if dtype == tl.float32:
         high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
         low = x - high
@@ -63,9 +62,9 @@ def dot_split(a_high, a_low, b_high, b_low):
 def tile_pointers(
     base_ptr, row, column, start, rows, columns, num_rows: tl.constexpr, num_columns: tl.constexpr
 ):  # fmt: skip
-    """Pointers to [num_rows, num_columns] of a [rows, columns] matrix from column ``start`` on, and which of them exist.
-    Strides ``row`` and ``column`` are int64, or 1 as a constant: 64 bits for ``start`` would then take more registers.
-    Offsets within a tile are 32-bit, because pointers would take twice the registers."""
+    """Pointers to [num_rows, num_columns] of a [rows, columns] matrix from column ``start`` on, and which exist.
+    ``row`` and ``column`` are int64 strides, or the constant 1: ``start`` then stays 32-bit, as offsets within a tile
+    always do, because 64-bit ones take twice the registers."""
     i = tl.arange(0, num_rows)[:, None]
     j = tl.arange(0, num_columns)[None, :]
     tile_ptr = (base_ptr + start * column) + (i * tl.cast(row, tl.int32) + j * tl.cast(column, tl.int32))

@@ -1,6 +1,6 @@
 """From lists of weights and bases to the tables that the pin walks: the host's part."""
 
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +27,10 @@ LAYER = Fields(Layer)
 class Form(NamedTuple):
     """What the kernel is compiled for.
 
-    ``layout``: ``"rows"``: neighbours in a row of W are neighbours in memory, and every row starts on a 16-byte
-    boundary; ``"columns"``: the same of columns, as in a transposed weight; ``"strided"``: anything. In the first two
-    every column of U is dense. With more ``outputs`` U is read less often, from L2; with fewer the second reading of W
-    is surer to find in L2 what the first left there. A warp group multiplies at least 64.
+    ``layout``: ``"rows"``: every row of W is dense and starts on a 16-byte boundary; ``"columns"``: every column, as in
+    a transposed weight; ``"strided"``: anything. In the first two every column of U is dense. With more ``outputs`` U
+    is read less often, from L2; with fewer W is surer to be in L2 still when it is read again. A warp group multiplies
+    at least 64.
     """
 
     dtype: tl.dtype
@@ -56,22 +56,22 @@ class Table(NamedTuple):
         """Raises :class:`Refused`: what ``gradproj.pin_`` refuses."""
         refusing(validate.check_pin, weights, bases, targets, biases)
         others: list[int] = []
-        layers: dict[Form, list[Layer]] = {}
+        layers: defaultdict[Form, list[Layer]] = defaultdict(list)
+        counts: defaultdict[Form, int] = defaultdict(int)
         for k, (w, u, target, bias) in enumerate(zip(weights, bases, targets, biases, strict=True)):
             if not _fits(w, u, target):
                 others.append(k)
             elif w.numel() and u.shape[1]:
                 form = _form(w, u)
-                same = layers.setdefault(form, [])
-                first = same[-1].first + same[-1].programs if same else 0
+                programs = -(-w.shape[0] // form.outputs)
                 addresses = (0 if t is None else t.data_ptr() for t in (w, u, target, bias))
                 target_strides = (0, 0) if target is None else target.stride()
                 strides = *w.stride(), *u.stride(), *target_strides, 0 if bias is None else bias.stride(0)
-                same.append(Layer(*addresses, *w.shape, u.shape[1], *strides, k, -(-w.shape[0] // form.outputs), first))
+                layers[form].append(Layer(*addresses, *w.shape, u.shape[1], *strides, k, programs, counts[form]))
+                counts[form] += programs
         arrays = [np.array(entries, dtype=np.int64) for entries in (others, *layers.values())]
         memory, (others_at, *views), ready = upload(arrays, weights[0].device)
-        counts = [same[-1].first + same[-1].programs for same in layers.values()]
-        return Table([*zip(layers, views, counts, strict=True)], others, others_at, memory, ready)
+        return Table([*zip(layers, views, counts.values(), strict=True)], others, others_at, memory, ready)
 
 
 def _fits(w: Tensor, u: Tensor, target: Tensor | None) -> bool:
@@ -91,15 +91,12 @@ def _form(w: Tensor, u: Tensor) -> Form:
     else:
         layout = "strided"
     aligned = layout != "strided" and u.stride(1) % 4 == 0 and u.data_ptr() % 16 == 0 and w.shape[1] % 4 == 0
-    return Form(DTYPES[w.dtype], layout, aligned, ranks, _outputs(w.dtype, ranks))
+    if backends.INTERPRETED or driver.active.get_current_target().arch // 10 in (9, 10):
+        outputs = 64 if w.dtype == torch.float32 else 128  # tensor cores read shared memory by themselves
+    else:
+        outputs = 32 if w.dtype == torch.float32 or ranks > 64 else 128  # as many as registers allow
+    return Form(DTYPES[w.dtype], layout, aligned, ranks, outputs)
 
 
 def _even(w: Tensor) -> bool:
     return w.stride(1) == 1 and w.stride(0) % 16 == 0 and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0
-
-
-def _outputs(dtype: torch.dtype, ranks: int) -> int:
-    """As many as registers allow; more where tensor cores read shared memory by themselves (sm_90, sm_100)."""
-    if backends.INTERPRETED or driver.active.get_current_target().arch // 10 in (9, 10):
-        return 64 if dtype == torch.float32 else 128
-    return 32 if dtype == torch.float32 or ranks > 64 else 128

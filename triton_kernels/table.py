@@ -53,9 +53,8 @@ class Launch(NamedTuple):
 
     def start(self, kernel, form: tuple, *arguments) -> Start:
         """A launch of a kernel that takes these tables first and ``form`` last."""
-        tables = self.segments, self.segments.shape[1], self.programs
-        warps = max(1, self.instance.threads // 32)
-        return Start(kernel, form, len(self.programs) - 1, (*tables, *arguments, *form), warps)
+        arguments = self.segments, self.segments.shape[1], self.programs, *arguments, *form
+        return Start(kernel, form, len(self.programs) - 1, arguments, max(1, self.instance.threads // 32))
 
 
 class Table(NamedTuple):
@@ -63,7 +62,6 @@ class Table(NamedTuple):
 
     num_rows: int
     lead: tuple[int, ...]  # leading dimensions of Gram and weights: (num_parts,), or () where all columns are one part
-    device: torch.device
     launches: list[Launch]
     bounds: Tensor  # [parts + 1] int64: part p has the slots bounds[p] .. bounds[p + 1] of all launches
     slots: int
@@ -88,33 +86,27 @@ class Table(NamedTuple):
         absent = tuple(i for i, t in enumerate(rows) if t is None) if len(present) < len(rows) else ()
         device = present[0].device
         key = (device, num_rows, num_parts, tuple(parts), written, threads, absent, validate.signature(present))
-        return keep(key, device, lambda: _build(rows, num_rows, parts, num_parts, written, threads))
+        return keep(key, device, lambda: _build(device, rows, num_rows, parts, num_parts, written, threads))
 
 
 def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
     """Refuses a float64 argument, ``shape`` in every part, that the kernels would misread."""
-    shape = (*table.lead, *shape)
-    if t is None or (t.dtype == torch.float64 and t.device == table.device and t.shape == shape and t.is_contiguous()):
-        return
-    raise Refused(
-        f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
-        f"{tuple(t.shape)}, {t.dtype}, {t.device}"
-    )
+    wanted = torch.float64, table.memory.device, (*table.lead, *shape)
+    if t is not None and ((t.dtype, t.device, tuple(t.shape)) != wanted or not t.is_contiguous()):
+        raise Refused(
+            f"gradproj: {name} must be a contiguous float64 tensor of shape {wanted[2]} on {wanted[1]}, got "
+            f"{tuple(t.shape)}, {t.dtype}, {t.device}"
+        )
 
 
-def _most_programs(device: torch.device, num_rows: int, threads: int) -> int:
-    """So many that their loads, 16 bytes a thread and row, keep ``BYTES_IN_FLIGHT``. It depends on nothing but device
-    and arguments, so that sums are in the same order."""
-    if device.type == "cpu":
-        return 4  # interpreted
-    each = min(8, max(2, BYTES_IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
-    device = refusing(_check, rows, num_rows, parts, num_parts, written)
+def _build(device, rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
+    refusing(_check, rows, num_rows, parts, num_parts, written)
     found = _columns(rows, num_rows, parts)
-    most = max(1, min(_most_programs(device, num_rows, threads), MAX_PROGRAMS // max(1, len(found))))
+    most = 4  # interpreted
+    if device.type == "cuda":  # so many that their loads, 16 bytes a thread and row, keep BYTES_IN_FLIGHT
+        each = min(8, max(2, BYTES_IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
+        most = each * torch.cuda.get_device_properties(device).multi_processor_count
+    most = max(1, min(most, MAX_PROGRAMS // max(1, len(found))))
     facts, segments, programs = [], [], []
     for (present, dtypes, ndim), columns in found.items():
         widths = np.array([d.itemsize for d in dtypes])
@@ -128,11 +120,10 @@ def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
     memory, (on_device, *views), ready = upload([bounds, *segments, *map(np.column_stack, programs)], device)
     launches = [Launch(*f, *v) for f, *v in zip(facts, views[: len(facts)], views[len(facts) :], strict=True)]
     lead = (num_parts,) if num_parts else ()
-    return Table(num_rows, lead, device, launches, on_device, int(bounds[-1]), memory, ready)
+    return Table(num_rows, lead, launches, on_device, int(bounds[-1]), memory, ready)
 
 
-def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> torch.device:
-    """The device of all buffers."""
+def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> None:
     count = len(rows) // num_rows
     if len(rows) != count * num_rows:
         raise ValueError("gradproj: rows of different length")
@@ -145,7 +136,6 @@ def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
     devices = {t.device for t in rows if t is not None}
     if len(devices) > 1:
         raise ValueError(f"gradproj: buffers on {len(devices)} devices")
-    return devices.pop()
 
 
 def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
@@ -162,10 +152,9 @@ def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list
         sizes, strides = validate.coalesce(tensors)
         if len(sizes) == 1 and all(s == [1] for s in strides):
             sizes, strides = [], [[]] * len(tensors)
-        entry = [parts[i], tensors[0].numel(), *sizes]
-        for t, s in zip(tensors, strides, strict=True):
-            entry += [t.data_ptr(), *s]
-        found.setdefault((tuple(column), tuple(t.dtype for t in tensors), len(sizes)), []).append(entry)
+        rows_at = [n for t, s in zip(tensors, strides, strict=True) for n in (t.data_ptr(), *s)]
+        key = tuple(column), tuple(t.dtype for t in tensors), len(sizes)
+        found.setdefault(key, []).append([parts[i], tensors[0].numel(), *sizes, *rows_at])
     return found
 
 

@@ -45,11 +45,8 @@ def element_pointers(segment_ptr, position, dtype: tl.constexpr, index, full: tl
 
 @triton.jit
 def load_row(segment_ptr, position, dtype: tl.constexpr, start, full: tl.constexpr, instance: tl.constexpr, used=None):
-    """A chunk of a row as ``instance.compute``. Full: 16 bytes at a time; else element by element, from any address.
-
-    A row that is not ``used`` is zeros and not read. That takes no branch, so that the loads of several rows are in
-    flight together.
-    """
+    """A chunk of a row as ``instance.compute``: 16 bytes at a time if ``full``, else by element from any address.
+    A row that is not ``used`` is zeros and not read: no branch, so the loads of several rows are in flight together."""
     index = start + tl.arange(0, instance.chunk)
     elements_ptr = element_pointers(segment_ptr, position, dtype, index, full, instance)
     mask = used

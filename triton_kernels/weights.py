@@ -130,17 +130,12 @@ def weights_kernel(
     solve(gram_ptr + part * num_rows * num_rows, weights_ptr + part * num_rows, num_rows, gamma, eps, method, block)
 
 
-def solves(method: str, num_rows: int) -> bool:
-    """Whether :func:`solve` takes it; if not, ``methods.solve`` does."""
-    return method in METHODS and 2 <= num_rows <= MAX_DIRECTIONS + 1
-
-
 @implement
 def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
     """The op ``weights``; see ``gradproj.kernels.ops``."""
     parts = methods.as_parts(gram).contiguous()
     num_rows = parts.shape[-1]
-    if not solves(method, num_rows):
+    if method not in METHODS or not 2 <= num_rows <= MAX_DIRECTIONS + 1:
         return methods.solve(gram, method, gamma, eps)
     result = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
     if len(parts):
