@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KNOWN = "80 90 90a 100 100f"
 
-# Writes down its arguments, makes the file behind -o, and cannot compile broken.cpp.
+# Logs its arguments, creates the file named by -o, and fails on broken.cpp.
 COMPILER = """#!/bin/sh
 echo "$0 $*" >> {log}
 for word in "$@"; do

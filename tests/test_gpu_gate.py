@@ -168,7 +168,7 @@ class Run:
         self.process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
     def wait_for(self, text):
-        """The number behind it, in a line that begins with it."""
+        """The number after ``text``, in the first line that begins with it."""
         for line in self.process.stdout:
             if line.startswith(text):
                 return int(line.removeprefix(text))

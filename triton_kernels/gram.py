@@ -88,9 +88,9 @@ def gram_finish_kernel(
     eps: tl.float64, heads: tl.constexpr, count: tl.constexpr, only_first: tl.constexpr, method: tl.constexpr,
     block: tl.constexpr, tableau: tl.constexpr,
 ):  # fmt: skip
-    """One program a part. Adds up what the part's programs wrote for each pair of a pass's ``count`` rows, which are
-    ``heads`` rows of the Gram from ``first`` on and the others from ``second`` on. Copies ``gram_dd`` if given; with a
-    ``method`` solves for the weights."""
+    """One program a part. Adds up what the part's programs wrote for each pair of a pass's ``count`` rows: ``heads`` of
+    the Gram's rows from ``first`` on, and the others from ``second`` on. Copies ``gram_dd`` if given; with a ``method``
+    solves for the weights."""
     part = tl.program_id(0).to(tl.int64)
     gram_ptr += part * num_rows * num_rows
     pairs: tl.constexpr = count if only_first else count * (count + 1) // 2

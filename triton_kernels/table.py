@@ -139,8 +139,8 @@ def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
 
 
 def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
-    """Columns by the rows that are present, their dtypes and dimensions (0 if dense). Each is its part and numel, then
-    what follows a :class:`Segment`. Ascending by part, without empty ones."""
+    """Columns grouped by the rows present, their dtypes and dimensions (0 if dense), ascending by part, without empty
+    ones. A column is listed as its part and numel, then what follows a :class:`Segment`."""
     found: dict[tuple, list[list[int]]] = {}
     count = len(rows) // num_rows
     parts = parts or [0] * count
@@ -185,8 +185,8 @@ def _merge_and_cut(part: np.ndarray, numel: np.ndarray, address: np.ndarray, wid
 
 
 def _programs(part: np.ndarray, starts: np.ndarray, most: int, num_parts: int) -> Program:
-    """Arrays of the fields of about ``most`` programs, and of an end. All have as many chunks, but for the last one of
-    a part."""
+    """About ``most`` programs and an end, an array for each field. All take equally many chunks, except the last of a
+    part."""
     each = -(-starts[-1] // most)
     of_part = starts[np.searchsorted(part, np.arange(num_parts + 1))]
     first = np.concatenate([*(np.arange(a, b, each) for a, b in pairwise(of_part)), starts[-1:]])
@@ -195,8 +195,8 @@ def _programs(part: np.ndarray, starts: np.ndarray, most: int, num_parts: int) -
 
 
 def _number_slots(programs: list[Program], num_parts: int) -> np.ndarray:
-    """Numbers the slots of all programs so that those of a part are neighbours; returns where those of each part begin,
-    and the end."""
+    """Numbers the slots of all programs so that those of a part are neighbours. Returns each part's first slot, and the
+    end."""
     part = np.concatenate([np.zeros(0, dtype=np.int64), *(p.part[:-1] for p in programs)])
     slots = np.argsort(np.argsort(part, kind="stable"))
     for p in programs:
