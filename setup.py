@@ -18,6 +18,7 @@ import sysconfig
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import setuptools
@@ -26,18 +27,19 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 INSTALL = "pip install --no-build-isolation ."
+OR_WITHOUT = "or unset GRADPROJ_CUDA"
+HEADERS = (".h", ".cuh")
 OLDEST_SETUPTOOLS = (77,)  # reads the licence field of pyproject.toml
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 8)
 # The stable ABI of OLDEST_TORCH: one build runs on every later torch.
 DEFINE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-std=c++20", "-O3", "-DNDEBUG"]
+CXX_FLAGS = [*FLAGS, "-fPIC", "-fvisibility=hidden"]
 # A symbol that no library has is an error here, not first when the library is loaded.
 SHARED = ["-shared", "-Wl,-z,defs"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# --threads: the architectures at the same time. --split-compile: the kernels of one file too, into the same machine
-# code.
-NVCC_FLAGS += ["--threads=0", "--split-compile=0"]
+# --threads: architectures in parallel. --split-compile: the kernels of one file too, into the same machine code.
+NVCC_FLAGS = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", "--split-compile=0"]
 say = functools.partial(print, flush=True)
 
 
@@ -50,6 +52,10 @@ def refuse(problem: str) -> NoReturn:
     raise SystemExit(f"gradproj: {problem}")
 
 
+def refuse_command(problem: str, command: list[str], advice: str = "") -> NoReturn:
+    refuse(f"{problem}; its errors are above, and this is the command:\n    {shlex.join(command)}{advice}")
+
+
 def switch(name: str, default: str) -> bool:
     value = os.environ.get(name) or default
     if value not in ("0", "1"):
@@ -57,20 +63,7 @@ def switch(name: str, default: str) -> bool:
     return value == "1"
 
 
-def check_setuptools() -> None:
-    if (ROOT / "pyproject.toml").exists() and numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
-        refuse(
-            f"setuptools {setuptools.__version__} cannot read the licence field of pyproject.toml; upgrade it with: "
-            'pip install "setuptools>=77,<82"'
-        )
-
-
-class Torch(NamedTuple):
-    version: str
-    folder: Path
-
-
-def find_torch() -> Torch:
+def find_torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
@@ -79,10 +72,9 @@ def find_torch() -> Torch:
             f"pip install torch, then: {INSTALL} (or go without native kernels: GRADPROJ_NATIVE=0 {INSTALL})"
         )
     if numbers(torch.__version__) < OLDEST_TORCH:
-        refuse(
-            f'torch {torch.__version__} is older than 2.10; upgrade it with: pip install "torch>=2.10", then: {INSTALL}'
-        )
-    return Torch(torch.__version__, Path(torch.__file__).parent)
+        upgrade = f'pip install "torch>=2.10", then: {INSTALL}'
+        refuse(f"torch {torch.__version__} is older than 2.10; upgrade it with: {upgrade}")
+    return torch
 
 
 def environment_words(name: str) -> list[str]:
@@ -93,45 +85,36 @@ def find_cxx() -> list[str]:
     command = environment_words("CXX") or shlex.split(sysconfig.get_config_var("CXX") or "c++")
     if not shutil.which(command[0]):
         refuse(
-            f"there is no C++ compiler {command[0]}; install g++ 11 or clang 14, or a later one (on Debian: apt-get install "
-            f"g++), or name yours in CXX, or go without native kernels: GRADPROJ_NATIVE=0 {INSTALL}"
+            f"there is no C++ compiler {command[0]}; install g++ 11 or clang 14, or a later one (on Debian: apt-get "
+            f"install g++), or name yours in CXX, or go without native kernels: GRADPROJ_NATIVE=0 {INSTALL}"
         )
     return command
 
 
 class Nvcc(NamedTuple):
-    """The CUDA compiler. ``targets`` are nvcc's flags for the architectures."""
-
     path: str
     version: str
-    targets: list[str]
+    targets: list[str]  # its flags for the architectures
     toolkit: Path
 
 
-def find_nvcc(torch: Torch) -> Nvcc:
+def find_nvcc(torch: ModuleType) -> Nvcc:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = os.path.join(home, "bin", "nvcc") if home else "nvcc"
     found = shutil.which(path)
     if not found:
+        refuse(f"GRADPROJ_CUDA=1 needs nvcc, and there is no {path}; put it on PATH, or set CUDA_HOME, {OR_WITHOUT}")
+    if not os.path.exists(f"{torch.__path__[0]}/lib/libtorch_cuda.so"):
         refuse(
-            f"GRADPROJ_CUDA=1 needs nvcc, and there is no {path}; put it on PATH, or set CUDA_HOME, or unset GRADPROJ_CUDA"
-        )
-    if not (torch.folder / "lib" / "libtorch_cuda.so").exists():
-        refuse(
-            f"GRADPROJ_CUDA=1 needs a CUDA build of torch, and torch {torch.version} has no libtorch_cuda.so; install one with: "
-            "pip install --force-reinstall torch, or unset GRADPROJ_CUDA"
+            f"GRADPROJ_CUDA=1 needs a CUDA build of torch, and torch {torch.__version__} has no libtorch_cuda.so; "
+            f"install one with: pip install --force-reinstall torch, {OR_WITHOUT}"
         )
     release = re.search(r"release (\d+\.\d+)", ask(found, "--version").stdout)
     if not release:
-        refuse(
-            f"{found} --version names no release; is it nvcc? Set CUDA_HOME to the CUDA toolkit, or unset GRADPROJ_CUDA"
-        )
-    version = release[1]
-    if numbers(version) < OLDEST_NVCC:
-        refuse(
-            f"{found} is nvcc {version}, older than 12.8; set CUDA_HOME to a newer CUDA toolkit, or unset GRADPROJ_CUDA"
-        )
-    return Nvcc(found, version, architectures(found, version), toolkit(found))
+        refuse(f"{found} --version names no release; is it nvcc? Set CUDA_HOME to the CUDA toolkit, {OR_WITHOUT}")
+    if numbers(release[1]) < OLDEST_NVCC:
+        refuse(f"{found} is nvcc {release[1]}, older than 12.8; set CUDA_HOME to a newer CUDA toolkit, {OR_WITHOUT}")
+    return Nvcc(found, release[1], architectures(found, release[1], torch), toolkit(found))
 
 
 def ask(*command: str) -> subprocess.CompletedProcess:
@@ -146,27 +129,32 @@ def toolkit(nvcc: str) -> Path:
     """The CUDA toolkit's folder, from nvcc itself: the one on PATH may be a wrapper that lies elsewhere."""
     top = re.search(r"TOP=(.*)", dry_run(nvcc).stderr)
     if not top:
-        refuse(f"{nvcc} does not say where its toolkit is; set CUDA_HOME to the CUDA toolkit, or unset GRADPROJ_CUDA")
+        refuse(f"{nvcc} does not say where its toolkit is; set CUDA_HOME to the CUDA toolkit, {OR_WITHOUT}")
     return Path(top[1].strip())
 
 
-def architectures(nvcc: str, version: str) -> list[str]:
-    """nvcc's flags: machine code for each architecture, and PTX where it ends in +PTX. nvcc itself says what it
-    knows."""
+def architectures(nvcc: str, version: str, torch: ModuleType) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and PTX where it ends in +PTX."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if wanted in ([], ["native"]):
-        wanted = gpus()
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = [f"{major}.{minor}" for major, minor in sorted(gpus)]
+    if not wanted:
+        refuse(
+            "GRADPROJ_CUDA=1, and there is no GPU to build for; name the architectures, for example: "
+            f'TORCH_CUDA_ARCH_LIST="8.0 9.0" GRADPROJ_CUDA=1 {INSTALL}'
+        )
     flags = []
     for arch in wanted:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         number = match[1] + match[2] if match else ""
         target = f"-gencode=arch=compute_{number},code=sm_{number}"
         if not match or dry_run(nvcc, target).returncode != 0:
-            listed = re.findall(r"compute_(\d+)(\d)", ask(nvcc, "--list-gpu-arch").stdout)
-            known = sorted((int(major), int(minor)) for major, minor in listed)
+            listed = sorted(re.findall(r"compute_(\d+)", ask(nvcc, "--list-gpu-arch").stdout), key=int)
+            known = ", ".join(f"{number[:-1]}.{number[-1]}" for number in listed)
             refuse(
-                f"TORCH_CUDA_ARCH_LIST: nvcc {version} knows no architecture {arch}; it knows "
-                f"{', '.join(f'{major}.{minor}' for major, minor in known)}, each with or without +PTX; for example: TORCH_CUDA_ARCH_LIST=9.0"
+                f"TORCH_CUDA_ARCH_LIST: nvcc {version} knows no architecture {arch}; it knows {known}, each with or "
+                "without +PTX; for example: TORCH_CUDA_ARCH_LIST=9.0"
             )
         flags.append(target)
         if match[3]:
@@ -174,36 +162,20 @@ def architectures(nvcc: str, version: str) -> list[str]:
     return list(dict.fromkeys(flags))
 
 
-def gpus() -> list[str]:
-    import torch
-
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if not capabilities:
-        refuse(
-            "GRADPROJ_CUDA=1, and there is no GPU to build for; name the architectures, for example: "
-            f'TORCH_CUDA_ARCH_LIST="8.0 9.0" GRADPROJ_CUDA=1 {INSTALL}'
-        )
-    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-
-
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).iterdir() if p.suffix in suffixes)
-
-
-def headers() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes)
 
 
 class Library(Extension):
     """One library of native kernels: its files, and the commands that make it."""
 
-    def __init__(self, name: str, files: list[str], cxx: list[str], torch: Torch, nvcc: Nvcc | None = None):
-        super().__init__(name, files, depends=headers())
+    def __init__(self, name: str, files: list[str], cxx: list[str], torch: ModuleType, nvcc: Nvcc | None = None):
+        super().__init__(name, files, depends=sources("csrc", *HEADERS))
         self.cxx, self.torch, self.nvcc = cxx, torch, nvcc
-        self.includes = ["-isystem", str(torch.folder / "include")]
+        self.includes = ["-isystem", f"{torch.__path__[0]}/include"]
         # torch's libraries by the names of those that have the symbols: where the linker defaults to --as-needed, as on
         # Ubuntu, it drops libtorch.so, which has none itself and would bring the others along.
-        self.links = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+        self.links = [f"-L{torch.__path__[0]}/lib", "-ltorch_cpu"]
         if nvcc:
             self.includes += ["-isystem", str(nvcc.toolkit / "include"), "-DUSE_CUDA"]
             folders = [nvcc.toolkit / "lib64", nvcc.toolkit / "lib", *sorted(nvcc.toolkit.glob("targets/*/lib"))]
@@ -228,9 +200,9 @@ def libraries() -> list[Library]:
     if not native:
         return []
     torch, cxx = find_torch(), find_cxx()
-    found = [Library("gradproj._cpu", sources("cpu", ".cpp"), cxx, torch)]
+    found = [Library("gradproj._cpu", sources("csrc/cpu", ".cpp"), cxx, torch)]
     if cuda:  # first: its files take the longest
-        found.insert(0, Library("gradproj._cuda", sources("cuda", ".cpp", ".cu"), cxx, torch, find_nvcc(torch)))
+        found.insert(0, Library("gradproj._cuda", sources("csrc/cuda", ".cpp", ".cu"), cxx, torch, find_nvcc(torch)))
     return found
 
 
@@ -241,10 +213,7 @@ class Job(NamedTuple):
     target: Path
     command: list[str]
     key: str
-
-    @property
-    def key_file(self) -> Path:
-        return self.target.with_suffix(".key")
+    key_file: Path
 
     def is_current(self, newest_header: float) -> bool:
         """The object file that an earlier build left is what this command would make."""
@@ -281,19 +250,17 @@ def compile_all(jobs: list[Job], workers: int) -> None:
                 if done.stdout.strip():
                     say(done.stdout.rstrip())
                 if done.returncode != 0:
-                    refuse(
-                        f"{job.source} did not compile; its errors are above, and this is the command:\n    "
-                        f"{shlex.join(job.command)}\nThe kernels need g++ 11, clang 14 or a later one; nvcc takes "
-                        "the one that NVCC_CCBIN names."
+                    advice = (
+                        "\nThe kernels need g++ 11, clang 14 or a later one; nvcc takes the one that NVCC_CCBIN names."
                     )
+                    refuse_command(f"{job.source} did not compile", job.command, advice)
                 job.key_file.write_text(job.key)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def remove_libraries(folder: Path) -> None:
-    """A library that an earlier build left and this one does not make would be used with sources that it was not built
-    from."""
+    """What an earlier build left and this one does not make would be used with sources it was not built from."""
     for library in folder.glob("_*.so"):
         library.unlink()
 
@@ -308,7 +275,7 @@ class BuildExt(build_ext):
     def build_extensions(self):
         start = time.monotonic()
         jobs = {library.name: [self.job(library, source) for source in library.sources] for library in self.extensions}
-        newest_header = max(os.path.getmtime(header) for header in headers())
+        newest_header = max(os.path.getmtime(header) for header in sources("csrc", *HEADERS))
         stale = [job for group in jobs.values() for job in group if not job.is_current(newest_header)]
         workers = int(self.parallel or os.cpu_count() or 1)
         total = sum(map(len, jobs.values()))
@@ -316,7 +283,11 @@ class BuildExt(build_ext):
         compile_all(stale, workers)
         remove_libraries(Path(self.build_lib, "gradproj"))
         for library in self.extensions:
-            self.link(library, [job.target for job in jobs[library.name]])
+            target = Path(self.get_ext_fullpath(library.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = library.link_command([job.target for job in jobs[library.name]], target)
+            if subprocess.run(command, check=False).returncode != 0:
+                refuse_command(f"{library.name} did not link", command)
         say(f"  built {' and '.join(library.name for library in self.extensions)} in {time.monotonic() - start:.0f} s")
 
     def copy_extensions_to_source(self):
@@ -326,27 +297,23 @@ class BuildExt(build_ext):
     def job(self, library: Library, source: str) -> Job:
         target = Path(self.build_temp, source + ".o")
         command = library.compile_command(source, target)
-        return Job(source, target, command, f"{describe(library)}\n{shlex.join(command)}\n")
-
-    def link(self, library: Library, objects: list[Path]) -> None:
-        target = Path(self.get_ext_fullpath(library.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        command = library.link_command(objects, target)
-        if subprocess.run(command, check=False).returncode != 0:
-            refuse(
-                f"{library.name} did not link; its errors are above, and this is the command:\n    {shlex.join(command)}"
-            )
+        key = f"{describe(library)}\n{shlex.join(command)}\n"
+        return Job(source, target, command, key, target.with_suffix(".key"))
 
 
 def describe(library: Library) -> str:
     """What a library is built for, on one line."""
-    torch, nvcc = library.torch, library.nvcc
+    version, nvcc = library.torch.__version__, library.nvcc
     if not nvcc:
-        return f"torch {torch.version}"
+        return f"torch {version}"
     targets = " ".join(dict.fromkeys(re.findall(r",code=(\w+)", " ".join(nvcc.targets))))
-    return f"torch {torch.version}, nvcc {nvcc.version} for {targets}"
+    return f"torch {version}, nvcc {nvcc.version} for {targets}"
 
 
 if __name__ == "__main__":
-    check_setuptools()
+    if (ROOT / "pyproject.toml").exists() and numbers(setuptools.__version__) < OLDEST_SETUPTOOLS:
+        refuse(
+            f"setuptools {setuptools.__version__} cannot read the licence field of pyproject.toml; upgrade it with: "
+            'pip install "setuptools>=77,<82"'
+        )
     setuptools.setup(ext_modules=libraries(), cmdclass={"build_ext": BuildExt})

@@ -16,7 +16,10 @@ from harness import Case
 
 CASE = Case("GPT-2 124M float32, K = 8", lists.gpt2_124m(), directions=8, rounds=5)
 TITLE = f"Directions(dtype=): {CASE.name}"
-HEAD = "| dtype | bytes a direction | time a projection | x float32 | cosine to the exact direction | of the projected gradients |"
+HEAD = (
+    "| dtype | bytes a direction | time a projection | x float32 | cosine to the exact direction | "
+    "of the projected gradients |"
+)
 
 
 def cosine(a, b) -> float:

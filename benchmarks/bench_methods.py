@@ -41,10 +41,7 @@ def test_weights(k, tables, benchmark):
     contenders = {name: lambda name=name: op(gram, name, 0.0, 0.0) for name in METHODS}
     contenders["scipy nnls"] = lambda: nnls(gram)
     seconds = timing.in_turns(contenders, 11, "cpu")
-    lines = tables.setdefault(
-        TITLE, ["| K | " + " | ".join(contenders) + " |", "| ---: " * (1 + len(contenders)) + "|"]
-    )
-    lines.append(
-        f"| {k} | " + " | ".join(harness.duration(statistics.median(seconds[name])) for name in contenders) + " |"
-    )
+    heads = [f"| K | {' | '.join(contenders)} |", "| ---: " * (1 + len(contenders)) + "|"]
+    times = [harness.duration(statistics.median(found)) for found in seconds.values()]
+    tables.setdefault(TITLE, heads).append(f"| {k} | {' | '.join(times)} |")
     benchmark.pedantic(op, (gram, "conflict", 0.0, 0.0), rounds=100, warmup_rounds=10)

@@ -21,8 +21,7 @@ def test_pin(case, tables, benchmark):
     row = pinned.measure(case)
     assert row.seconds is not None, f"wrong result: {row.wrong}"
     benchmark.extra_info.update(row._asdict())
-    lines = tables.setdefault(TITLE, [HEAD, "| --- |" + " ---: |" * 5])
-    lines.append(pinned.line(row))
+    tables.setdefault(TITLE, [HEAD, "| --- |" + " ---: |" * 5]).append(pinned.line(row))
     layers = pinned.make_layers(case, "cpu")
     benchmark.pedantic(pinned.fused, (layers,), rounds=3)
 
@@ -30,9 +29,6 @@ def test_pin(case, tables, benchmark):
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
 def test_small_layers(biased, tables):
     each, above = pinned.small_layers(biased)
-    title = "pin_ of small layers: us a layer"
-    lines = tables.setdefault(
-        title, ["| case | pin_ | above three torch calls (five with a bias) |", "| --- | ---: | ---: |"]
-    )
+    heads = ["| case | pin_ | above three torch calls (five with a bias) |", "| --- | ---: | ---: |"]
     case = f"{pinned.SMALL} layers of 32 x 32{', with biases' if biased else ''}, rank {pinned.SMALL_RANK}"
-    lines.append(f"| {case} | {each:.1f} | {above:+.1f} |")
+    tables.setdefault("pin_ of small layers: us a layer", heads).append(f"| {case} | {each:.1f} | {above:+.1f} |")

@@ -1,6 +1,5 @@
 """`make bench`: the fused projection on real parameter lists. A row of the table at the end is one test here."""
 
-import functools
 import statistics
 
 import pytest
@@ -27,7 +26,8 @@ def test_projection(case, rows, benchmark):
     contenders = dict(peers.EAGER)
     # torch.compile links CPU code with unquoted paths: no contender where torch's own path has a space
     if case.directions == 1 and case.dtype == torch.float32 and "GPT" in case.name and " " not in torch.__file__:
-        contenders["torch.compile"] = lambda g, d: _compiled()(g, d)
+        compiled = torch.compile(peers.device_coefficient)
+        contenders["torch.compile"] = lambda g, d: compiled(g, d)
     row = measure(case, contenders)
     rows.append(row)
     assert row.seconds is not None, f"wrong result: {row.wrong}"
@@ -43,8 +43,3 @@ def test_host_cost(host_cost, benchmark):
     seconds = statistics.median(in_turns({"fused": lambda: fused(grads, directions)}, 51, "cpu")["fused"])
     host_cost.append(seconds / (2 * len(grads)))
     benchmark.pedantic(fused, (grads, directions), rounds=100, warmup_rounds=10)
-
-
-@functools.cache
-def _compiled():
-    return torch.compile(peers.device_coefficient)

@@ -17,8 +17,6 @@ from harness import Case
 aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
 TITLE = "UPGrad of K + 1 rows: this package with TorchJD's weighting against TorchJD"
 CASES = [Case(f"GPT-2 124M float32, K = {k}", lists.gpt2_124m(), directions=k, rounds=3) for k in (2, 4, 8)]
-
-
 # TorchJD's Gram is a float32 sum over all elements, 1e8 of them here: its error is printed, and this much is let pass.
 TOLERANCE = {"gradproj": 1e-5, "TorchJD, concatenated": 1e-2, "TorchJD, Gramian": 1e-2}
 
@@ -76,8 +74,6 @@ TORCHJD = {
     "TorchJD, concatenated": functools.partial(torchjd, gramian_path=False),
     "TorchJD, Gramian": functools.partial(torchjd, gramian_path=True),
 }
-
-
 RUNS = {"gradproj": fused, **TORCHJD}
 
 
@@ -94,9 +90,7 @@ def contest(case: Case) -> dict[str, Result]:
             p.grad = None
     fused(grads, parameters)
     errors["gradproj"] = harness.relative_error(grads, rows, weights)
-    timed = {
-        name: functools.partial(run, grads, parameters) for name, run in RUNS.items() if errors[name] <= TOLERANCE[name]
-    }
+    timed = {n: functools.partial(run, grads, parameters) for n, run in RUNS.items() if errors[n] <= TOLERANCE[n]}
     extra = {}
     for name, run in timed.items():
         extra[name] = timing.extra_memory(run, "cpu")
@@ -113,13 +107,8 @@ def line(case: Case, results: dict[str, Result]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_upgrad(case, tables, benchmark):
-    lines = tables.setdefault(
-        TITLE,
-        [
-            "| case | " + " | ".join(f"{name} | extra memory | error" for name in RUNS) + " |",
-            "| --- " + "| ---: " * (3 * len(RUNS)) + "|",
-        ],
-    )
+    heads = ["case", *(f"{name} | extra memory | error" for name in RUNS)]
+    lines = tables.setdefault(TITLE, [f"| {' | '.join(heads)} |", "| --- " + "| ---: " * (3 * len(RUNS)) + "|"])
     results = contest(case)
     lines.append(line(case, results))
     assert results["gradproj"].seconds is not None, f"wrong result: error {results['gradproj'].error:.0e}"

@@ -4,6 +4,7 @@ import pytest
 
 from harness import Row, heading, machine, table
 
+TITLE = "projection, one direction unless given: fused against naive, plain torch and the limit"
 _rows: list[Row] = []
 _host_cost: list[float] = []
 _tables: dict[str, list[str]] = {}
@@ -28,14 +29,12 @@ def tables() -> dict[str, list[str]]:
 
 def pytest_terminal_summary(terminalreporter):
     if _rows:
-        terminalreporter.section(
-            "projection, one direction unless given: fused against naive, plain torch and the limit"
-        )
+        terminalreporter.section(TITLE)
         terminalreporter.write_line(table(_rows, machine()))
     for seconds in _host_cost:
         terminalreporter.write_line(
-            f"\nhost cost: {seconds * 1e6:.2f} us per buffer (300 tensors of 64 elements, K = 1: 600 buffers, one call, "
-            f"everything included)"
+            f"\nhost cost: {seconds * 1e6:.2f} us per buffer (300 tensors of 64 elements, K = 1: 600 buffers, one "
+            "call, everything included)"
         )
     for title, lines in _tables.items():
         terminalreporter.section(title)

@@ -53,12 +53,9 @@ def project(case: harness.Case) -> None:
 
 
 def pin_large(case: PinCase) -> None:
-    layers = []
-    for outputs, inputs in case.shapes:
-        rank = min(case.rank, inputs)
-        weight = torch.empty(outputs, inputs, dtype=case.dtype)
-        layers.append((weight, torch.empty(rank, inputs).T, torch.empty(outputs, rank)))
-    pin_(*map(list, zip(*layers, strict=True)), [], [])
+    shapes = [(outputs, inputs, min(case.rank, inputs)) for outputs, inputs in case.shapes]
+    weights = [torch.empty(o, i, dtype=case.dtype) for o, i, _ in shapes]
+    pin_(weights, [torch.empty(r, i).T for _, i, r in shapes], [torch.empty(o, r) for o, _, r in shapes], [], [])
 
 
 def pin_small() -> None:

@@ -76,12 +76,9 @@ def checks(device: str, machine: dict[str, str]) -> list[Stage]:
     sanitize = script("gpu_measure.py", "sanitize", device)
     sanitizers = [Stage("sanitize", 60, sanitize, needs="load")]
     if device == "cuda":
-        sanitizers = [Stage(t, 100, [*sanitizer(t), *sanitize], "load", UNCACHED) for t in ("memcheck", "racecheck")]
+        uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # the allocator's cache hides what lies beyond a tensor
+        sanitizers = [Stage(t, 100, [*sanitizer(t), *sanitize], "load", uncached) for t in ("memcheck", "racecheck")]
     return [Stage("tests", 150, tests(device, machine), environment=(plugin, *one_thread)), *sanitizers]
-
-
-# The allocator's cache would hide what lies beyond a tensor.
-UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -162,9 +159,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append([row["case"], row["backend"], "", row["error"][:60], *[""] * 6])
             continue
         seconds = [quantity("seconds", row[n]) if row[n] is not None else "" for n in ("seconds", "host_seconds")]
-        ratios = [f"{row[n]:.2f}" if row[n] is not None else "" for n in ("times_naive", "times_best_torch")]
-        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.2f}"
-        lines.append([row["case"], row["backend"], *verdict(row), *seconds, *ratios, extra])
+        figures = row["times_naive"], row["times_best_torch"], row["extra_bytes"] and row["extra_bytes"] / 2**20
+        others = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        lines.append([row["case"], row["backend"], *verdict(row), *seconds, *others])
         if row["wrong"]:
             lines.append(["", "", "", f"wrong: {', '.join(row['wrong'])}", *[""] * 6])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -176,9 +173,8 @@ def summary(record: Record) -> str:
     lines = [f"{machine['machine']}; torch {machine['torch']}; {machine['date']}; commit {machine['commit']}"]
     lines += ["Small lists stand in for the named ones."] if content["quick"] else []
     lines += ["", table(content["rows"])] if content["rows"] else []
-    lines += [""]
-    lines += [f"{s['name']:16} {s['result']}, {s['seconds']:.0f} s" for s in content["stages"]]
-    return "\n".join([*lines, f"written: {record.path}"])
+    results = [f"{s['name']:16} {s['result']}, {s['seconds']:.0f} s" for s in content["stages"]]
+    return "\n".join([*lines, "", *results, f"written: {record.path}"])
 
 
 def stop(number: int, frame) -> None:

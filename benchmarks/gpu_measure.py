@@ -1,17 +1,20 @@
 """What the GPU gate runs with gradproj: `gpu_measure.py STEP BACKEND`, each step in a process of its own."""
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import gradproj
+import harness
 import parameter_lists as lists
 import peers
 import pinned
@@ -19,19 +22,7 @@ from gpu_predicted import GPUS, OF_PROJECTIONS, PREDICTED, Gpu
 from gpu_stages import SITE, tell
 from gradproj import reference
 from gradproj.kernels.backends import select
-from harness import (
-    TOLERANCE,
-    Case,
-    Row,
-    expected_weights,
-    fused,
-    is_right,
-    make_rows,
-    measure,
-    measure_captured,
-    on_backend,
-    project_op,
-)
+from harness import Case, Row
 from machine import device_name
 from pinned import PinCase
 
@@ -68,10 +59,8 @@ def cases(quick: bool) -> list[Case]:
 def pin_cases(quick: bool) -> list[PinCase]:
     shapes = [(80, 48), (33, 64)] if quick else lists.decoder_1b_linear()
     types = {"bf16": BF16, "fp32": torch.float32}
-    return [
-        PinCase(f"pin 1B {name}, r = {rank}", shapes, rank, dtype, 1 if quick else 5)
-        for rank, (name, dtype) in itertools.product((64, 256, 128), types.items())
-    ]
+    named = [(rank, *kind) for rank, kind in itertools.product((64, 256, 128), types.items())]
+    return [PinCase(f"pin 1B {name}, r = {r}", shapes, r, dtype, 1 if quick else 5) for r, name, dtype in named]
 
 
 def judged(row: Row, error: str = "", gpu: Gpu | None = None) -> dict[str, Any]:
@@ -92,37 +81,28 @@ Job = tuple[Case | PinCase, Callable[[], Row]]
 def jobs(backend: str, device: str, quick: bool) -> list[Job]:
     """Every row of a projection but torch.compile's. Triton's are without the compositions, which stand beside the CUDA
     kernels."""
-
-    def eager(case: Case) -> Job:
+    found: list[Job] = []
+    for case in cases(quick):
         composed = backend != "triton" and case.directions <= 8 and not case.parts
-        return case, lambda: measure(case, peers.EAGER if composed else {}, device, backend)
-
-    def captured(case: Case) -> Job:
-        case = case._replace(name=f"{case.name}, captured")
-        return case, lambda: measure_captured(case, backend)
-
-    found = cases(quick)
-    small = [case for case in found if " x 64" in case.name]
-    return [*map(eager, found), *(captured(case) for case in small if device == "cuda")]
+        found.append((case, partial(harness.measure, case, peers.EAGER if composed else {}, device, backend)))
+    for case in cases(quick):
+        if " x 64" in case.name and device == "cuda":
+            captured = case._replace(name=f"{case.name}, captured")
+            found.append((captured, partial(harness.measure_captured, captured, backend)))
+    return found
 
 
 def pin_jobs(backend: str, device: str, quick: bool) -> list[Job]:
-    def pin(case: PinCase) -> Job:
-        return case, lambda: pinned.measure(case, device, backend)
-
-    return [pin(case) for case in pin_cases(quick)]
+    return [(case, partial(pinned.measure, case, device, backend)) for case in pin_cases(quick)]
 
 
 def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
     """Beside what torch.compile makes of plain torch. Without a GPU that is traced only, to spare half a minute of
     g++."""
     compiled = torch.compile(peers.device_coefficient, backend="inductor" if device == "cuda" else "eager")
-
-    def beside(case: Case) -> Job:
-        case = case._replace(name=f"{case.name}, torch.compile")
-        return case, lambda: measure(case, {"torch.compile": lambda g, d: compiled(g, d)}, device, backend)
-
-    return [beside(case) for case in cases(quick) if case.name.startswith("124M")]
+    peer = {"torch.compile": lambda g, d: compiled(g, d)}
+    named = [c._replace(name=f"{c.name}, torch.compile") for c in cases(quick) if c.name.startswith("124M")]
+    return [(case, partial(harness.measure, case, peer, device, backend)) for case in named]
 
 
 def tell_rows(todo: list[Job], backend: str) -> int:
@@ -143,10 +123,9 @@ def tell_rows(todo: list[Job], backend: str) -> int:
 
 
 class Kernels:
-    """How many kernels Triton has compiled, and how many it found compiled."""
+    """Triton's listener: how many kernels it has compiled, and how many it found compiled."""
 
-    def __init__(self):
-        self.compiled = self.found = 0
+    compiled = found = 0
 
     def __call__(self, *, cache_hit: bool, **_: Any) -> None:
         self.compiled, self.found = self.compiled + (not cache_hit), self.found + cache_hit
@@ -180,17 +159,17 @@ def smoke(backend: str, device: str) -> int:
     wrong = []
     for dtype, k in itertools.product(DTYPES, (1, 3, 8, 12)):
         case = Case(f"{dtype}, K = {k}", [(300, 40), (17,), (), (5000,)], dtype, k)
-        grads, directions, *_ = make_rows(case, device)
-        if not is_right(on_backend(backend, fused), case, grads, directions, expected_weights(case, grads, directions)):
+        grads, directions, *_ = harness.make_rows(case, device)
+        run, weights = harness.on_backend(backend, harness.fused), harness.expected_weights(case, grads, directions)
+        if not harness.is_right(run, case, grads, directions, weights):
             wrong.append(case.name)
     print(f"wrong: {wrong}" if wrong else "16 small projections are right")
     pins = wrong_pins(device)
-    print(f"wrong: {pins}" if pins else f"{len(small_pins(device))} small pins are right", f"({of_pins(device)})")
+    print(f"wrong: {pins}" if pins else f"{len(small_pins(device))} small pins are right", f"({pin_backend(device)})")
     return 1 if wrong or pins else 0
 
 
-def of_pins(device: str) -> str:
-    """The backend that pins there."""
+def pin_backend(device: str) -> str:
     return select(device, "pin_").name
 
 
@@ -217,9 +196,8 @@ def small_pins(device: str) -> list[Pin]:
     def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng).to(device, dtype)
 
-    found = [pin(f"r = {r}", values(dtype, 130, 208), r) for dtype in (BF16, torch.float32) for r in (64, 200)]
     return [
-        *found,
+        *(pin(f"r = {r}", values(dtype, 130, 208), r) for dtype in (BF16, torch.float32) for r in (64, 200)),
         pin("tails", values(BF16, 70, 37), 9),
         pin("bias", values(BF16, 70, 64), 20, bias=True),
         pin("bias, of a gradient", values(torch.float32, 33, 64), 20, target=False, bias=True),
@@ -231,14 +209,9 @@ def small_pins(device: str) -> list[Pin]:
 def run_pins(device: str) -> tuple[list[Pin], list[Pin]]:
     """Before and after one call for all."""
     before = small_pins(device)
-    after = [p._replace(weight=copy_of(p.weight), bias=None if p.bias is None else p.bias.clone()) for p in before]
+    after = copy.deepcopy(before)  # with the same strides, which ``clone`` would make dense
     gradproj.pin_(*(list(column) for column in list(zip(*after, strict=True))[1:]))
     return before, after
-
-
-def copy_of(t: torch.Tensor) -> torch.Tensor:
-    """With the same strides, which ``clone`` makes dense."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def wrong_pins(device: str) -> list[str]:
@@ -249,7 +222,7 @@ def wrong_pins(device: str) -> list[str]:
         pairs = [(result.weight, weight), *([(result.bias, bias)] if p.bias is not None else [])]
         for found, exact in pairs:
             exact = torch.from_numpy(exact)
-            if not (found.double().cpu() - exact).abs().max() <= TOLERANCE[found.dtype] * exact.abs().max():
+            if not (found.double().cpu() - exact).abs().max() <= harness.TOLERANCE[found.dtype] * exact.abs().max():
                 wrong.append(p.name)
     return wrong
 
@@ -260,7 +233,7 @@ def sanitize(backend: str, device: str) -> int:
     def project(row, k, dtype=torch.float32, method="orthogonal", gram_dd=False, parts=()):
         g, *ds = [row(dtype, device, r) for r in range(k + 1)]
         if gram_dd or parts:
-            project_op(backend, g, ds, method, gradproj.gram(*ds) if gram_dd else None, parts)
+            harness.project_op(backend, g, ds, method, gradproj.gram(*ds) if gram_dd else None, parts)
         else:
             gradproj.project_(g, *ds, method=method)
         assert all(bool(t.cpu().isfinite().all()) for t in g), (row.__name__, k, dtype, method, gram_dd, parts)
@@ -276,7 +249,7 @@ def sanitize(backend: str, device: str) -> int:
     print("54 projections went through")
     _, after = run_pins(device)
     assert all(bool(p.weight.cpu().isfinite().all()) for p in after)
-    print(f"{len(after)} pins went through ({of_pins(device)})")
+    print(f"{len(after)} pins went through ({pin_backend(device)})")
     return 0
 
 
@@ -305,12 +278,12 @@ def main() -> int:
     torch.manual_seed(0)
     kernels = count_kernels() if device == "cuda" and importlib.util.find_spec("triton") else None
     steps: dict[str, Callable[[], int]] = {
-        "load": lambda: load(backend),
-        "smoke": lambda: smoke(backend, device),
+        "load": partial(load, backend),
+        "smoke": partial(smoke, backend, device),
         "pins": lambda: tell_rows(pin_jobs(backend, device, quick), backend),
         "rows": lambda: tell_rows(jobs(backend, device, quick), backend),
         "compiled-rows": lambda: tell_rows(compiled_jobs(backend, device, quick), backend),
-        "sanitize": lambda: sanitize(backend, device),
+        "sanitize": partial(sanitize, backend, device),
     }
     code = steps[options.step]()
     if kernels and str(kernels) != str(Kernels()):

@@ -8,16 +8,9 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """
-    Attributes:
-        copy: bytes a second that a copy reads and writes.
-        l2: bytes of its L2 cache.
-        sms: its multiprocessors, on whose number the bandwidth of L2, tensor cores and the rate of instructions depend.
-    """
-
-    copy: float
-    l2: float
-    sms: int
+    copy: float  # bytes a second that a copy reads and writes
+    l2: float  # bytes of its L2 cache
+    sms: int  # its multiprocessors: the bandwidth of L2, tensor cores and the rate of instructions depend on them
 
 
 H100 = Gpu(3.0e12, 50e6, 132)  # nine tenths of the 3.35 TB/s of its memory
@@ -27,19 +20,15 @@ GPUS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": Gpu(4.3e12, 60e6, 132)}  #
 class Prediction(NamedTuple):
     """From ``low`` to ``high`` on an H100.
 
-    Attributes:
-        bound: "memory", beside which launches and tails take as long on every device; "chip", so that a share falls as
-            memory gets faster; "L2", between the two, and more of it where L2 is larger; "host", for seconds that
-            depend on none of them.
-        quantity: the field of the row.
-        moved: bytes of device memory that are moved, over the minimal ones.
+    ``bound``: "memory", beside which launches and tails take as long on every device; "chip", so that a share falls as
+    memory gets faster; "L2", between the two, and more of it where L2 is larger; "host": depends on none of them.
     """
 
     low: float
     high: float
     bound: str = "memory"
-    quantity: str = "share_of_limit"
-    moved: float = 1.0
+    quantity: str = "share_of_limit"  # the field of the row
+    moved: float = 1.0  # bytes of device memory that are moved, over the minimal ones
 
     def on(self, gpu: Gpu) -> tuple[float, float]:
         faster = gpu.copy / H100.copy

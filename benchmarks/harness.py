@@ -17,6 +17,7 @@ from gradproj import reference
 from machine import machine  # noqa: F401  the header of a table
 from timing import extra_memory, host_seconds, in_turns, ratio
 
+Lists = list[list[Tensor]]  # one list of tensors for each direction
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -72,7 +73,7 @@ class Rows(NamedTuple):
     memory: how fast a page is depends on where it lies, on virtual machines more than on others."""
 
     grads: list[Tensor]
-    directions: list[list[Tensor]]
+    directions: Lists
     flat: list[Tensor]
     parameters: list[torch.nn.Parameter]  # whose .grad the gradients are, as in training
 
@@ -105,12 +106,11 @@ def exact_gram(rows: list[list[Tensor]]) -> Tensor:
 
 def columns(case: Case) -> list[list[int]]:
     """Of every part; without parts all of them together."""
-    if not case.parts:
-        return [list(range(len(case.shapes)))]
-    return [[i for i, p in enumerate(case.parts) if p == part] for part in range(max(case.parts) + 1)]
+    parts = case.parts or (0,) * len(case.shapes)
+    return [[i for i, p in enumerate(parts) if p == part] for part in range(max(parts) + 1)]
 
 
-def expected_weights(case: Case, grads: list[Tensor], directions: list[list[Tensor]]) -> list[np.ndarray]:
+def expected_weights(case: Case, grads: list[Tensor], directions: Lists) -> list[np.ndarray]:
     """float64 weights of every part from float64 inner products."""
     lists = [grads, *directions]
     grams = [exact_gram([[row[i] for i in of] for row in lists]) for of in columns(case)]
@@ -130,7 +130,7 @@ def relative_error(result: list[Tensor], rows: list[list[Tensor]], weights: Sequ
 
 
 def has_result(
-    case: Case, result: list[Tensor], grads: list[Tensor], directions: list[list[Tensor]], weights: list[np.ndarray]
+    case: Case, result: list[Tensor], grads: list[Tensor], directions: Lists, weights: list[np.ndarray]
 ) -> bool:
     """Whether ``result`` is what the weights make of the rows, up to the rounding of the dtype."""
     for of, w in zip(columns(case), weights, strict=True):
@@ -140,9 +140,7 @@ def has_result(
     return True
 
 
-def is_right(
-    run: Callable, case: Case, grads: list[Tensor], directions: list[list[Tensor]], weights: list[np.ndarray]
-) -> bool:
+def is_right(run: Callable, case: Case, grads: list[Tensor], directions: Lists, weights: list[np.ndarray]) -> bool:
     copies = [t.clone() for t in grads]
     run(copies, directions)
     return has_result(case, copies, grads, directions, weights)
@@ -166,8 +164,7 @@ def limit(case: Case, rows: Rows, device: str) -> tuple[Callable[[], None], floa
     """
     if device == "cuda":
         return copy_limit(case.minimal_bytes)
-    # Gaps are streamed too, and an odd number of 2-byte elements cannot be viewed as float32: both are under a
-    # thousandth.
+    # Streamed with their gaps, and of 2-byte elements an even number, viewed as float32: a thousandth more or less.
     flat = [f[: f.numel() // 2 * 2].view(torch.float32) if f.element_size() == 2 else f for f in rows.flat]
 
     def read(some: list[Tensor]):
@@ -182,29 +179,25 @@ def limit(case: Case, rows: Rows, device: str) -> tuple[Callable[[], None], floa
     return stream, 1.0
 
 
-def fused(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
+def fused(grads: list[Tensor], directions: Lists) -> None:
     gradproj.project_(grads, *directions)
 
 
-def naive(grads: list[Tensor], directions: list[list[Tensor]]) -> None:
+def naive(grads: list[Tensor], directions: Lists) -> None:
     reference.project_(grads, directions[0], eps=0.0)
 
 
 def project_op(
-    backend: str,
-    grads: list[Tensor],
-    directions: list[list[Tensor]],
-    method: str = "orthogonal",
-    gram_dd: Tensor | None = None,
-    parts: Sequence[int] = (),
-) -> None:
+    backend: str, grads: list[Tensor], directions: Lists, method: str = "orthogonal",
+    gram_dd: Tensor | None = None, parts: Sequence[int] = (),
+) -> None:  # fmt: skip
     """The op itself, for what the functions do not take: the directions' own Gram, columns in parts."""
     op = gradproj.backends()[backend].op("project_")
     flat = [t for d in directions for t in d]
     op(grads, flat, method, 0.0, 0.0, gram_dd, parts=list(parts), num_parts=max(parts) + 1 if parts else 0)
 
 
-def fused_for(case: Case, directions: list[list[Tensor]], backend: str | None) -> Callable:
+def fused_for(case: Case, directions: Lists, backend: str | None) -> Callable:
     if not case.parts and not case.gram_dd:
         return on_backend(backend, fused)
     assert backend is not None, f"{case.name}: the op of which backend?"
@@ -291,22 +284,16 @@ def table(rows: list[Row], header: dict[str, str]) -> str:
     def show(value, form):
         return "" if value is None else form.format(value)
 
-    lines = [heading(header), ""]
-    lines += [
-        "| case | time | x naive | x best torch | of the limit | extra memory | naive's |",
-        "| --- " + "| ---: " * 6 + "|",
-    ]
+    heads = ["case", "time", "x naive", "x best torch", "of the limit", "extra memory", "naive's"]
+    lines = [heading(header), "", f"| {' | '.join(heads)} |", "| --- " + "| ---: " * 6 + "|"]
     for r in rows:
         if r.seconds is None:
             lines.append(f"| {r.case} | wrong result: {', '.join(r.wrong)} | | | | | |")
             continue
         best = f"{r.times_best_torch:.2f} ({r.best_torch})" if r.times_best_torch else ""
-        extra = "" if r.extra_bytes is None else f"{r.extra_bytes / 2**20:.2f} MiB"
-        other = "" if r.naive_extra_bytes is None else f"{r.naive_extra_bytes / 2**20:.0f} MiB"
-        lines.append(
-            f"| {r.case} | {duration(r.seconds)} | {show(r.times_naive, '{:.1f}')} | {best} | "
-            f"{show(r.share_of_limit, '{:.0%}')} | {extra} | {other} |"
-        )
+        extra, other = (None if n is None else n / 2**20 for n in (r.extra_bytes, r.naive_extra_bytes))
+        cells = [r.case, duration(r.seconds), show(r.times_naive, "{:.1f}"), best, show(r.share_of_limit, "{:.0%}")]
+        lines.append(f"| {' | '.join([*cells, show(extra, '{:.2f} MiB'), show(other, '{:.0f} MiB')])} |")
         if r.wrong:
             lines.append(f"| | not timed, wrong result: {', '.join(r.wrong)} | | | | | |")
     return "\n".join(lines)

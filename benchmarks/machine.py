@@ -3,6 +3,7 @@
 `python benchmarks/machine.py cuda` is the GPU gate's first stage.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -34,11 +35,9 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     name = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -54,12 +53,10 @@ def commit() -> str:
 
 def equipment(device: str) -> dict[str, str]:
     """What a stage of the gate may lack, known before it fails."""
-    found = {tool: shutil.which(tool) or "missing" for tool in TOOLS}
+    found = {tool: shutil.which(tool) or "missing" for tool in TOOLS} | dict.fromkeys(PACKAGES, "missing")
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found["capability"] = f"{properties.major}.{properties.minor}"

@@ -21,28 +21,27 @@ def _dots(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in zip(a, b, strict=True)]).sum(dtype=torch.float64)
 
 
-def dot_add(grads: list[Tensor], directions: Rows) -> None:
-    """``torch.dot`` and ``add_(alpha)`` per tensor. Reads K N (K + 3) bytes for the products, 3 K N for the update."""
+def _dot_weights(grads: list[Tensor], directions: Rows) -> list[float]:
+    """By ``torch.dot`` per tensor. Reads K N (K + 3) bytes."""
     k = len(directions)
     products = torch.empty(k, k + 1, dtype=torch.float64)
     for i, d in enumerate(directions):
         products[i, 0] = _dots(d, grads)
         for j in range(i, k):
             products[i, j + 1] = products[j, i + 1] = _dots(d, directions[j])
-    for w, d in zip(_weights(products).tolist(), directions, strict=True):
+    return _weights(products).tolist()
+
+
+def dot_add(grads: list[Tensor], directions: Rows) -> None:
+    """``torch.dot`` and ``add_(alpha)`` per tensor. The update moves 3 K N bytes."""
+    for w, d in zip(_dot_weights(grads, directions), directions, strict=True):
         for x, y in zip(grads, d, strict=True):
             x.add_(y, alpha=w)
 
 
 def dot_foreach_add(grads: list[Tensor], directions: Rows) -> None:
     """The same with one ``_foreach_add_`` per direction."""
-    k = len(directions)
-    products = torch.empty(k, k + 1, dtype=torch.float64)
-    for i, d in enumerate(directions):
-        products[i, 0] = _dots(d, grads)
-        for j in range(i, k):
-            products[i, j + 1] = products[j, i + 1] = _dots(d, directions[j])
-    for w, d in zip(_weights(products).tolist(), directions, strict=True):
+    for w, d in zip(_dot_weights(grads, directions), directions, strict=True):
         torch._foreach_add_(grads, d, alpha=w)
 
 

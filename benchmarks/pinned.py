@@ -51,8 +51,7 @@ def make_layers(case: PinCase, device: str) -> Layers:
 
 
 def fused(layers: Layers) -> None:
-    weights, bases, targets = map(list, zip(*layers, strict=True))
-    gradproj.pin_(weights, bases, targets)
+    gradproj.pin_(*map(list, zip(*layers, strict=True)))
 
 
 def loop(layers: Layers) -> None:
@@ -100,7 +99,6 @@ def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> R
         return row
     timed = {name: functools.partial(run, layers) for name, run in runs.items() if name not in wrong}
     extra = timing.extra_memory(timed["fused"], device)
-    share = None
     if device == "cuda":
         timed["limit"], share = harness.copy_limit(case.minimal_bytes)
     seconds = timing.in_turns(timed, case.rounds, device)
@@ -111,7 +109,7 @@ def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> R
         times_naive=ratios.get("formula"),
         times_best_torch=ratios.get("mm + addmm_"),
         best_torch="mm + addmm_",
-        share_of_limit=None if share is None else share * ratios["limit"],
+        share_of_limit=share * ratios["limit"] if device == "cuda" else None,
         extra_bytes=extra,
         naive_extra_bytes=timing.extra_memory(timed["formula"], device) if "formula" in timed else None,
     )
@@ -125,15 +123,11 @@ def small_layers(biased: bool, rounds: int = 41) -> tuple[float, float]:
         AssertionError: the two do not agree.
     """
     rng = torch.Generator().manual_seed(0)
-    shape = SMALL, SMALL_INPUTS, SMALL_INPUTS
     bases = torch.linalg.qr(torch.randn(SMALL, SMALL_INPUTS + biased, SMALL_RANK, generator=rng)).Q.mT.contiguous().mT
-    weights = torch.randn(shape, generator=rng)
-    targets = torch.randn(*shape[:2], SMALL_RANK, generator=rng)
-    biases = torch.randn(shape[:2], generator=rng)
-
-    def lists() -> list[list[Tensor]]:
-        return [[t.clone() for t in row] for row in (weights, targets, biases)]
-
+    weights = torch.randn(SMALL, SMALL_INPUTS, SMALL_INPUTS, generator=rng)
+    targets = torch.randn(SMALL, SMALL_INPUTS, SMALL_RANK, generator=rng)
+    biases = torch.randn(SMALL, SMALL_INPUTS, generator=rng)
+    each = list(bases)
     views = [(u[:SMALL_INPUTS], u[:SMALL_INPUTS].T, u[-1]) for u in bases]
 
     def plain(weights: list[Tensor], targets: list[Tensor], biases: list[Tensor]) -> None:
@@ -144,12 +138,10 @@ def small_layers(biased: bool, rounds: int = 41) -> tuple[float, float]:
                 c.addmv_(moved, of_bias, alpha=-1.0)
             w.addmm_(moved, transposed, alpha=-1.0)
 
-    each = list(bases)
-
     def fused(weights: list[Tensor], targets: list[Tensor], biases: list[Tensor]) -> None:
         gradproj.pin_(weights, each, targets, biases if biased else None)
 
-    one, other = lists(), lists()
+    one, other = ([[t.clone() for t in row] for row in (weights, targets, biases)] for _ in range(2))
     fused(*one)
     plain(*other)
     for a, b in zip(one[0] + one[2], other[0] + other[2], strict=True):

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "transposed", "sliced", "misaligned", "reversed_dims", "column"]
 # fmt: off
-SHAPES = [(), (1,), (0,), (3, 0, 2), (7,), (64,), (5, 3), (2, 3, 4), (4, 6, 3, 5), (257,), (33, 9), (1, 1, 5), (1040,), (65, 63)]
+SHAPES = [
+    (), (1,), (0,), (3, 0, 2), (7,), (64,), (5, 3), (2, 3, 4), (4, 6, 3, 5), (257,), (33, 9), (1, 1, 5), (1040,),
+    (65, 63),
+]
 # fmt: on
 
 

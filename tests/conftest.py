@@ -80,7 +80,8 @@ SLOW_FILES = {
     f"test_{name}.py"
     for name in (
         "backends", "benchmarks", "build", "cpu_compile", "cuda_compile", "cuda_emulation", "distributed", "frameworks",
-        "gpu_build", "gpu_gate", "gpu_measure", "laboratory_page", "laboratory_tax", "plan", "triton", "triton_launch", "triton_ptx",
+        "gpu_build", "gpu_gate", "gpu_measure", "laboratory_page", "laboratory_tax", "plan", "triton", "triton_launch",
+        "triton_ptx",
     )
 }  # fmt: skip
 

@@ -245,10 +245,16 @@ def test_copy_of_an_attached_optimizer_has_lost_its_hooks(how):
 # fmt: off
 WRONG = {
     "number": (lambda sgd: [3, gradproj.Directions()], {}, "takes a torch.optim.Optimizer, got int"),
-    "parameters": (lambda sgd: [iter(()), gradproj.Directions()], {}, "takes a torch.optim.Optimizer, got .*iterator; for example"),
+    "parameters": (
+        lambda sgd: [iter(()), gradproj.Directions()], {},
+        "takes a torch.optim.Optimizer, got .*iterator; for example"),
     "wrapper of nothing": (lambda sgd: [Wrapper(None), gradproj.Directions()], {}, "Wrapper has no step hooks"),
-    "method": (lambda sgd: [sgd, "conflict"], {}, "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for"),
-    "sharding": (lambda sgd: [sgd, gradproj.Directions()], {"sharding": "shard"}, "sharding must be a gradproj.Sharding, got str"),
+    "method": (
+        lambda sgd: [sgd, "conflict"], {},
+        "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for"),
+    "sharding": (
+        lambda sgd: [sgd, gradproj.Directions()], {"sharding": "shard"},
+        "sharding must be a gradproj.Sharding, got str"),
 }
 # fmt: on
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KNOWN = "80 90 90a 100 100f"
 
-# Writes down its arguments, makes the file behind -o, and cannot compile broken.cpp.
+# Logs its arguments, creates the file named by -o, and fails on broken.cpp.
 COMPILER = """#!/bin/sh
 echo "$0 $*" >> {log}
 for word in "$@"; do
@@ -126,7 +126,8 @@ def torch_without_cuda(checkout: Checkout) -> None:
 
 # fmt: off
 REFUSED = {  # what is done to a checkout, what is set, what the message says
-    "old torch": (lambda c: c.torch("2.9.1+cu128"), {}, ["torch 2.9.1+cu128 is older than 2.10", 'pip install "torch>=2.10"']),
+    "old torch": (
+        lambda c: c.torch("2.9.1+cu128"), {}, ["torch 2.9.1+cu128 is older than 2.10", 'pip install "torch>=2.10"']),
     "torch that does not import": (
         lambda c: c.torch(text=NO_LIBRARY), {}, ["libgomp.so.1", "pip install torch", "GRADPROJ_NATIVE=0"]),
     "no compiler": (lambda c: None, {"CXX": "clang++-99"}, ["no C++ compiler clang++-99", "apt-get install g++"]),
@@ -139,7 +140,8 @@ REFUSED = {  # what is done to a checkout, what is set, what the message says
     "old nvcc": (lambda c: c.nvcc("12.6"), CUDA, ["nvcc 12.6, older than 12.8", "CUDA_HOME"]),
     "strange nvcc": (lambda c: c.nvcc("none"), CUDA, ["names no release", "CUDA_HOME"]),
     "torch without CUDA": (torch_without_cuda, CUDA, ["a CUDA build of torch", "2.13.0+cpu", "unset GRADPROJ_CUDA"]),
-    "no GPU": (lambda c: None, CUDA | {"TORCH_CUDA_ARCH_LIST": ""}, ["no GPU to build for", 'TORCH_CUDA_ARCH_LIST="8.0 9.0"']),
+    "no GPU": (
+        lambda c: None, CUDA | {"TORCH_CUDA_ARCH_LIST": ""}, ["no GPU to build for", 'TORCH_CUDA_ARCH_LIST="8.0 9.0"']),
     "no GPU, native": (lambda c: None, CUDA | {"TORCH_CUDA_ARCH_LIST": "native"}, ["no GPU to build for"]),
 }
 # fmt: on
@@ -170,8 +172,9 @@ def test_unknown_architecture_is_refused(checkout, arch, listed):
 
 @pytest.mark.parametrize(
     ("wanted", "targets"),
-    [("9.0", ["90:sm_90"]), ("9.0a", ["90a:sm_90a"]), ("10.0f", ["100f:sm_100f"]), ("9.0+PTX", ["90:sm_90", "90:compute_90"]),
-     ("8.0 9.0", ["80:sm_80", "90:sm_90"]), ("8.0;9.0a+PTX; 8.0", ["80:sm_80", "90a:sm_90a", "90a:compute_90a"]),
+    [("9.0", ["90:sm_90"]), ("9.0a", ["90a:sm_90a"]), ("10.0f", ["100f:sm_100f"]),
+     ("9.0+PTX", ["90:sm_90", "90:compute_90"]), ("8.0 9.0", ["80:sm_80", "90:sm_90"]),
+     ("8.0;9.0a+PTX; 8.0", ["80:sm_80", "90a:sm_90a", "90a:compute_90a"]),
      ("", ["80:sm_80", "90:sm_90"]), ("native", ["80:sm_80", "90:sm_90"])],
 )  # fmt: skip
 def test_architectures(checkout, wanted, targets):

@@ -41,8 +41,9 @@ def names():
         return model(**batch).loss
 
     return {
-        "gradproj": gradproj, "torch": torch, "model": model, "anchors": batches, "data": batches, "capability_loss": loss,
-        "safety_loss": loss, "capability_batches": batches, "examples": examples, "preferences": examples, "args": arguments,
+        "gradproj": gradproj, "torch": torch, "model": model, "anchors": batches, "data": batches,
+        "capability_batches": batches, "capability_loss": loss, "safety_loss": loss,
+        "examples": examples, "preferences": examples, "args": arguments,
         "Trainer": transformers.Trainer, "DPOTrainer": DPOTrainer,
     }  # fmt: skip
 

@@ -88,8 +88,9 @@ SMALL = {
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 SWITCH = {
-    "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "num_experts": 4, "dropout_rate": 0.0,
-    "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "router_jitter_noise": 0.0, "decoder_start_token_id": 0,
+    "vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "num_experts": 4,
+    "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "dropout_rate": 0.0, "router_jitter_noise": 0.0,
+    "decoder_start_token_id": 0,
 }  # fmt: skip
 MIXTURES = {  # config, its settings, what is held or not reached in words, what the warnings name
     "mixtral": ("MixtralConfig", SMALL, "held", ["experts.gate_up_proj"]),

@@ -168,7 +168,7 @@ class Run:
         self.process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
     def wait_for(self, text):
-        """The number behind it, in a line that begins with it."""
+        """The number after ``text``, in the first line that begins with it."""
         for line in self.process.stdout:
             if line.startswith(text):
                 return int(line.removeprefix(text))
@@ -233,10 +233,13 @@ RUNS = {  # stages, arguments; the exit code, how each stage ended, what the sec
          ["memcheck", 20, ["no-such-tool"]], sh("tests", row("one"))], [],
         1, [PASSED, "failed: exit code 1", SKIPPED, SKIPPED, "failed: [Errno 2]", PASSED], "reason\n"),
     "a stage has its own limit": (
-        [FIRST, sh("slow", "exec sleep 60", 0.2), sh("next", row("one"))], [], 1, [PASSED, "failed: stopped after 0 s", PASSED], ""),
-    "only some stages, and what they need to be built": (SEPARATE, ["--only", "tests"], 0, [PASSED, PASSED, PASSED], ""),
+        [FIRST, sh("slow", "exec sleep 60", 0.2), sh("next", row("one"))], [],
+        1, [PASSED, "failed: stopped after 0 s", PASSED], ""),
+    "only some stages, and what they need to be built": (
+        SEPARATE, ["--only", "tests"], 0, [PASSED, PASSED, PASSED], ""),
     "lines that only look like results": (
-        [FIRST, sh("talks", f"echo '{MARK}5'; echo '{MARK}{{broken'; echo 'in a line {MARK}{{\"other\": 1}}'; printf 'no end'"),
+        [FIRST, sh("talks", f"echo '{MARK}5'; echo '{MARK}{{broken'; echo 'in a line {MARK}{{\"other\": 1}}'; "
+                            "printf 'no end'"),
          sh("next", row("one"))], [], 0, [PASSED, PASSED, PASSED], f"{MARK}5\n{MARK}{{broken\nin a line \nno end\n"),
 }
 # fmt: on

@@ -104,8 +104,8 @@ def test_after_a_step_that_raised(wrapping):
 SCHEDULERS = {
     "StepLR": (2,), "MultiStepLR": ([1, 3],), "LambdaLR": (lambda e: 0.9**e,), "MultiplicativeLR": (lambda e: 0.9,),
     "ConstantLR": (0.5, 2), "LinearLR": (), "ExponentialLR": (0.9,), "PolynomialLR": (5,), "CosineAnnealingLR": (5,),
-    "CosineAnnealingWarmRestarts": (3,), "CyclicLR": (0.01, 0.1, 2), "OneCycleLR": (0.1, 8), "ReduceLROnPlateau": ("min", 0.1, 0),
-    "SequentialLR": ([2],), "ChainedScheduler": (), "SWALR": (0.01, 3),
+    "CosineAnnealingWarmRestarts": (3,), "CyclicLR": (0.01, 0.1, 2), "OneCycleLR": (0.1, 8),
+    "ReduceLROnPlateau": ("min", 0.1, 0), "SequentialLR": ([2],), "ChainedScheduler": (), "SWALR": (0.01, 3),
 }
 # fmt: on
 

@@ -1,6 +1,7 @@
 """What is Triton's own: tables, their cache, launches, and what is refused during capture. Numerics: the shared
 tests."""
 
+import math
 import os
 import threading
 import time
@@ -26,10 +27,15 @@ def randn(*shape, seed=0, **kwargs):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs).to(DEVICE)
 
 
-def table_of(*lists, parts=(), threads=None, written=False):
-    """For a test of borders few threads: 4 have a chunk of 16 float32 elements."""
+def table_of(*lists, parts=(), written=False):
     flat = [t for row in lists for t in row]
-    return table.Table.of(flat, len(lists), parts, max(parts) + 1 if parts else 0, written, threads)
+    return table.Table.of(flat, len(lists), parts, max(parts) + 1 if parts else 0, written)
+
+
+@pytest.fixture
+def four_threads(monkeypatch):
+    """For tests of borders: 4 threads have a chunk of 16 float32 elements."""
+    monkeypatch.setattr(table, "THREADS", 4)
 
 
 def segments(*lists, **kwargs):
@@ -97,12 +103,12 @@ def test_neighbours_merge_and_heads_are_cut():
     assert segments(*split, parts=[1, 0, 1]) == [[0, 1000, 1], [1, 1000, 1], [2, 2000, 1]]
 
 
-def test_every_program_has_a_slot_of_its_own_and_one_part():
+def test_every_program_has_a_slot_of_its_own_and_one_part(four_threads):
     sizes = [1, 16, 17, 100, 5, 48, 33, 7]
     row = [randn(n) for n in sizes]
     other = [t.double() if i % 3 == 0 else t for i, t in enumerate(row)]  # a second launch
     parts = [0, 1, 1, 4, 4, 5, 5, 5]
-    found = table_of(row, other, parts=parts, threads=4)
+    found = table_of(row, other, parts=parts)
     assert len(found.launches) == 2
     seen, elements = {}, dict.fromkeys(range(6), 0)
     for launch in found.launches:
@@ -122,15 +128,15 @@ def test_every_program_has_a_slot_of_its_own_and_one_part():
 
 
 @pytest.mark.parametrize("parts", [(), (0, 1, 1, 4, 2, 2), (3, 0, 3, 0, 3, 0)], ids=str)
-def test_many_programs_chunks_segments_and_parts(parts):
+def test_many_programs_chunks_segments_and_parts(four_threads, parts):
     """Small chunks make small buffers cross every border."""
     sizes = [1, 16, 17, 100, 5, 48]
     lists = [[randn(n, seed=i + 10 * r) for i, n in enumerate(sizes)] for r in range(3)]
-    found = table_of(*lists, parts=parts, threads=4, written=True)
+    found = table_of(*lists, parts=parts, written=True)
     result, _ = gram.products(found, None)
     w = randn(*found.lead, 3, dtype=torch.float64)
     wanted = {}
-    for part in range(max(1, found.num_parts)):
+    for part in range(math.prod(found.lead)):
         here = [i for i in range(len(sizes)) if not parts or parts[i] == part]
         g, *ds = [[row[i] for i in here] for row in lists]
         expected = torch.from_numpy(reference.oracle_gram(g, *ds)) if here else torch.zeros(3, 3, dtype=torch.float64)

@@ -47,16 +47,14 @@ def test_a_pin_has_one_table_for_its_buffers():
     assert next(reversed(cache._tables.values())) is first
     assert first.others == first.others_at.tolist() == [2]
     assert len(first.launches) == 2
-    for launch in first.launches:
-        for line in map(pin_table.Line._make, launch.lines.tolist()):
-            w, u, target = (row[line.number] for row in lists)
-            assert (line.weight, line.basis) == (w.data_ptr(), u.data_ptr())
-            assert line.target == (0 if target is None else target.data_ptr())
-            assert (line.outputs, line.inputs, line.rank) == (*w.shape, u.shape[1])
-            assert (line.weight_row, line.weight_column, line.basis_row, line.basis_column) == (
-                *w.stride(),
-                *u.stride(),
-            )
+    for _, layers, _ in first.launches:
+        for layer in map(pin_table.Layer._make, layers.tolist()):
+            w, u, target = (row[layer.number] for row in lists)
+            assert (layer.weight, layer.basis) == (w.data_ptr(), u.data_ptr())
+            assert layer.target == (0 if target is None else target.data_ptr())
+            assert (layer.outputs, layer.inputs, layer.rank) == (*w.shape, u.shape[1])
+            strides = layer.weight_row, layer.weight_column, layer.basis_row, layer.basis_column
+            assert strides == (*w.stride(), *u.stride())
     run(lists[0][:2], lists[1][:2], [None, None])
     assert next(reversed(cache._tables.values())) is not first
 
@@ -90,8 +88,8 @@ def test_a_pin_that_does_not_compile_says_so_and_writes_nothing(monkeypatch, bro
     lists = pin_lists()
     before = [t.clone() for t in lists[0]]
     message = (
-        rf"^pin_: a Triton kernel does not compile or start \(Triton {triton.__version__}, .*\): AttributeError: 'int' object "
-        r"has no attribute 'type'; use gradproj.use_backend\('torch'\), or install another Triton$"
+        rf"^pin_: a Triton kernel does not compile or start \(Triton {triton.__version__}, .*\): AttributeError: 'int' "
+        r"object has no attribute 'type'; use gradproj.use_backend\('torch'\), or install another Triton$"
     )
     with gradproj.use_backend("triton"), pytest.raises(RuntimeError, match=message) as caught:
         gradproj.pin_(*lists)

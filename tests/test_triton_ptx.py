@@ -21,8 +21,8 @@ COMPILE = Path(__file__).parent / "triton_compile.py"
 CASES = [
     "project_,2,fp32", "project_,2,bf16,conflict,sm80", "project_,2,fp32,mixed,gram_dd,mix", "project_,9,fp32,conflict",
     "project_,9,bf16,gram_dd", "project_,3,bf16,strided", "combine_,33,bf16", "gram,1,fp64", "gram,12,fp32",
-    "weights,2,fp64,conflict", "weights,65,fp64,conflict", "pin_,64,fp32", "pin_,64,bf16", "pin_,64,fp32,sm80", "pin_,64,bf16,sm80",
-    "pin_,128,fp32", "pin_,64,bf16,transposed",
+    "weights,2,fp64,conflict", "weights,65,fp64,conflict", "pin_,64,fp32", "pin_,64,bf16", "pin_,64,fp32,sm80",
+    "pin_,64,bf16,sm80", "pin_,128,fp32", "pin_,64,bf16,transposed",
 ]  # fmt: skip
 # What of these moves 16 bytes at a time in a full chunk: its loads and stores.
 WIDE = {

@@ -1,105 +1,84 @@
 """Row 0 <- sum_r weights[r] row r."""
 
-import os
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradproj.triton_kernels.op import Start, implement, launch
-from gradproj.triton_kernels.table import Table, check_small
-from gradproj.triton_kernels.walk import find_segment, is_full, load_row, row_pointers
+from gradproj.triton_kernels.op import implement, launch
+from gradproj.triton_kernels.table import PROGRAM, SEGMENT, Table, check_small
+from gradproj.triton_kernels.walk import element_pointers, find_segment, is_full, load_row, narrow
 
 ROWS_IN_FLIGHT = tl.constexpr(8)  # rows whose loads are in flight together
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def any_nonzero(weights, rows: tl.constexpr, first: tl.constexpr, last: tl.constexpr):
+def any_nonzero(weights_ptr, rows: tl.constexpr, first: tl.constexpr, last: tl.constexpr):
     """Whether one of ``rows[first:last]`` has to be read."""
     found = tl.full([], 0, tl.int1)
-    for k in tl.static_range(first, last):
-        if k < len(rows):
-            found = found | (tl.load(weights + rows[k]) != 0.0)
+    for k in tl.static_range(first, min(last, len(rows))):
+        found = found | (tl.load(weights_ptr + rows[k]) != 0.0)
     return found
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """Round once, to nearest even. By hand where triton's interpreter would truncate."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet = (bits >> 16) | 0x40
-        result = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = x.to(dtype)
-    return result
-
-
-@triton.jit
 def combine_chunk(
-    segment, start, weights, full: tl.constexpr, rows: tl.constexpr, dtypes: tl.constexpr, instance: tl.constexpr
+    segment_ptr, start, weights_ptr, full: tl.constexpr, rows: tl.constexpr, dtypes: tl.constexpr,
+    instance: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a chunk are loaded before it is stored: a direction may be the gradient's own memory."""
+    """Loads all rows of a chunk before it stores the chunk: a direction may be the gradient's own memory."""
     chunk: tl.constexpr = instance.chunk
     total = tl.zeros([chunk], dtype=instance.compute)
     for first in tl.static_range(0, len(rows), ROWS_IN_FLIGHT):
-        if first == 0 or any_nonzero(weights, rows, first, first + ROWS_IN_FLIGHT):
-            for k in tl.static_range(first, first + ROWS_IN_FLIGHT):
-                if k < len(rows):
-                    w = tl.load(weights + rows[k])
-                    used = tl.broadcast_to(w, [chunk]) != 0.0  # triton's interpreter cannot broadcast the comparison
-                    total += w.to(instance.compute) * load_row(segment, k, dtypes[k], start, full, instance, used)
+        if first == 0 or any_nonzero(weights_ptr, rows, first, first + ROWS_IN_FLIGHT):
+            for k in tl.static_range(first, min(first + ROWS_IN_FLIGHT, len(rows))):
+                w = tl.load(weights_ptr + rows[k])
+                used = tl.broadcast_to(w, [chunk]) != 0.0  # triton's interpreter cannot broadcast the comparison
+                total += w.to(instance.compute) * load_row(segment_ptr, k, dtypes[k], start, full, instance, used)
     index = start + tl.arange(0, chunk)
-    pointers = row_pointers(segment, 0, dtypes[0], index, full, instance)
-    if full:
-        tl.store(pointers, narrow(total, dtypes[0]))
-    else:
-        tl.store(pointers, narrow(total, dtypes[0]), mask=index < tl.load(segment + 1))
+    elements_ptr = element_pointers(segment_ptr, 0, dtypes[0], index, full, instance)
+    inside = None if full else index < tl.load(segment_ptr + SEGMENT.numel)
+    tl.store(elements_ptr, narrow(total, dtypes[0]), mask=inside)
 
 
 @triton.jit(do_not_specialize=["width", "num_rows"])
 def combine_kernel(
-    segments, width, programs, weights, num_rows, rows: tl.constexpr, dtypes: tl.constexpr, instance: tl.constexpr
+    segments_ptr, width, programs_ptr, weights_ptr, num_rows, rows: tl.constexpr, dtypes: tl.constexpr,
+    instance: tl.constexpr,
 ):  # fmt: skip
     """Reads the rows whose weight is not 0 once and writes row 0, 16 bytes at a time in full chunks; weights (1, 0, ..,
     0) read and write nothing. A program walks its chunks backwards: what a Gram read last is still in L2."""
-    program = programs + tl.program_id(0) * 4
-    weights += tl.load(program + 2) * num_rows
-    if (tl.load(weights) == 1.0) & (any_nonzero(weights, rows, 1, len(rows)) == 0):
+    program_ptr = programs_ptr + tl.program_id(0) * len(PROGRAM)
+    next_ptr = program_ptr + len(PROGRAM)
+    weights_ptr += tl.load(program_ptr + PROGRAM.part) * num_rows
+    if (tl.load(weights_ptr) == 1.0) & (any_nonzero(weights_ptr, rows, 1, len(rows)) == 0):
         return
-    first, last = tl.load(program), tl.load(program + 4)
-    segment = segments + tl.load(program + 5) * width
+    first, last = tl.load(program_ptr + PROGRAM.first_chunk), tl.load(next_ptr + PROGRAM.first_chunk)
+    segment_ptr = segments_ptr + tl.load(next_ptr + PROGRAM.segment) * width
     for k in range(last - first):
         chunk = last - 1 - k
-        segment = find_segment(segment, width, chunk)
-        start = (chunk - tl.load(segment)) * instance.chunk
-        if instance.ndim == 0 and is_full(segment, start, instance):
-            combine_chunk(segment, start, weights, True, rows, dtypes, instance)
+        segment_ptr = find_segment(segment_ptr, width, chunk)
+        start = (chunk - tl.load(segment_ptr + SEGMENT.first_chunk)) * instance.chunk
+        if instance.ndim == 0 and is_full(segment_ptr, start, instance):
+            combine_chunk(segment_ptr, start, weights_ptr, True, rows, dtypes, instance)
         else:
-            combine_chunk(segment, start, weights, False, rows, dtypes, instance)
+            combine_chunk(segment_ptr, start, weights_ptr, False, rows, dtypes, instance)
 
 
 def combine(table: Table, weights: Tensor) -> None:
-    """Any number of rows in one pass."""
-    starts = []
-    for at in table.launches:
-        form = at.rows, at.dtypes, at.instance
-        arguments = (*at.arguments, weights, table.num_rows, *form)
-        starts.append(Start(combine_kernel, form, at.grid, arguments, at.warps))
+    """Combines any number of rows in one pass."""
+    starts = [
+        at.start(combine_kernel, (at.rows, at.dtypes, at.instance), weights, table.num_rows) for at in table.launches
+    ]
     with torch.cuda.device_of(weights):
-        launch(table.device, starts)
+        launch(weights.device, starts)
 
 
 @implement
 def combine_(
-    grads: list[Tensor],
-    directions: list[Tensor | None],
-    weights: Tensor,
-    parts: tuple[int, ...] = (),
-    num_parts: int = 0,
+    grads: list[Tensor], directions: list[Tensor | None], weights: Tensor, parts: Sequence[int] = (), num_parts: int = 0
 ) -> None:
     """The op ``combine_``; see ``gradproj.kernels.ops``."""
     table = Table.to_write(grads, directions, parts, num_parts)

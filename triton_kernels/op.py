@@ -1,36 +1,31 @@
-"""How an op of this backend is registered, refuses, and starts its kernels."""
+"""How an op of this backend is registered, refuses, and launches its kernels."""
 
-import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from gradproj.kernels import ops
+from gradproj.kernels import backends, ops
 
 
 class Refused(RuntimeError):
-    """What the kernels do not take, in words. Nothing has been written."""
+    """Says what the kernels do not take. Nothing has been written."""
 
 
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """What a check raises, as the one error that ops refuse by."""
+def refusing(check: Callable, *arguments: Any) -> Any:
+    """What ``check`` returns. An error of it is raised as :class:`Refused`."""
     try:
-        yield
+        return check(*arguments)
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused(str(error)) from error
 
 
 def implement(function: Callable) -> Callable:
-    """Register an op of ``gradproj_triton`` under the function's name: for CUDA tensors, or interpreted for those on
-    the CPU.
-
-    A kernel that does not compile or start becomes one error that says what failed, where, and the way out.
+    """Registers the op of ``gradproj_triton`` that has the function's name: for CUDA tensors, or interpreted for those
+    on the CPU. A kernel that does not compile or start becomes one error that says what failed, where, and the way out.
     """
     name = function.__name__
 
@@ -41,9 +36,10 @@ def implement(function: Callable) -> Callable:
         except (Refused, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            cause: BaseException = error
-            device = next(_tensors(arguments)).device
+            first = arguments[0]
+            device = (first if isinstance(first, Tensor) else next(t for t in first if t is not None)).device
             called = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            cause: BaseException = error
             while cause.__cause__ is not None:  # the compiler's own errors begin with a listing
                 cause = cause.__cause__
             line = (str(cause).strip().splitlines() or [""])[0]
@@ -52,13 +48,12 @@ def implement(function: Callable) -> Callable:
                 f"{type(cause).__name__}: {line}; use gradproj.use_backend('torch'), or install another Triton"
             ) from error
 
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    ops.implement("gradproj_triton", name, op, "CPU" if interpreted else "CUDA")
+    ops.implement("gradproj_triton", name, op, "CPU" if backends.INTERPRETED else "CUDA")
     return function
 
 
 class Start(NamedTuple):
-    """A launch: ``kernel[grid](*arguments)``; ``form`` is what of it the compiler sees."""
+    """A launch, ``kernel[grid](*arguments)``; ``form`` is all of it that the compiler specialises on."""
 
     kernel: Any
     form: tuple
@@ -66,13 +61,16 @@ class Start(NamedTuple):
     arguments: tuple
     warps: int = 4
 
+    def run(self) -> None:
+        self.kernel[(self.grid,)](*self.arguments, num_warps=self.warps)
+
 
 _compiled: set[tuple] = set()
 
 
 def launch(device: torch.device, starts: Sequence[Start]) -> None:
-    """Launches of kernels that write the user's buffers. All are compiled and loaded before the first runs: if one is
-    not, nothing is half written."""
+    """Launches kernels that write the user's buffers, after all of them are compiled and loaded: if one cannot be,
+    nothing is half written."""
     for start in starts:
         key = id(start.kernel), device, start.form
         if key not in _compiled:
@@ -81,9 +79,4 @@ def launch(device: torch.device, starts: Sequence[Start]) -> None:
                 compiled.run  # noqa: B018  loads it
             _compiled.add(key)
     for start in starts:
-        start.kernel[(start.grid,)](*start.arguments, num_warps=start.warps)
-
-
-def _tensors(arguments) -> Iterator[Tensor]:
-    for argument in arguments:
-        yield from (t for t in (argument if isinstance(argument, list) else [argument]) if isinstance(t, Tensor))
+        start.run()

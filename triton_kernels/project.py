@@ -1,4 +1,6 @@
-"""A Gram, its weights, and the combination, on one table."""
+"""Gram, its weights, and the combination, on one table."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from gradproj.triton_kernels.weights import weights
 @implement
 def project_(
     grads: list[Tensor], directions: list[Tensor | None], method: str, gamma: float, eps: float,
-    gram_dd: Tensor | None = None, parts: tuple[int, ...] = (), num_parts: int = 0,
+    gram_dd: Tensor | None = None, parts: Sequence[int] = (), num_parts: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op ``project_``; see ``gradproj.kernels.ops``. Up to 8 directions take three launches: Gram, its finish with
     the weights, combine."""

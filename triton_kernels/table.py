@@ -1,4 +1,4 @@
-"""From lists of tensors to tables of addresses that a kernel walks: the host's part, in Python.
+"""From lists of tensors to tables of addresses that a kernel walks: the host's part.
 
 A column holds one tensor of every row; a segment is a run of elements that every row of it has. Dense neighbours that
 touch in memory in every row are one segment, within a part. A dense segment that is off a 16-byte boundary by the same
@@ -6,6 +6,7 @@ number of elements in every row is cut into a head and an aligned rest. Columns 
 and strides.
 """
 
+from collections import namedtuple
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,175 +17,113 @@ import triton.language as tl
 from torch import Tensor
 
 from gradproj.kernels import validate
-from gradproj.triton_kernels.cache import keep, upload
-from gradproj.triton_kernels.op import Refused, refusing
+from gradproj.triton_kernels.cache import Fields, keep, upload
+from gradproj.triton_kernels.op import Refused, Start, refusing
 
-# Of more rows, a Gram's sums take so many registers that only two programs of half the size fit a multiprocessor.
-FEW_ROWS = 5
-IN_FLIGHT = 1 << 16  # bytes per multiprocessor, enough for 8 TB/s
+# Of more than FEW_ROWS rows, a Gram's sums fill the registers: two programs of half the size fit a multiprocessor.
+FEW_ROWS, THREADS, THREADS_OF_MANY = 5, 256, 128
+BYTES_IN_FLIGHT = 1 << 16  # per multiprocessor, enough for 8 TB/s
 MAX_PROGRAMS = 2048  # of an op: their sums, 45 doubles each at most, stay under 768 KiB
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# How a segment begins; its sizes follow, then of every present row the address and the strides.
+Segment = namedtuple("Segment", "first_chunk numel aligned")  # aligned: every row starts on a 16-byte boundary
+# A program walks the chunks up to the next program's first; all are of one part. ``segment`` holds the first of them.
+Program = namedtuple("Program", "first_chunk segment part slot")  # slot: for a Gram's sums
+SEGMENT, PROGRAM = Fields(Segment), Fields(Program)
 
 
 class Instance(NamedTuple):
-    """What the kernels that walk rows are compiled for.
+    """What the kernels that walk rows are compiled for."""
 
-    Attributes:
-        ndim: dimensions of a segment; 0 if it is dense.
-        compute: type of products and coefficients: float64 as soon as a row is, else float32.
-        threads: of a program.
-        chunk: elements that a program takes at a time: 16 bytes a thread of the narrowest row.
-    """
-
-    ndim: int
-    compute: tl.dtype
-    threads: int
-    chunk: int
+    ndim: int  # dimensions of a segment; 0 if it is dense
+    compute: tl.dtype  # of products and coefficients: float64 as soon as a row is, else float32
+    threads: int  # of a program
+    chunk: int  # elements that a program takes at a time: 16 bytes a thread of the narrowest row
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: columns with the same rows in them, of the same dtypes and as many dimensions.
+    """One launch of a kernel: columns with the same rows present, of the same dtypes and as many dimensions."""
 
-    Attributes:
-        rows: which are there, ascending; the position of a row is its index here.
-        dtypes: triton types of those.
-        segments: [S + 1, width] int64, ascending by part: first chunk, numel, whether every row starts on a 16-byte
-            boundary, ``ndim`` sizes, and of every row the address and ``ndim`` strides. The last entry has the number
-            of chunks only.
-        programs: [n + 1, 4] int64: first chunk, the segment that holds it, the part, and the slot for a Gram's sums.
-            All chunks of a program, up to the next one's first, are of one part.
-    """
-
-    rows: tuple[int, ...]
-    dtypes: tuple[tl.dtype, ...]
+    rows: tuple[int, ...]  # those present, ascending; a row's position is its index here
+    dtypes: tuple[tl.dtype, ...]  # of these
     instance: Instance
-    segments: Tensor
-    programs: Tensor
+    segments: Tensor  # [S + 1, width] int64, ascending by part; the last only has the number of chunks
+    programs: Tensor  # [n + 1, 4] int64
 
-    @property
-    def grid(self) -> int:
-        return len(self.programs) - 1
-
-    @property
-    def warps(self) -> int:
-        return max(1, self.instance.threads // 32)
-
-    @property
-    def arguments(self) -> tuple:
-        """What the kernels take first."""
-        return self.segments, self.segments.shape[1], self.programs
-
-    def dtype(self, row: int) -> tl.dtype | None:
-        return self.dtypes[self.rows.index(row)] if row in self.rows else None
-
-    def position(self, row: int) -> int:
-        """Index of the first present row >= ``row``."""
-        return sum(r < row for r in self.rows)
+    def start(self, kernel, form: tuple, *arguments) -> Start:
+        """A launch of a kernel that takes these tables first and ``form`` last."""
+        arguments = self.segments, self.segments.shape[1], self.programs, *arguments, *form
+        return Start(kernel, form, len(self.programs) - 1, arguments, max(1, self.instance.threads // 32))
 
 
 class Table(NamedTuple):
-    """What one op walks.
-
-    Attributes:
-        num_parts: 0 if all columns are one part, and results have no leading dimension.
-        bounds: [parts + 1] int64: the slots of part p, of all launches, are bounds[p] .. bounds[p + 1].
-        slots: how many there are.
-        memory: what all tensors here are views of, on the device.
-        ready: event recorded after its upload; None on the CPU.
-    """
+    """What one op walks; see :func:`cache.keep`."""
 
     num_rows: int
-    num_parts: int
-    device: torch.device
+    lead: tuple[int, ...]  # leading dimensions of Gram and weights: (num_parts,), or () where all columns are one part
     launches: list[Launch]
-    bounds: Tensor
+    bounds: Tensor  # [parts + 1] int64: part p has the slots bounds[p] .. bounds[p + 1] of all launches
     slots: int
     memory: Tensor
     ready: torch.cuda.Event | None
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading dimensions of Gram and weights."""
-        return (self.num_parts,) if self.num_parts else ()
-
     @staticmethod
     def to_write(grads, directions, parts, num_parts: int) -> "Table":
-        """Of an op that writes ``grads``."""
+        """For an op that writes ``grads``."""
         if not grads or len(directions) % len(grads):
             raise Refused("gradproj: rows of different length")
         return Table.of([*grads, *directions], 1 + len(directions) // len(grads), parts, num_parts, written=True)
 
     @staticmethod
-    def of(
-        rows: list[Tensor | None],
-        num_rows: int,
-        parts: Sequence[int],
-        num_parts: int,
-        written: bool,
-        threads: int | None = None,
-    ) -> "Table":
-        """The table of one op's buffers; see ``gradproj.kernels.ops``. On the device when the current stream comes to
-        use it.
-
-        Args:
-            written: whether row 0 will be.
-            threads: of a program; tests take few. None: 256, or 128 for more than ``FEW_ROWS``.
-        Raises:
-            Refused: what the kernels do not take, saying what and where.
-        """
-        threads = threads or (256 if num_rows <= FEW_ROWS else 128)
+    def of(rows: list[Tensor | None], num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> "Table":
+        """For an op with these buffers, as ``gradproj.kernels.ops`` describes them, which writes row 0 if ``written``.
+        Raises :class:`Refused`."""
+        threads = THREADS if num_rows <= FEW_ROWS else THREADS_OF_MANY
         present = [t for t in rows if t is not None]
         if not present:
             raise Refused("gradproj: no tensor among the buffers")
         absent = tuple(i for i, t in enumerate(rows) if t is None) if len(present) < len(rows) else ()
         device = present[0].device
         key = (device, num_rows, num_parts, tuple(parts), written, threads, absent, validate.signature(present))
-        return keep(key, device, lambda: _build(rows, num_rows, parts, num_parts, written, threads))
+        return keep(key, device, lambda: _build(device, rows, num_rows, parts, num_parts, written, threads))
 
 
 def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
-    """Refuse what the kernels would misread: ``t`` is a small float64 argument, ``shape`` that of one part's."""
-    shape = (*table.lead, *shape)
-    if t is not None and (
-        t.dtype != torch.float64 or t.device != table.device or t.shape != shape or not t.is_contiguous()
-    ):
+    """Refuses a float64 argument, ``shape`` in every part, that the kernels would misread."""
+    wanted = torch.float64, table.memory.device, (*table.lead, *shape)
+    if t is not None and ((t.dtype, t.device, tuple(t.shape)) != wanted or not t.is_contiguous()):
         raise Refused(
-            f"gradproj: {name} must be a contiguous float64 tensor of shape {shape} on {table.device}, got "
+            f"gradproj: {name} must be a contiguous float64 tensor of shape {wanted[2]} on {wanted[1]}, got "
             f"{tuple(t.shape)}, {t.dtype}, {t.device}"
         )
 
 
-def _programs_for(device: torch.device, num_rows: int, threads: int) -> int:
-    """Programs whose loads, 16 bytes a thread and row, keep ``IN_FLIGHT`` bytes of a multiprocessor on their way; a
-    number of its own for a device, so that sums are in the same order."""
-    if device.type == "cpu":
-        return 4  # interpreted
-    each = min(8, max(2, IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _build(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
-    with refusing():
-        device = _check(rows, num_rows, parts, num_parts, written)
+def _build(device, rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
+    refusing(_check, rows, num_rows, parts, num_parts, written)
     found = _columns(rows, num_rows, parts)
-    most = max(1, min(_programs_for(device, num_rows, threads), MAX_PROGRAMS // max(1, len(found))))
+    most = 4  # interpreted
+    if device.type == "cuda":  # so many that their loads, 16 bytes a thread and row, keep BYTES_IN_FLIGHT
+        each = min(8, max(2, BYTES_IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
+        most = each * torch.cuda.get_device_properties(device).multi_processor_count
+    most = max(1, min(most, MAX_PROGRAMS // max(1, len(found))))
     facts, segments, programs = [], [], []
-    for (present, torch_dtypes, ndim), columns in found.items():
-        widths = np.array([d.itemsize for d in torch_dtypes])
-        compute = tl.float64 if torch.float64 in torch_dtypes else tl.float32
+    for (present, dtypes, ndim), columns in found.items():
+        widths = np.array([d.itemsize for d in dtypes])
+        compute = tl.float64 if torch.float64 in dtypes else tl.float32
         instance = Instance(ndim, compute, threads, threads * 16 // int(widths.min()))
-        facts.append((present, tuple(_TYPES[d] for d in torch_dtypes), instance))
+        facts.append((present, tuple(DTYPES[d] for d in dtypes), instance))
         part, own = _segments(np.array(columns, dtype=np.int64), instance, widths)
         segments.append(own)
-        programs.append(_programs(part, own, most, max(1, num_parts)))
+        programs.append(_programs(part, own[:, 0], most, max(1, num_parts)))
     bounds = _number_slots(programs, max(1, num_parts))
-    memory, views, ready = upload([bounds, *segments, *programs], device)
-    launches = [Launch(*f, *v) for f, *v in zip(facts, views[1 : 1 + len(facts)], views[1 + len(facts) :], strict=True)]
-    return Table(num_rows, num_parts, device, launches, views[0], int(bounds[-1]), memory, ready)
+    memory, (on_device, *views), ready = upload([bounds, *segments, *map(np.column_stack, programs)], device)
+    launches = [Launch(*f, *v) for f, *v in zip(facts, views[: len(facts)], views[len(facts) :], strict=True)]
+    lead = (num_parts,) if num_parts else ()
+    return Table(num_rows, lead, launches, on_device, int(bounds[-1]), memory, ready)
 
 
-def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> torch.device:
-    """The device of all buffers."""
+def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> None:
     count = len(rows) // num_rows
     if len(rows) != count * num_rows:
         raise ValueError("gradproj: rows of different length")
@@ -197,81 +136,70 @@ def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
     devices = {t.device for t in rows if t is not None}
     if len(devices) > 1:
         raise ValueError(f"gradproj: buffers on {len(devices)} devices")
-    return devices.pop()
 
 
 def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
-    """By rows that are there, their dtypes and dimensions (0 if dense): of every column the part, then what a segment
-    has from its numel on. Ascending by part, without columns that are empty."""
+    """Columns grouped by the rows present, their dtypes and dimensions (0 if dense), ascending by part, without empty
+    ones. A column is listed as its part and numel, then what follows a :class:`Segment`."""
     found: dict[tuple, list[list[int]]] = {}
     count = len(rows) // num_rows
-    for i in sorted(range(count), key=parts.__getitem__) if parts else range(count):
+    parts = parts or [0] * count
+    for i in sorted(range(count), key=parts.__getitem__):
         column = {r: t for r, t in enumerate(rows[i::count]) if t is not None}
         tensors = list(column.values())
         if not tensors or not tensors[0].numel():
             continue
         sizes, strides = validate.coalesce(tensors)
-        dense = len(sizes) == 1 and all(s == [1] for s in strides)
-        if dense:
+        if len(sizes) == 1 and all(s == [1] for s in strides):
             sizes, strides = [], [[]] * len(tensors)
-        entry = [parts[i] if parts else 0, tensors[0].numel(), 0, *sizes]
-        for t, s in zip(tensors, strides, strict=True):
-            entry += [t.data_ptr(), *s]
-        found.setdefault((tuple(column), tuple(t.dtype for t in tensors), len(sizes)), []).append(entry)
+        rows_at = [n for t, s in zip(tensors, strides, strict=True) for n in (t.data_ptr(), *s)]
+        key = tuple(column), tuple(t.dtype for t in tensors), len(sizes)
+        found.setdefault(key, []).append([parts[i], tensors[0].numel(), *sizes, *rows_at])
     return found
 
 
 def _segments(columns: np.ndarray, instance: Instance, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Part of every segment, and the segments as a launch has them."""
+    """The part of every segment, and the segments as a launch has them."""
+    part, numel, rest = columns[:, 0], columns[:, 1], columns[:, 2:]
     if instance.ndim == 0:
-        columns = _cut(_merge(columns, widths), widths)
-    part, segments = columns[:, 0].copy(), np.append(columns, np.zeros_like(columns[:1]), axis=0)
-    segments[0, 0], segments[1:, 0] = 0, np.cumsum(-(-columns[:, 1] // instance.chunk))
-    segments[:-1, 2] = (columns[:, 3 + instance.ndim :: 1 + instance.ndim] % 16 == 0).all(axis=1)
+        part, numel, rest = _merge_and_cut(part, numel, rest, widths)
+    aligned = (rest[:, instance.ndim :: 1 + instance.ndim] % 16 == 0).all(axis=1)
+    segments = np.zeros((len(part) + 1, len(SEGMENT) + rest.shape[1]), dtype=np.int64)
+    segments[1:, 0] = np.cumsum(-(-numel // instance.chunk))
+    segments[:-1, 1:] = np.column_stack([numel, aligned, rest])
     return part, segments
 
 
-def _merge(columns: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Neighbours that touch in memory in every row, within a part, become one."""
-    part, numel, address = columns[:, 0], columns[:, 1], columns[:, 3:]
+def _merge_and_cut(part: np.ndarray, numel: np.ndarray, address: np.ndarray, widths: np.ndarray) -> tuple:
+    """Neighbours become one segment, and an unaligned head one of its own, as described above."""
     touches = (address[:-1] + numel[:-1, None] * widths == address[1:]).all(axis=1) & (part[:-1] == part[1:])
     first = np.flatnonzero(np.append(True, ~touches))
-    merged = columns[first]
-    merged[:, 1] = np.add.reduceat(numel, first)
-    return merged
+    part, numel, address = part[first], np.add.reduceat(numel, first), address[first]
+
+    heads = -address % 16 // widths
+    cut = (heads == heads[:, :1]).all(axis=1) & (heads[:, 0] < numel)
+    head = np.where(cut, heads[:, 0], 0)
+    both = np.stack([head, numel - head], axis=1)  # a head of 0 elements is none
+    addresses = np.stack([address, address + head[:, None] * widths], axis=1)
+    return np.repeat(part, 2)[both.ravel() > 0], both[both > 0], addresses[both > 0]
 
 
-def _cut(columns: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """A head is cut off so that the rest is aligned in every row, where one cut does that for all rows."""
-    heads = -columns[:, 3:] % 16 // widths
-    head = heads[:, 0]
-    cut = (heads == head[:, None]).all(axis=1) & (head > 0) & (head < columns[:, 1])
-    of = np.repeat(np.arange(len(columns)), 1 + cut)
-    rest = np.append(False, of[1:] == of[:-1])
-    result, head = columns[of], np.where(cut, head, columns[:, 1])[of]
-    result[:, 1] = np.where(rest, result[:, 1] - head, head)
-    result[:, 3:] += np.where(rest, head, 0)[:, None] * widths
-    return result
-
-
-def _programs(part: np.ndarray, segments: np.ndarray, most: int, num_parts: int) -> np.ndarray:
-    """Programs with as many chunks each, but for the last one of a part; about ``most``."""
-    starts = segments[:, 0]
+def _programs(part: np.ndarray, starts: np.ndarray, most: int, num_parts: int) -> Program:
+    """About ``most`` programs and an end, an array for each field. All take equally many chunks, except the last of a
+    part."""
     each = -(-starts[-1] // most)
     of_part = starts[np.searchsorted(part, np.arange(num_parts + 1))]
-    first = np.concatenate([np.arange(a, b, each) for a, b in pairwise(of_part)])
-    programs = np.zeros((len(first) + 1, 4), dtype=np.int64)
-    programs[:, 0] = np.append(first, starts[-1])
-    programs[:, 1] = np.searchsorted(starts, programs[:, 0], side="right") - 1
-    programs[:-1, 2] = part[programs[:-1, 1]]
-    return programs
+    first = np.concatenate([*(np.arange(a, b, each) for a, b in pairwise(of_part)), starts[-1:]])
+    segment = np.searchsorted(starts, first, side="right") - 1
+    return Program(first, segment, np.append(part, 0)[segment], np.zeros_like(first))
 
 
-def _number_slots(programs: list[np.ndarray], num_parts: int) -> np.ndarray:
-    """Numbers the slots of all programs so that those of a part are neighbours; where each part's begin, and the
+def _number_slots(programs: list[Program], num_parts: int) -> np.ndarray:
+    """Numbers the slots of all programs so that those of a part are neighbours. Returns each part's first slot, and the
     end."""
-    part = np.concatenate([np.zeros(0, dtype=np.int64), *(p[:-1, 2] for p in programs)])
+    part = np.concatenate([np.zeros(0, dtype=np.int64), *(p.part[:-1] for p in programs)])
     slots = np.argsort(np.argsort(part, kind="stable"))
     for p in programs:
-        p[:-1, 3], slots = slots[: len(p) - 1], slots[len(p) - 1 :]
+        count = len(p.slot) - 1
+        p.slot[:-1], slots = slots[:count], slots[count:]
     return np.searchsorted(np.sort(part), np.arange(num_parts + 1))

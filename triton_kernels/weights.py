@@ -14,16 +14,15 @@ TOLERANCE = tl.constexpr(methods.RANK_TOLERANCE)
 
 
 @triton.jit
-def solve(gram, weights, num_rows, gamma, eps, method: tl.constexpr, block: tl.constexpr):
-    """Weights of one Gram, by all threads of a program; ``block``: a power of two, no less than the number of
-    directions."""
+def solve(gram_ptr, weights_ptr, num_rows, gamma, eps, method: tl.constexpr, block: tl.constexpr):
+    """Weights of one Gram, by all threads of a program. ``block``: a power of two >= the number of directions."""
     k = tl.arange(0, block)
     i, j = k[:, None], k[None, :]
     inside = k < num_rows - 1
     within = (i < num_rows - 1) & (j < num_rows - 1)
-    gg = tl.load(gram)
-    gd = tl.load(gram + k + 1, mask=inside, other=0.0)
-    dd = tl.load(gram + (i + 1) * num_rows + j + 1, mask=within, other=0.0)
+    gg = tl.load(gram_ptr)
+    gd = tl.load(gram_ptr + k + 1, mask=inside, other=0.0)
+    dd = tl.load(gram_ptr + (i + 1) * num_rows + j + 1, mask=within, other=0.0)
     wrong = tl.sum(is_wrong(dd), axis=1) + is_wrong(gd)
     finite = tl.sum(wrong, axis=0) + is_wrong(gg) == 0
     if method == "mix":
@@ -35,8 +34,8 @@ def solve(gram, weights, num_rows, gamma, eps, method: tl.constexpr, block: tl.c
             w = solve_one(gd, diagonal_of(dd, k), method)
         else:
             w = solve_finite(gg, gd, dd, k, 10 * num_rows, method, block)
-    tl.store(weights, tl.full([], 1.0, tl.float64))
-    tl.store(weights + 1 + k, tl.where(finite, w, 0.0), mask=inside)
+    tl.store(weights_ptr, tl.full([], 1.0, tl.float64))
+    tl.store(weights_ptr + 1 + k, tl.where(finite, w, 0.0), mask=inside)
 
 
 @triton.jit
@@ -125,15 +124,10 @@ def diagonal_of(table, k):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def weights_kernel(
-    gram, weights, num_rows, gamma: tl.float64, eps: tl.float64, method: tl.constexpr, block: tl.constexpr
+    gram_ptr, weights_ptr, num_rows, gamma: tl.float64, eps: tl.float64, method: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
-    solve(gram + part * num_rows * num_rows, weights + part * num_rows, num_rows, gamma, eps, method, block)
-
-
-def solves(method: str, num_rows: int) -> bool:
-    """Whether :func:`solve` does it; ``methods.solve`` does the rest."""
-    return method in METHODS and 2 <= num_rows <= MAX_DIRECTIONS + 1
+    solve(gram_ptr + part * num_rows * num_rows, weights_ptr + part * num_rows, num_rows, gamma, eps, method, block)
 
 
 @implement
@@ -141,7 +135,7 @@ def weights(gram: Tensor, method: str, gamma: float, eps: float) -> Tensor:
     """The op ``weights``; see ``gradproj.kernels.ops``."""
     parts = methods.as_parts(gram).contiguous()
     num_rows = parts.shape[-1]
-    if not solves(method, num_rows):
+    if method not in METHODS or not 2 <= num_rows <= MAX_DIRECTIONS + 1:
         return methods.solve(gram, method, gamma, eps)
     result = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
     if len(parts):
