@@ -23,14 +23,14 @@ from collections.abc import Callable
 
 import torch
 
-_PARTS = "int[] parts=[], int num_parts=0"
+_PART = "int[] part=[], int num_parts=0"
 SCHEMAS = (
-    f"gram(Tensor?[] rows, int num_rows, Tensor? gram_dd=None, {_PARTS}) -> Tensor",
+    f"gram(Tensor?[] rows, int num_rows, Tensor? gram_dd=None, {_PART}) -> Tensor",
     "weights(Tensor gram, str method, float gamma, float eps) -> Tensor",
-    f"combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights, {_PARTS}) -> ()",
+    f"combine_(Tensor(a!)[] grads, Tensor?[] directions, Tensor weights, {_PART}) -> ()",
     (
         "project_(Tensor(a!)[] grads, Tensor?[] directions, str method, float gamma, float eps, Tensor? gram_dd=None, "
-        f"{_PARTS}) -> (Tensor, Tensor)"
+        f"{_PART}) -> (Tensor, Tensor)"
     ),
     "pin_(Tensor(a!)[] weights, Tensor[] bases, Tensor?[] targets, Tensor(b!)[] biases, int[] biased) -> Tensor",
 )
@@ -44,17 +44,17 @@ def _device_of(buffers) -> torch.device:
     return devices.pop()
 
 
-def _fake_gram(rows, num_rows, gram_dd=None, parts=(), num_parts=0):
+def _fake_gram(rows, num_rows, gram_dd=None, part=(), num_parts=0):
     lead = (num_parts,) if num_parts else ()
     return torch.empty(*lead, num_rows, num_rows, dtype=torch.float64, device=_device_of(rows))
 
 
-def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, parts=(), num_parts=0):
+def _fake_project_(grads, directions, method, gamma, eps, gram_dd=None, part=(), num_parts=0):
     gram = _fake_gram([*grads, *directions], 1 + len(directions) // len(grads), num_parts=num_parts)
     return gram, gram.new_empty(gram.shape[:-1])
 
 
-def _fake_combine_(grads, directions, weights, parts=(), num_parts=0):
+def _fake_combine_(grads, directions, weights, part=(), num_parts=0):
     _device_of([*grads, *directions, weights])
 
 

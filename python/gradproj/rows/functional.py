@@ -41,15 +41,11 @@ def local_gram(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Tensor:
-    """What this rank adds to :func:`gram`, which is the sum over the ranks; no collective but those for Partial.
+    """This rank's summand of :func:`gram`, or of the Gram [P, R, R] of every part. Communicates only to reduce Partial.
 
     Args:
-        rows, sharding: as for :func:`gram`.
-        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known
-            already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`; every part has a Gram of its own.
-    Returns:
-        [R, R], or [P, R, R] with parts.
+        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], this rank's summand for rows 1.., if it is known already.
+        part, num_parts: of :class:`gradproj.rows.call.Call`.
     """
     call, local = localize(_read(rows, part, num_parts), sharding)
     return _products(call, local, gram_dd)
@@ -66,14 +62,8 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    combine_parts(grads, directions, weights, (), 0)
-
-
-def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int) -> None:
-    """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each
-    column's."""
-    call = _written("combine_", grads, directions, part, num_parts)
-    expected = calls.weights_shape(call)
+    call = _written("combine_", grads, directions)
+    expected = (len(call.rows),)
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
@@ -126,16 +116,15 @@ def project_rows(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Projection:
-    """:func:`project_` for callers that cache the directions' Gram.
+    """:func:`project_` for callers that keep the directions' Gram, or project several parts each by itself.
 
     Args:
         gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a
             gradient, if it is known already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`; every part is projected by itself, in the same passes and
-            the same collective.
+        part, num_parts: of :class:`gradproj.rows.call.Call`. All parts share the passes and the collective.
     """
     call = _written("project_", grads, directions, part, num_parts)
-    # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
+    # Without other ranks one op does it all. Directions are not inspected: the op rejects a DTensor.
     one_op = sharding is None and isinstance(rule, methods.Rule) and call.types <= PLAIN_TYPES
     if one_op and call.rows[0] and not calls.spans_devices(call):
         assert isinstance(rule, methods.Rule)
@@ -144,7 +133,7 @@ def project_rows(
 
     call, local = localize(call, sharding)
     products = reduce(_products(call, local, gram_dd), local.group)
-    if isinstance(rule, methods.Rule):  # the same op on every rank, one that owns nothing included
+    if isinstance(rule, methods.Rule):  # the same op on every rank, even one that owns nothing
         weights = select(products.device.type).op("weights")(products, *rule)
     else:
         weights = methods.apply_weighting(rule, products)
@@ -161,7 +150,7 @@ def orthogonal_gradient_projection(
     eps: float = 1e-8,
     sharding: Sharding | None = None,
 ) -> Projection:
-    """The naive algorithm's signature, fused: afterwards ``p.grad`` holds the projected safety gradient.
+    """The naive algorithm in one call: afterwards ``p.grad`` holds the projected safety gradient.
 
     Args:
         model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
@@ -188,7 +177,7 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, sharding=sharding)
 
 
-def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int], num_parts: int) -> Call:
+def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
     if not directions:
         raise ValueError(f"{op}: pass at least one direction")
     names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
@@ -202,7 +191,7 @@ def _read(rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> 
 
 
 def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
-    """This rank's Gram, beside the first tensor; without any, where the group communicates."""
+    """This rank's Gram, on the device of the first tensor; without any, where the group communicates."""
     if any(t is not None for row in call.rows for t in row):
         device = calls.first(call).device
     else:

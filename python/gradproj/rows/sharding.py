@@ -19,8 +19,7 @@ _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
 
 class Sharding(NamedTuple):
-    """What the other ranks hold, as far as the tensors do not say it themselves. DTensors on a mesh that covers the
-    world do.
+    """What the other ranks hold, where the tensors do not say it. DTensors on a mesh that covers the world do.
 
     Attributes:
         group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns
@@ -41,15 +40,14 @@ class Sharding(NamedTuple):
 
 
 def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
-    """What a framework whose ranks all hold the model tells the wrapper of it: nothing on one rank, or if DTensors say
-    it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+    """The sharding of a model that every rank holds; None on one rank, or if DTensors say it."""
+    if not _distributed() or dist.get_world_size() < 2 or dtensor_types(parameters):
         return None
-    return None if dtensor_types(list(parameters)) else Sharding(placement="replicate")
+    return Sharding(placement="replicate")
 
 
 class Local(NamedTuple):
-    """What there is to know of a call on this rank's memory.
+    """What a call on this rank's memory must know of the other ranks.
 
     Attributes:
         weights: per column, the weight of this rank's inner products; 0 leaves the column out of them.
@@ -82,11 +80,13 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
     layouts, owned = Layouts(call, kinds), sharding.owned
     if products:
         group = _group(call.op, sharding, layouts.meshes)
+    if group is not None:
         weights = layouts.weights(group, sharding.placement)
     if owned is not None:
         if len(owned) != call.entries:
             raise ValueError(
-                f"{call.op}: Sharding.owned has {len(owned)} entries for {call.entries} parameters; pass one bool for each"
+                f"{call.op}: Sharding.owned has {len(owned)} entries for {call.entries} parameters; pass one bool for "
+                f"each"
             )
         weights = [w if owned[i] else 0.0 for w, i in zip(weights, call.indices, strict=True)]
     rows = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in call.rows]  # type: ignore[arg-type]
@@ -96,8 +96,7 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
 
 
 def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
-    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be
-    missing."""
+    """``sharding`` with the group that ``tensors`` imply, for rows that lie as they do but may lack some of them."""
     kinds = dtensor_types(tensors)
     if sharding is None and not kinds:
         return None
@@ -115,7 +114,7 @@ def reduce(gram: Tensor, group) -> Tensor:
 
 
 def finish(local: Local, weights: Tensor) -> None:
-    """To call after row 0 was combined with ``weights``: brings the result to the caller's own tensors.
+    """Bring row 0, once it was combined with ``weights``, to the caller's own tensors.
 
     The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
     average): the gradient stays Partial and stands for the projected one, without another rounding.
@@ -159,28 +158,30 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local_tensor(t) if is_dtensor(t) else t for t in tensors]  # type: ignore[arg-type]
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
     if sharding.group is not None:
         return sharding.group
     if meshes:
         return infer_group(op, meshes)
-    distributed = dist.is_available() and dist.is_initialized()
-    return dist.group.WORLD if distributed and sharding.placement is not None else None
+    return dist.group.WORLD if _distributed() and sharding.placement is not None else None
 
 
 def _check_sharding(op: str, sharding: Sharding) -> None:
     if not isinstance(sharding, Sharding):
         raise TypeError(f"{op}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
-    group, placement, _ = sharding
-    if placement not in (None, "replicate", "shard"):
-        raise ValueError(f'{op}: placement must be "replicate" or "shard", got {placement!r}')
-    if group is None:
+    if sharding.placement not in (None, "replicate", "shard"):
+        raise ValueError(f'{op}: placement must be "replicate" or "shard", got {sharding.placement!r}')
+    if sharding.group is None:
         return
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _distributed():
         raise RuntimeError(
             f"{op}: Sharding has a group but torch.distributed is not initialised; call init_process_group() first"
         )
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if sharding.group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
 
 
