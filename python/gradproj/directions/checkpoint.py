@@ -52,8 +52,8 @@ def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list
             shape = (*p.shape, 2) if p.is_complex() else p.shape  # of a complex gradient, its real view
             if t.shape != shape:
                 raise ValueError(
-                    f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter has "
-                    f"shape {tuple(p.shape)}"
+                    f"load_state_dict: direction {k} of parameter {i} has shape {tuple(t.shape)}, but the parameter "
+                    f"has shape {tuple(p.shape)}"
                 )
             found.setdefault(k, {})[p] = t.to(p.device)
     return [found.get(k, {}) for k in range(max(found, default=-1) + 1)]

@@ -41,7 +41,7 @@ class Sharding(NamedTuple):
 
 def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
     """The sharding of a model that every rank holds; None on one rank, or if DTensors say it."""
-    if not _distributed() or dist.get_world_size() < 2 or dtensor_types(parameters):
+    if not is_distributed() or dist.get_world_size() < 2 or dtensor_types(parameters):
         return None
     return Sharding(placement="replicate")
 
@@ -158,7 +158,7 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local_tensor(t) if is_dtensor(t) else t for t in tensors]  # type: ignore[arg-type]
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
@@ -167,7 +167,7 @@ def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
         return sharding.group
     if meshes:
         return infer_group(op, meshes)
-    return dist.group.WORLD if _distributed() and sharding.placement is not None else None
+    return dist.group.WORLD if is_distributed() and sharding.placement is not None else None
 
 
 def _check_sharding(op: str, sharding: Sharding) -> None:
@@ -177,7 +177,7 @@ def _check_sharding(op: str, sharding: Sharding) -> None:
         raise ValueError(f'{op}: placement must be "replicate" or "shard", got {sharding.placement!r}')
     if sharding.group is None:
         return
-    if not _distributed():
+    if not is_distributed():
         raise RuntimeError(
             f"{op}: Sharding has a group but torch.distributed is not initialised; call init_process_group() first"
         )
