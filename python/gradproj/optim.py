@@ -13,11 +13,7 @@ from gradproj.rows.sharding import Sharding
 
 
 class Handle:
-    """What :class:`ProjectedOptimizer` and the result of :func:`attach` have in common.
-
-    Attributes:
-        protection: what the wrapper was given; settings are its own.
-    """
+    """What :class:`ProjectedOptimizer` and the result of :func:`attach` have in common."""
 
     protection: Protection
     _hooks: Hooks
@@ -45,7 +41,7 @@ class Handle:
         return self.protection.last
 
     def detach(self) -> None:
-        """Take the protection off: the optimizer steps as if it had never been there, and it may go to another one."""
+        """Take the protection off: the optimizer steps as if it had never been there. Another may then have it."""
         self._hooks.remove()
 
 
@@ -70,8 +66,8 @@ class ProjectedOptimizer(Handle, Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
-        # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
-        # optimizer's as soon as load_state_dict replaces those.
+        # Not super().__init__(): groups and a state of its own would drift apart from the wrapped optimizer's, which
+        # load_state_dict replaces.
         inner = inner_optimizer("ProjectedOptimizer", optimizer)
         self.optimizer = optimizer
         self.protection = protection
@@ -114,8 +110,8 @@ class Attached(Handle):
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "what attach() returned can be neither copied nor pickled, because hooks cannot: call gradproj.attach() on the copy "
-            "of the optimizer, or use ProjectedOptimizer, which goes with its copies"
+            "what attach() returned can be neither copied nor pickled, because hooks cannot: call gradproj.attach() on "
+            "the copy of the optimizer, or use ProjectedOptimizer, which goes with its copies"
         )
 
 
@@ -144,23 +140,18 @@ def attach(
     return Attached(optimizers, protection, sharding)
 
 
-def _forwarded(name: str, doc: str) -> property:
-    """An attribute that lives on the wrapped optimizer, for reading, writing and deleting."""
-
-    def get(self):
-        return getattr(self.optimizer, name)
-
-    def set_(self, value):
-        setattr(self.optimizer, name, value)
-
-    def delete(self):
-        delattr(self.optimizer, name)
-
-    return property(get, set_, delete, doc)
+def _forwarded(name: str, doc: str | None) -> property:
+    """An attribute that lives on the wrapped optimizer."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+        lambda self: delattr(self.optimizer, name),
+        doc,
+    )
 
 
-# By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach
-# the optimizer that reads them. Hooks are registered there too, because it is what runs them.
+# By name, not by __getattr__: GradScaler sets grad_scale and found_inf on the object that it is given, and they must
+# reach the optimizer that reads them. Hooks are registered on the wrapped optimizer too, which runs them.
 for _name, _doc in {
     "param_groups": "The wrapped optimizer's parameter groups, the very list.",
     "state": "The wrapped optimizer's state, the very dict.",

@@ -1,7 +1,7 @@
 """Directions inside an optimizer's ``state_dict()``.
 
 Direction k (oldest first) of parameter i is ``state_dict["state"][i]["protected_k"]``, beside ``exp_avg`` and the like,
-so that whatever maps, shards or reshards optimizer state does the same with it.
+so that whatever shards or reshards optimizer state does the same with it.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ _PREFIX = "protected_"
 
 
 def insert(state_dict: dict[str, Any], rows: Sequence[Sequence[Tensor | None]]) -> dict[str, Any]:
-    """``state_dict`` with ``rows``: K lists, oldest first, with one tensor or None per parameter. Shares the
-    tensors."""
+    """``state_dict`` with the tensors of ``rows``: K lists, oldest first, of one tensor or None per parameter."""
     state = dict(state_dict["state"])
     for k, row in enumerate(rows):
         for i, t in zip(_ids(state_dict), row, strict=True):
@@ -27,16 +26,16 @@ def without_directions(state_dict: dict[str, Any]) -> dict[str, Any]:
     """``state_dict`` as the inner optimizer knows it."""
     state = {}
     for i, entries in state_dict["state"].items():
-        rest = _others(entries)
-        if rest is entries or rest:  # an optimizer that finds an empty state may take it for one that it has set up
-            state[i] = rest
+        if isinstance(entries, dict) and any(map(_is_direction, entries)):
+            entries = {name: value for name, value in entries.items() if not _is_direction(name)}
+            if not entries:  # an optimizer may take an empty state for one that it has set up
+                continue
+        state[i] = entries
     return {**state_dict, "state": state}
 
 
 def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
-    """What :func:`insert` put in, oldest first: parameter -> tensor on the parameter's device.
-
-    Direction k is entry k, also where others of these parameters have none.
+    """What :func:`insert` put in: entry k is direction k, parameter -> tensor on the parameter's device.
 
     Raises:
         ValueError: not one entry per parameter, or a shape that is not its parameter's.
@@ -65,9 +64,3 @@ def _ids(state_dict: dict[str, Any]) -> list[Any]:
 
 def _is_direction(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdigit()
-
-
-def _others(entries: Any) -> Any:
-    if not isinstance(entries, dict) or not any(map(_is_direction, entries)):
-        return entries
-    return {name: value for name, value in entries.items() if not _is_direction(name)}

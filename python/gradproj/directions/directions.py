@@ -186,7 +186,7 @@ class Directions(Protection):
         return self._last
 
     def _projections(self, again: bool, watch: bool) -> Iterator[tuple]:
-        """Arguments for a projection; for another one while it finds directions that are not finite, and writes nothing.
+        """Arguments for a projection. For another one while it finds directions that are not finite: it wrote nothing.
 
         Args:
             again: also if these gradients have been projected.
@@ -243,8 +243,8 @@ class Directions(Protection):
         if bad:
             numbers = ", ".join(map(str, bad))
             warnings.warn(
-                f"{len(bad)} of {len(self._rows)} directions (number {numbers}, 0 being the oldest) had a gradient that "
-                f"is inf, nan or overflows, and was dropped: look at the capability loss, or lower the loss scale",
+                f"{len(bad)} of {len(self._rows)} directions (number {numbers}, 0 being the oldest) had a gradient "
+                f"that is inf, nan or overflows, and was dropped: look at the capability loss, or lower the loss scale",
                 RuntimeWarning,
                 stacklevel=2,
             )

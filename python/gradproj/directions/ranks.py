@@ -21,7 +21,7 @@ from gradproj.directions.step_memory import is_capturing
 from gradproj.rows.dtensors import PLAIN_TYPES
 from gradproj.rows.sharding import Sharding, is_distributed
 
-# A reduced gradient is the same to the last bit, unless ranks have devices of two kinds; a rank's own is off by far more.
+# A reduced gradient is the same to the last bit, unless ranks have devices of two kinds; a rank's own differs by more.
 _TOLERANCE = 1e-4
 _PATIENCE_S = 10.0  # seconds to wait for the gradients of a rank that protects something else
 _NUMBERS = 16
@@ -103,7 +103,7 @@ def _wait_for(key: str) -> str | None:
 
 
 def _numbers(tensors: Sequence[Tensor | None]) -> str:
-    """The tensors' lengths, added up in a few places. Reads N bytes once; None is 0. Not sums: some gradients' are 0."""
+    """The tensors' lengths, added up in a few places. Reads N bytes once; None is 0. Sums would be 0 for some."""
     there = [(i, t) for i, t in enumerate(tensors) if t is not None]
     folded = [0.0] * _NUMBERS
     if there:

@@ -57,8 +57,8 @@ class StepMemory:
             return done > 0
         if done and not repeatable:
             raise RuntimeError(
-                "step(): since project() a backward pass has added to the gradients, or protect() to what is protected; "
-                "this method is not to be applied twice: call project() after the last backward()"
+                "step(): since project() a backward pass has added to the gradients, or protect() to what is "
+                "protected; this method is not to be applied twice: call project() after the last backward()"
             )
         return False
 

@@ -21,7 +21,7 @@ class Backend(NamedTuple):
     Attributes:
         device_types: of the tensors that it takes.
         ops: names of those that it implements.
-        load: registers the ops; returns why it cannot, or an empty string. Called once, when first needed.
+        load: registers the ops when they are first needed; returns why it cannot, or an empty string.
         on_request: never chosen without :func:`use_backend`.
     """
 
@@ -35,7 +35,7 @@ class Backend(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is not available; empty if it is."""
-        return _loaded(self.load)
+        return self.load()
 
     @property
     def available(self) -> bool:
@@ -44,11 +44,6 @@ class Backend(NamedTuple):
     def op(self, name: str):
         """The op's default overload, for example of ``"gram"``."""
         return getattr(getattr(torch.ops, self.namespace), name).default
-
-
-@functools.cache
-def _loaded(load: Callable[[], str]) -> str:
-    return load()
 
 
 def library(name: str) -> Path:
@@ -61,6 +56,7 @@ def how_to_build(name: str) -> str:
     return f"{'GRADPROJ_CUDA=1 ' if name == 'cuda' else ''}pip install --no-build-isolation ."
 
 
+@functools.cache
 def _load_native(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"

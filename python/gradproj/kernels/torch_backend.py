@@ -17,7 +17,7 @@ from gradproj.kernels import methods
 from gradproj.kernels.ops import implement
 
 _CHUNK_BYTES = 1 << 18
-BATCH = 8  # layers that are alike, of which batched products on copies are faster than products of their own
+_BATCH = 8  # with so many layers that are alike, batched products on copies are faster than products one by one
 
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # W, U, B, bias
 Column = list[Any]  # of every row a tensor or None, or a chunk of those
@@ -114,10 +114,13 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
     alone: list[int] = []  # small layers that few others are like
     for group in alike.values():
         weight, basis, *_ = layers[group[0]]
-        most = max(1, limit // (1 + _batch_bytes(weight, basis)))
+        (outputs, inputs), rank = weight.shape, basis.shape[1]
+        # A layer takes copies of W, U, B and the bias in the type of the products, and W U.
+        size = max(4, weight.itemsize) * ((outputs + rank) * (inputs + 1) + 2 * outputs * rank)
+        most = max(1, limit // (1 + size))
         for start in range(0, len(group), most):
             some = group[start : start + most]
-            if len(some) >= BATCH:
+            if len(some) >= _BATCH:
                 batches.append(some)
             elif weight.numel() > small:
                 large += some
@@ -140,13 +143,6 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
 def _pin_bytes(device_type: str) -> int:
     """What temporaries may take: on a CPU they stay in its cache, elsewhere a launch should have enough to do."""
     return 3 << 18 if device_type == "cpu" else 32 << 20
-
-
-def _batch_bytes(weight: Tensor, basis: Tensor) -> int:
-    """What a layer takes in a batch: copies of W, U, B and the bias in the type of the products, and W U."""
-    outputs, inputs = weight.shape
-    rank = basis.shape[1]
-    return max(4, weight.itemsize) * ((outputs + rank) * (inputs + 1) + 2 * outputs * rank)
 
 
 def _pin_batch(layers: list[Layer]) -> Tensor:

@@ -18,13 +18,10 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_DIMS = {"cuda": 8, "triton": 8}  # what the kernels for strided buffers take, after merging
 MAX_ROWS = {"cuda": 65}
+_META = torch.device("meta")  # its tensors have no addresses
 CHECKED = 1 << 13  # pin_ remembers the newest calls that passed its checks, up to this many tensors
 
 Row = Sequence[Tensor | None]
-
-
-def _describe(t: Tensor) -> str:
-    return f"(shape {tuple(t.shape)}, {t.dtype}, {t.device})"
 
 
 def _check_buffer(op: str, name: str, t: Any) -> None:
@@ -35,7 +32,8 @@ def _check_buffer(op: str, name: str, t: Any) -> None:
         raise NotImplementedError(f"{op}: {name} has layout {t.layout}; make it dense first (t.to_dense())")
     if t.dtype not in FLOATS:
         supported = ", ".join(map(str, FLOATS))
-        raise TypeError(f"{op}: {name} has dtype {t.dtype} {_describe(t)}; supported: {supported}, complex")
+        what = f"(shape {tuple(t.shape)}, {t.dtype}, {t.device})"
+        raise TypeError(f"{op}: {name} has dtype {t.dtype} {what}; supported: {supported}, complex")
 
 
 def check(
@@ -75,8 +73,8 @@ def check(
         most = MAX_DIMS.get(backend)
         if most and tensors and first.dim() > most and (dims := len(coalesce(tensors)[0])) > most:
             raise NotImplementedError(
-                f"{op}: {first_name} {_describe(first)} needs {dims} dimensions after merging; "
-                f"backend {backend!r} takes {most}: make it contiguous"
+                f"{op}: {first_name} (shape {tuple(first.shape)}, {first.dtype}, {first.device}) needs {dims} "
+                f"dimensions after merging; backend {backend!r} takes {most}: make it contiguous"
             )
     if written:
         _check_overlap(op, rows, names, indices)
@@ -127,22 +125,10 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 def _addresses(t: Tensor) -> np.ndarray:
     """A numpy array at the tensor's addresses, so that numpy can reason about them; nothing is dereferenced."""
-    size = t.element_size()
-    interface = {
-        "version": 3,
-        "data": (t.data_ptr(), True),
-        "shape": tuple(t.shape),
-        "strides": tuple(stride * size for stride in t.stride()),
-        "typestr": f"|V{size}",
-    }
+    size, data = t.element_size(), (t.data_ptr(), True)
+    strides = tuple(stride * size for stride in t.stride())
+    interface = {"version": 3, "data": data, "shape": tuple(t.shape), "strides": strides, "typestr": f"|V{size}"}
     return np.asarray(SimpleNamespace(__array_interface__=interface))
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    """Exactly, for any strides. Addresses of different devices are different; a meta tensor has none."""
-    if a.device != b.device or a.device.type == "meta":
-        return False
-    return np.shares_memory(_addresses(a), _addresses(b))
 
 
 def overlaps_itself(t: Tensor) -> bool:
@@ -158,14 +144,16 @@ def overlaps_itself(t: Tensor) -> bool:
 
 
 def _overlaps(tensors: Sequence[Tensor], written: int) -> Iterator[tuple[int, int]]:
-    """Pairs of positions whose tensors share memory, one of them among the first ``written``, and named first."""
+    """Positions of two tensors that share memory, ascending; the first is among the first ``written``."""
     spans = sorted((*_span(t), k) for k, t in enumerate(tensors) if t.numel())
     for at, (_, stop, k) in enumerate(spans):
         for start, _, other in islice(spans, at + 1, None):
             if start >= stop:
                 break
-            if min(k, other) < written and _shares_memory(tensors[k], tensors[other]):
-                yield min(k, other), max(k, other)
+            one, two = sorted((k, other))
+            a, b = tensors[one], tensors[two]
+            if one < written and a.device == b.device != _META and np.shares_memory(_addresses(a), _addresses(b)):
+                yield one, two
 
 
 def signature(tensors: Sequence[Tensor]) -> tuple:
@@ -215,11 +203,9 @@ def check_pin_once(weights: Sequence[Tensor], bases: Sequence[Tensor], targets: 
 def check_pin(weights: Sequence[Tensor], bases: Sequence[Tensor], targets: Row, biases: Row) -> None:
     """Raise the first error of the arguments of ``pin_``, or return."""
     lists: dict[str, Row] = {"weights": weights, "biases": biases, "bases": bases, "targets": targets}
-    for name in ("bases", "targets", "biases"):
-        if len(lists[name]) != len(weights):
-            raise ValueError(
-                f"pin_: {name} has {len(lists[name])} entries but weights has {len(weights)}; pass one for each"
-            )
+    for name, row in lists.items():
+        if len(row) != len(weights):
+            raise ValueError(f"pin_: {name} has {len(row)} entries but weights has {len(weights)}; pass one for each")
     for k, (w, u, b, c) in enumerate(zip(weights, bases, targets, biases, strict=True)):
         for name, t in (("weights", w), ("bases", u), ("targets", b), ("biases", c)):
             if t is None and name in ("targets", "biases"):
