@@ -155,11 +155,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def inner_optimizer(caller: str, optimizer: Any) -> Optimizer:
-    """The optimizer that has the step hooks.
-
-    Raises:
-        TypeError, NotImplementedError: there is none.
-    """
+    """The optimizer that has the step hooks; TypeError or NotImplementedError if there is none."""
     for kind in type(optimizer).__mro__:
         if kind.__module__.startswith(("deepspeed.runtime", "accelerate.utils.deepspeed")):
             raise NotImplementedError(f"{caller}: {kind.__module__}.{kind.__name__}: {DEEPSPEED}")

@@ -1,4 +1,4 @@
-"""The drop-in wrapper, and the same on the user's own optimizer object: one implementation, torch's hooks."""
+"""The drop-in wrapper, and the same on the user's own optimizer object: both use torch's hooks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ class Handle:
     _hooks: Hooks
 
     def protect(self) -> CaptureBlock:
-        """Context manager: what the gradients made inside say is protected. See :meth:`Protection.capture`."""
+        """Context manager: the gradients made inside say what is protected. See :meth:`Protection.capture`."""
         self._hooks.settle()
         return self.protection.capture()
 
@@ -50,8 +50,8 @@ class ProjectedOptimizer(Handle, Optimizer):
 
     It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers,
     scalers, checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the
-    wrapped optimizer's, with what is protected in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first)
-    of each parameter's state. Whatever does not know them ignores them, once a step has made the rest of the state.
+    wrapped optimizer's; what is protected is in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first)
+    of each parameter's state. An optimizer that does not know these ignores them, once a step has made the rest.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or one that derives from it.
@@ -121,10 +121,10 @@ def attach(
     """Protect the user's own optimizer object, or several that step the parts of one model.
 
     Args:
-        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps is
-            taken. A list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients
-            before the first of them steps, and weights are pinned when the last one has stepped; if one is left out,
-            with the next step, ``protect()`` or ``state_dict()``.
+        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps. A
+            list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients are
+            projected before the first steps, and weights are pinned when the last has stepped; if one is left out, at
+            the next step, ``protect()`` or ``state_dict()``.
         protection, sharding: as for :class:`ProjectedOptimizer`.
     Returns:
         Attached: ``protect()``, ``project()``, ``unprotect()``, ``last``, ``detach()``. Hooks do not survive copying or

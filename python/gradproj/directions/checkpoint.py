@@ -35,11 +35,8 @@ def without_directions(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def directions(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
-    """What :func:`insert` put in: entry k is direction k, parameter -> tensor on the parameter's device.
-
-    Raises:
-        ValueError: not one entry per parameter, or a shape that is not its parameter's.
-    """
+    """What :func:`insert` put in: entry k is direction k, parameter -> tensor on the parameter's device. ValueError if
+    the number of parameters or a shape differs."""
     ids = _ids(state_dict)
     if len(ids) != len(parameters):
         raise ValueError(f"load_state_dict: {len(ids)} parameters, but the optimizer has {len(parameters)}")

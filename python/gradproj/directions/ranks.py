@@ -55,11 +55,7 @@ class RanksAgree:
             _store().set(f"{self._key}/other", str(dist.get_rank()))
 
     def check(self, parameters: Sequence[Tensor]) -> None:
-        """Compare, with the first gradients that are about to be stepped.
-
-        Raises:
-            RuntimeError: a rank has the same parameters and the same gradients, and another direction.
-        """
+        """At the first step: RuntimeError if a rank has the same parameters and gradients, and another direction."""
         if not self._key or is_capturing():
             return
         key, self._key = self._key, ""

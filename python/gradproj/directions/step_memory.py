@@ -37,13 +37,7 @@ class StepMemory:
             self.outdated = True
 
     def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
-        """Whether these gradients have been projected.
-
-        Args:
-            repeatable: the method may be applied again to gradients that are projected in part.
-        Raises:
-            RuntimeError: they are projected in part, and the method is not repeatable.
-        """
+        """Whether these gradients have been projected. If only in part, RuntimeError unless the method is repeatable."""
         if self._first is not None:
             # Where a step calls the step of its base class, torch's hooks run in both. The version tells this from a
             # step that raised.

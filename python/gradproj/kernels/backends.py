@@ -16,21 +16,14 @@ from gradproj.kernels.ops import SCHEMAS
 
 
 class Backend(NamedTuple):
-    """One implementation of ops.
-
-    Attributes:
-        device_types: of the tensors that it takes.
-        ops: names of those that it implements.
-        load: registers the ops when they are first needed; returns why it cannot, or an empty string.
-        on_request: never chosen without :func:`use_backend`.
-    """
+    """One implementation of ops."""
 
     name: str
     namespace: str
-    device_types: tuple[str, ...]
-    ops: tuple[str, ...]
-    load: Callable[[], str]
-    on_request: bool = False
+    device_types: tuple[str, ...]  # of the tensors that it takes
+    ops: tuple[str, ...]  # that it implements
+    load: Callable[[], str]  # registers the ops when they are first needed; returns why it cannot, or an empty string
+    on_request: bool = False  # never chosen without use_backend()
 
     @property
     def reason(self) -> str:
@@ -47,8 +40,7 @@ class Backend(NamedTuple):
 
 
 def library(name: str) -> Path:
-    """Where the native library ``name``, ``"cpu"`` or ``"cuda"``, is or would be. Built for the stable ABI of torch
-    2.10, it loads on 2.10 and later, whichever torch it was built on."""
+    """Where the native library ``"cpu"`` or ``"cuda"`` is or would be. By the stable ABI it loads on torch >= 2.10."""
     return Path(__file__).parent.parent / f"_{name}.so"
 
 

@@ -27,12 +27,7 @@ class Rule(NamedTuple):
 
 
 def parse(method: Method, eps: float = 0.0) -> Rule | Weighting:
-    """Check a user's ``method`` and ``eps``.
-
-    Raises:
-        ValueError: an unknown name, a ``("mix", gamma)`` without a finite gamma, a negative ``eps``.
-        TypeError: neither a name, a pair nor a callable.
-    """
+    """Check a user's ``method`` and ``eps``; raises ValueError or TypeError."""
     if not eps >= 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if isinstance(method, str):
@@ -55,13 +50,11 @@ def parse(method: Method, eps: float = 0.0) -> Rule | Weighting:
 
 
 def apply_weighting(weighting: Weighting, gram: Tensor) -> Tensor:
-    """Weights of a user's callable, which maps an [R, R] Gram to [R] weights on any device; checked and made safe.
+    """[R] or [P, R] float64: weights of a user's callable, which maps an [R, R] Gram to [R] weights on any device.
 
-    Args:
-        gram: [R, R] or [P, R, R] float64. The callable sees one [R, R] at a time; the identity for one that is not
-            finite.
-    Returns:
-        [R] or [P, R] float64 on the device of ``gram``; (1, 0, .., 0) where the Gram or a weight is not finite.
+    The callable sees the identity instead of a Gram that is not finite; where that or a weight is not finite, the
+    weights are (1, 0, .., 0).
+
     Raises:
         ValueError: the callable returned something else.
     """
@@ -79,14 +72,10 @@ def apply_weighting(weighting: Weighting, gram: Tensor) -> Tensor:
 
 
 def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Tensor:
-    """Weights of a named method.
+    """[K + 1] or [P, K + 1] float64: weights of a named method; (1, 0, .., 0) for a part that is not finite.
 
-    Args:
-        gram: [K + 1, K + 1] or [P, K + 1, K + 1] float64.
-        method, gamma, eps: see :func:`gradproj.project_`. ``"pcgrad"`` takes rows in ascending order, where the paper
-            shuffles, because ranks must agree; without any conflict all its weights are 1.
-    Returns:
-        [K + 1] or [P, K + 1] float64 on the device of ``gram``; (1, 0, .., 0) for a part that is not finite.
+    ``"pcgrad"`` takes rows in ascending order, where the paper shuffles, because ranks must agree; without any conflict
+    all its weights are 1. The other arguments are those of :func:`gradproj.project_`.
     """
     grams = as_parts(gram)
     if method == "mix":
@@ -106,11 +95,7 @@ def solve(gram: Tensor, method: str, gamma: float = 0.0, eps: float = 0.0) -> Te
 
 
 def as_parts(gram: Tensor) -> Tensor:
-    """[P, R, R]: a Gram of the whole is one part.
-
-    Raises:
-        ValueError: neither [R, R] nor [P, R, R].
-    """
+    """[P, R, R]: a Gram of the whole is one part. Raises ValueError for what is no Gram."""
     if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2] or not gram.shape[-1]:
         raise ValueError(f"gram must have shape [R, R] or [P, R, R], got {tuple(gram.shape)}")
     return gram if gram.dim() == 3 else gram[None]

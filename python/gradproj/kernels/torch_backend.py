@@ -1,4 +1,4 @@
-"""The ops in plain torch: runs wherever torch runs, with nothing built.
+"""The ops in plain torch: they run wherever torch runs, with nothing built.
 
 Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the extra memory does not grow with N.
 """
@@ -76,7 +76,7 @@ def _chunks(rows: Column, num_rows: int, part) -> Iterator[tuple[int, Column]]:
 
 
 def _cut(column: Column, limit: int) -> Iterator[Column]:
-    """Chunks of at most ``limit`` elements, flat where all strides allow it: views that can be written."""
+    """Views of at most ``limit`` elements, which can be written; flat where all strides allow it."""
     shape = next((t.shape for t in column if t is not None), (0,))
     numel = prod(shape)
     if numel <= limit:
@@ -141,7 +141,7 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
 
 
 def _pin_bytes(device_type: str) -> int:
-    """What temporaries may take: on a CPU they stay in its cache, elsewhere a launch should have enough to do."""
+    """Limit for temporaries: on a CPU they should stay in cache, elsewhere a launch should have enough to do."""
     return 3 << 18 if device_type == "cpu" else 32 << 20
 
 

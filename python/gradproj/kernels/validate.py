@@ -39,15 +39,13 @@ def _check_buffer(op: str, name: str, t: Any) -> None:
 def check(
     op: str, rows: Sequence[Row], names: Sequence[str], indices: Sequence[int], written: bool, backend: str = ""
 ) -> None:
-    """Raise the first error of ``rows``, or return.
+    """Raise the first error of ``rows``, naming row, index, shape, dtype or device; or return.
 
     Args:
         rows: lists of the same length; None allowed, in row 0 too if not ``written``.
         names, indices: what the user calls each row and each column.
         written: row 0 is modified, so it may overlap neither itself nor, in part, another row.
         backend: the one that will run; it may have limits of its own.
-    Raises:
-        ValueError, TypeError, NotImplementedError: naming row, index, shape, dtype or device.
     """
     if len(rows) > MAX_ROWS.get(backend, len(rows)):
         raise ValueError(f"{op}: {len(rows) - 1} directions; backend {backend!r} takes up to {MAX_ROWS[backend] - 1}")

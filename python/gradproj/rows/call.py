@@ -1,7 +1,7 @@
 """Executes one call of a public function: unpack, split by device, dispatch, raise precise errors.
 
 Ops check their input themselves, so that a good call costs nothing per tensor here. An op that refuses has written
-nothing; ``validate`` then finds out what to say.
+nothing; ``validate`` then finds the precise error.
 """
 
 import functools
@@ -20,28 +20,17 @@ Row = Sequence[Tensor | None]
 
 
 class Call(NamedTuple):
-    """The columns that take part in a call.
+    """The columns that take part in a call."""
 
-    Attributes:
-        op: the public function's name, for messages.
-        names, indices: what the user calls each row and each column.
-        rows: R lists of the same length.
-        written: whether row 0 is.
-        types: of the user's entries of row 0.
-        entries: how many the user's lists have.
-        part: the number of each column's part; empty if there is only one.
-        num_parts: 0 if there is only one: results then have no leading dimension.
-    """
-
-    op: str
-    names: Sequence[str]
-    rows: list[list[Tensor | None]]
-    indices: Sequence[int]
-    written: bool
-    types: set[type]
-    entries: int
-    part: Sequence[int] = ()
-    num_parts: int = 0
+    op: str  # the public function's name
+    names: Sequence[str]  # what the user calls each row
+    rows: list[list[Tensor | None]]  # R lists of the same length
+    indices: Sequence[int]  # the user's index of each column
+    written: bool  # whether row 0 is
+    types: set[type]  # of the user's entries of row 0
+    entries: int  # how many the user's lists have
+    part: Sequence[int] = ()  # the number of each column's part; empty if there is only one
+    num_parts: int = 0  # 0 if there is only one: results then have no leading dimension
 
     def columns(self, wanted: Sequence[int]) -> "Call":
         """The same call on some of the columns."""
@@ -52,10 +41,17 @@ class Call(NamedTuple):
         )
 
 
-def unpack(
-    op: str, rows: Sequence[Row], names: Sequence[str], written: bool, part: Sequence[int] = (), num_parts: int = 0
-) -> Call:
+def unpack(op: str, rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
     """A call on lists of the same length; where row 0 is written, without the columns in which it is None."""
+    written = op in ("project_", "combine_")
+    if op == "pin_":
+        names = ["weights", "bases", "targets", "biases"]
+    elif op == "gram":
+        names = [f"rows[{r}]" for r in range(len(rows))]
+    else:
+        names = ["grads", *(f"directions[{k}]" for k in range(len(rows) - 1))]
+    if len(rows) < 1 + written:
+        raise ValueError(f"{op}: pass at least one {'direction' if written else 'list of tensors'}")
     lists: list[list[Tensor | None]] = []
     for row, name in zip(rows, names, strict=True):
         if isinstance(row, Tensor):
@@ -203,6 +199,7 @@ def _flat(rows: list[list[Tensor | None]]) -> list[Tensor | None]:
 
 def _real(call: Call) -> Call:
     """The same call with complex tensors as real ones with a last dimension of 2; itself, if none is complex."""
+
     if not any(isinstance(t, Tensor) and t.is_complex() for t in chain(*call.rows)):
         return call
 
@@ -222,5 +219,5 @@ def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-# torch.compiler.assume_constant_result without importing the compiler.
+# torch.compiler.assume_constant_result without importing the compiler
 _has_accelerator.__dict__["_dynamo_marked_constant"] = True

@@ -30,7 +30,7 @@ def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    call, local = localize(_read(rows), sharding)
+    call, local = localize(calls.unpack("gram", rows), sharding)
     return reduce(_products(call, local, None), local.group)
 
 
@@ -41,13 +41,9 @@ def local_gram(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Tensor:
-    """This rank's summand of :func:`gram`, or of the Gram [P, R, R] of every part. Communicates only to reduce Partial.
-
-    Args:
-        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], this rank's summand for rows 1.., if it is known already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`.
-    """
-    call, local = localize(_read(rows, part, num_parts), sharding)
+    """This rank's summand of :func:`gram`, or of the Gram [P, R, R] of the parts. Communicates only to reduce Partial.
+    ``gram_dd``: the summand for rows 1.., if it is known already."""
+    call, local = localize(calls.unpack("gram", rows, part, num_parts), sharding)
     return _products(call, local, gram_dd)
 
 
@@ -62,7 +58,7 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    call = _written("combine_", grads, directions)
+    call = calls.unpack("combine_", [grads, *directions])
     expected = (len(call.rows),)
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -116,14 +112,9 @@ def project_rows(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Projection:
-    """:func:`project_` for callers that keep the directions' Gram, or project several parts each by itself.
-
-    Args:
-        gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a
-            gradient, if it is known already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`. All parts share the passes and the collective.
-    """
-    call = _written("project_", grads, directions, part, num_parts)
+    """:func:`project_` for callers that keep ``gram_dd``, this rank's :func:`local_gram` of the directions over the
+    columns that have a gradient, or that project several parts each by itself, in the same passes and collective."""
+    call = calls.unpack("project_", [grads, *directions], part, num_parts)
     # Without other ranks one op does it all. Directions are not inspected: the op rejects a DTensor.
     one_op = sharding is None and isinstance(rule, methods.Rule) and call.types <= PLAIN_TYPES
     if one_op and call.rows[0] and not calls.spans_devices(call):
@@ -155,8 +146,8 @@ def orthogonal_gradient_projection(
     Args:
         model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
-        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the
-            gradients of the first backward pass after a forward pass, and of no other.
+        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces only the
+            first backward pass after a forward pass.
         eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0
             does not.
         sharding: where the model is sharded over ranks; see :func:`project_`.
@@ -177,19 +168,6 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, sharding=sharding)
 
 
-def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
-    if not directions:
-        raise ValueError(f"{op}: pass at least one direction")
-    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
-    return calls.unpack(op, (grads, *directions), names, True, part, num_parts)
-
-
-def _read(rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
-    if not rows:
-        raise ValueError("gram: pass at least one list of tensors")
-    return calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
-
-
 def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
     """This rank's Gram, on the device of the first tensor; without any, where the group communicates."""
     if any(t is not None for row in call.rows for t in row):
@@ -205,25 +183,24 @@ def pin_(
     targets: Sequence[Tensor | None] | None = None,
     biases: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """``W <- W - (W U - B) U^T`` in place, for every weight: what W makes of the inputs that U spans becomes B.
+    """``W <- W - (W U - B) U^T`` in place, for every weight: afterwards W U = B; inputs orthogonal to U see the old W.
 
     Args:
         weights: [o, i] each, any strides; float32, float64, bfloat16 or float16. Modified.
-        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], the last row belonging to its input, which is 1.
-        targets: B [o, r], or None for zeros, which is the form for gradients; None if all are.
-        biases: [o] each or None; one more column of W without being beside it in memory. Modified.
+        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], whose last row is for the bias's input, 1.
+        targets: B [o, r], or None for zeros, the form for gradients; None if all are.
+        biases: [o] each or None; treated as one more column of W. Modified.
     Returns:
         [L] float64: ``|W U - B|`` before, Frobenius. On the weights' device; of several, on the first that is not the
         CPU.
     Raises:
         ValueError, TypeError, NotImplementedError: naming list, index, shape, dtype, device. Nothing is written.
-    Reads and writes every weight once, beside U and B; holds < 1 MiB, or up to 32 MiB where plain torch runs on a GPU.
-    W U is summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their
-    addresses.
-    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights
-    instead of updates.
+    Reads every weight, U and B once and writes every weight once; holds < 1 MiB, or up to 32 MiB where plain torch runs
+    on a GPU. W U is summed in float32 (float64 for float64). A repeated call recognises the buffers by their addresses
+    and does not check them again.
+    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of
+    updates.
     """
     absent = [None] * len(weights)
     rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]
-    call = calls.unpack("pin_", rows, ["weights", "bases", "targets", "biases"], False)
-    return calls.pin(call).sqrt_()
+    return calls.pin(calls.unpack("pin_", rows)).sqrt_()

@@ -47,30 +47,21 @@ def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
 
 
 class Local(NamedTuple):
-    """What a call on this rank's memory must know of the other ranks.
+    """What a call on this rank's memory must know of the other ranks."""
 
-    Attributes:
-        weights: per column, the weight of this rank's inner products; 0 leaves the column out of them.
-        group: the ranks over which inner products are summed; None if no rank but this one takes part.
-        dtensors: the gradients that are DTensors, if they will be written.
-        partial: the gradients that are Partial, if they will be written.
-    """
-
-    weights: list[float]
-    group: Any = None
-    dtensors: Sequence[Tensor] = ()
-    partial: Sequence[PartialGradient] = ()
+    weights: list[float]  # of this rank's inner products, per column; 0 leaves the column out of them
+    group: Any = None  # the ranks over which inner products are summed; None if no rank but this one takes part
+    dtensors: Sequence[Tensor] = ()  # the gradients that are DTensors, if they will be written
+    partial: Sequence[PartialGradient] = ()  # the gradients that are Partial, if they will be written
 
 
 def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tuple[Call, Local]:
-    """The call on plain tensors in this rank's memory.
+    """The call on plain tensors in this rank's memory. Reduces Partial tensors, one all_reduce each.
 
     Args:
-        sharding: None with DTensors is ``Sharding()``.
-        products: there will be inner products; without, nothing is asked about other ranks.
+        products: whether there will be inner products; if not, nothing is asked about other ranks.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
-    Communicates only to reduce Partial tensors: one all_reduce each.
     """
     kinds, weights, group = dtensor_types(chain(*call.rows)), [1.0] * len(call.indices), None
     if sharding is None and not kinds:
@@ -84,10 +75,8 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
         weights = layouts.weights(group, sharding.placement)
     if owned is not None:
         if len(owned) != call.entries:
-            raise ValueError(
-                f"{call.op}: Sharding.owned has {len(owned)} entries for {call.entries} parameters; pass one bool for "
-                f"each"
-            )
+            entries = f"{len(owned)} entries for {call.entries} parameters"
+            raise ValueError(f"{call.op}: Sharding.owned has {entries}; pass one bool for each")
         weights = [w if owned[i] else 0.0 for w, i in zip(weights, call.indices, strict=True)]
     rows = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in call.rows]  # type: ignore[arg-type]
     partial = layouts.reduce_partial(rows)
@@ -114,10 +103,10 @@ def reduce(gram: Tensor, group) -> Tensor:
 
 
 def finish(local: Local, weights: Tensor) -> None:
-    """Bring row 0, once it was combined with ``weights``, to the caller's own tensors.
+    """Bring row 0, after it was combined with ``weights``, to the caller's own tensors.
 
-    The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
-    average): the gradient stays Partial and stands for the projected one, without another rounding.
+    A Partial gradient stays Partial, without another rounding: the first rank of a reduction gets the result and the
+    others zeros; where the reduction is an average, all get it.
     """
     if local.partial:
         untouched = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
