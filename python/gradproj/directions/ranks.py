@@ -42,7 +42,9 @@ class RanksAgree:
         self._told = True
         group, placement, _ = sharding or Sharding()
         parameters = [p for p in parameters if p.requires_grad]
-        if placement == "shard" or not _has_replicas(parameters, group):
+        if placement == "shard" or not is_distributed() or dist.get_world_size(group) < 2 or is_capturing():
+            return
+        if dist.get_backend(group) == "fake" or _store() is None or not {*map(type, parameters)} <= PLAIN_TYPES:
             return
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         key = f"gradproj/protect/{zlib.crc32(f'{ranks} {_numbers(parameters)}'.encode())}"
@@ -67,7 +69,7 @@ class RanksAgree:
             return
         _store().set(f"{key}/step/{dist.get_rank()}", mine)
         theirs = _wait_for(f"{key}/step/{self._other}")
-        if theirs is not None and _alike(mine, theirs):
+        if theirs and _alike(mine, theirs):
             raise RuntimeError(
                 f"ranks {dist.get_rank()} and {self._other} step the same gradients but protect different directions, "
                 f"and would drift apart: the backward pass inside protect() did not go through DDP, so it was not "
@@ -76,24 +78,16 @@ class RanksAgree:
             )
 
 
-def _has_replicas(parameters: Sequence[Tensor], group) -> bool:
-    """Whether other ranks of the group may hold the same parameters, and can be asked."""
-    if not is_distributed() or dist.get_world_size(group) < 2:
-        return False
-    if dist.get_backend(group) == "fake" or _store() is None or is_capturing():
-        return False
-    return all(type(p) in PLAIN_TYPES for p in parameters)
-
-
 def _store():
     return dist.distributed_c10d._get_default_store()
 
 
-def _wait_for(key: str) -> str | None:
+def _wait_for(key: str) -> str:
+    """Not ``store.wait()``, which writes to stderr when it times out."""
     end = time.monotonic() + _PATIENCE_S
     while not _store().check([key]):
         if time.monotonic() > end:
-            return None
+            return ""
         time.sleep(0.01)
     return _store().get(key).decode()
 

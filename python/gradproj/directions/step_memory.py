@@ -37,7 +37,7 @@ class StepMemory:
             self.outdated = True
 
     def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
-        """Whether these gradients have been projected. If only in part, RuntimeError unless the method is repeatable."""
+        """Whether these gradients have been projected. If only in part: RuntimeError, unless ``repeatable``."""
         if self._first is not None:
             # Where a step calls the step of its base class, torch's hooks run in both. The version tells this from a
             # step that raised.

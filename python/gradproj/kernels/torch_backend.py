@@ -87,10 +87,10 @@ def _cut(column: Column, limit: int) -> Iterator[Column]:
         for start in range(0, numel, limit):
             yield [None if t is None else t[start : start + limit] for t in flat]
     else:
-        dim = max(range(len(shape)), key=lambda d: shape[d])
-        half = shape[dim] // 2
-        for start, length in ((0, half), (half, shape[dim] - half)):
-            yield from _cut([None if t is None else t.narrow(dim, start, length) for t in column], limit)
+        dim = max(range(len(shape)), key=shape.__getitem__)
+        halves = [(None, None) if t is None else t.tensor_split([shape[dim] // 2], dim) for t in column]
+        for half in zip(*halves, strict=True):
+            yield from _cut([*half], limit)
 
 
 def pin_(weights, bases, targets, biases, biased) -> Tensor:

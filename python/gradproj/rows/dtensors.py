@@ -145,18 +145,6 @@ def _declared_weight(op: str, name: str, why: str, inside: int, group, placement
     return 1.0 if placement == "shard" else inside / dist.get_world_size(group)
 
 
-def infer_group(op: str, meshes: "Sequence[DeviceMesh]"):
-    """The world, if one mesh covers it. Ranks outside of a smaller mesh may hold copies, or the rest of the model."""
-    largest, world = max(mesh.size() for mesh in meshes), dist.get_world_size()
-    if largest == world:
-        return dist.group.WORLD
-    raise ValueError(
-        f"{op}: the largest mesh of a DTensor has {largest} of {world} ranks: pass Sharding(group=), the ranks that "
-        f"hold one gradient together (torch.distributed.group.WORLD if the other ranks hold other parameters of the "
-        f"same model, mesh.get_group() of a 1-D mesh if they hold copies of these)"
-    )
-
-
 def _holds_result(op: str, name: str, t: "DTensor") -> bool:
     """Whether this rank's memory of a Partial gradient is where the reduced value goes."""
     from torch.distributed.tensor import Partial

@@ -116,9 +116,8 @@ def project_rows(
     columns that have a gradient, or that project several parts each by itself, in the same passes and collective."""
     call = calls.unpack("project_", [grads, *directions], part, num_parts)
     # Without other ranks one op does it all. Directions are not inspected: the op rejects a DTensor.
-    one_op = sharding is None and isinstance(rule, methods.Rule) and call.types <= PLAIN_TYPES
-    if one_op and call.rows[0] and not calls.spans_devices(call):
-        assert isinstance(rule, methods.Rule)
+    alone = sharding is None and call.types <= PLAIN_TYPES
+    if alone and isinstance(rule, methods.Rule) and call.rows[0] and not calls.spans_devices(call):
         products, weights = calls.run(call, "project_", *rule, gram_dd)
         return Projection(products, weights, select(products.device.type).name)
 
@@ -148,8 +147,7 @@ def orthogonal_gradient_projection(
         safety_loss: scalar, or a function of the model that returns one.
         capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces only the
             first backward pass after a forward pass.
-        eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0
-            does not.
+        eps: added to <d, d>, as the naive version does. With short gradients some conflict is left; with 0, none.
         sharding: where the model is sharded over ranks; see :func:`project_`.
     Returns:
         Projection.
@@ -170,10 +168,11 @@ def orthogonal_gradient_projection(
 
 def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
     """This rank's Gram, on the device of the first tensor; without any, where the group communicates."""
+    device = torch.device("cpu")
     if any(t is not None for row in call.rows for t in row):
         device = calls.first(call).device
-    else:
-        device = torch.device("cpu") if local.group is None else device_of(local.group)
+    elif local.group is not None:
+        device = device_of(local.group)
     return calls.gram(call, local.weights, gram_dd, device)
 
 

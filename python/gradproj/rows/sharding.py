@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradproj.rows.call import Call
-from gradproj.rows.dtensors import Layouts, PartialGradient, dtensor_types, infer_group, is_dtensor, local_tensor
+from gradproj.rows.dtensors import Layouts, PartialGradient, dtensor_types, is_dtensor, local_tensor
 
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
@@ -152,11 +152,18 @@ def is_distributed() -> bool:
 
 
 def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
+    """The group given; else the world, if one mesh covers it: ranks outside of a smaller mesh may hold copies, or the
+    rest of the model."""
     if sharding.group is not None:
         return sharding.group
-    if meshes:
-        return infer_group(op, meshes)
-    return dist.group.WORLD if is_distributed() and sharding.placement is not None else None
+    largest = max((mesh.size() for mesh in meshes), default=0)
+    if largest and largest < dist.get_world_size():
+        raise ValueError(
+            f"{op}: the largest mesh of a DTensor has {largest} of {dist.get_world_size()} ranks: pass "
+            f"Sharding(group=), the ranks that hold one gradient together (torch.distributed.group.WORLD if the other "
+            f"ranks hold other parameters of the same model, mesh.get_group() of a 1-D mesh if they hold copies of these)"
+        )
+    return dist.group.WORLD if largest or (is_distributed() and sharding.placement is not None) else None
 
 
 def _check_sharding(op: str, sharding: Sharding) -> None:
