@@ -227,7 +227,8 @@ def test_one_collective_whatever_the_parts(one_rank, monkeypatch, per):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [({"count": 0}, ValueError, "count must be 1 to 64, got 0"), ({"count": 65}, ValueError, "add several up in one"),
-     ({"count": "32"}, TypeError, "count must be an int, got '32'"), ({"count": 2.5}, TypeError, "count must be an int, got 2.5"),
+     ({"count": "32"}, TypeError, "count must be an int, got '32'"),
+     ({"count": 2.5}, TypeError, "count must be an int, got 2.5"),
      ({"count": True}, TypeError, "count must be an int, got True"), ({"method": "pgd"}, ValueError, "unknown method"),
      ({"per": "layer"}, ValueError, 'per must be "model"'),
      ({"dtype": torch.int8}, ValueError, "dtype must be one of")],

@@ -44,8 +44,8 @@ def test_pipeline_stages_with_a_tied_parameter(pool, world, method):
     pool(world, checks.stages, models.train_alone(method), method)
 
 
-CHECKS = [checks.layouts, checks.one_call_form, checks.micro_batches, projections.wrapper_counts, projections.empty_rank,
-          projections.group_implied_by_gradients, projections.wrapper_on_empty_rank, projections.non_finite,
+CHECKS = [checks.layouts, checks.one_call_form, checks.micro_batches, projections.wrapper_counts,
+          projections.empty_rank, projections.group_implied_by_gradients, projections.wrapper_on_empty_rank, projections.non_finite,
           projections.partial_gradient, projections.without_float64, projections.disagreement]  # fmt: skip
 
 
@@ -75,8 +75,7 @@ def test_checkpoint_of_four_ranks_goes_on_with_two(pool, way, tmp_path):
 
 
 def test_checkpoint_without_directions(pool, tmp_path):
-    """As one of before the optimizer was wrapped: its state is there, and nothing is protected until the next
-    protect()."""
+    """Saved before the optimizer was wrapped: its state loads, and nothing is protected until the next protect()."""
     _, expected = pool(4, checks.save, "fsdp2", str(tmp_path), False)[0]
     loaded, actual = pool(2, checks.load, "fsdp2", str(tmp_path), 0)[0]
     assert loaded == []

@@ -89,7 +89,8 @@ def doubled(gram):
      ([[1.0, 2.0]], [[-1.0, 0.0]], "conflict", [[0.0, 2.0]], [[5.0, -1.0], [-1.0, 1.0]], [1.0, 1.0]),
      ([[1.0, 2.0]], [[3.0, 0.0]], doubled, [[5.0, 4.0]], [[5.0, 3.0], [3.0, 9.0]], [2.0, 1.0]),
      # Under a None nothing can be acted on: counting the direction's part there would leave a conflict behind.
-     ([[1.0, 1.0], None], [[1.0, 0.0], [100.0]], "orthogonal", [[0.0, 1.0], None], [[2.0, 1.0], [1.0, 1.0]], [1.0, -1.0]),
+     ([[1.0, 1.0], None], [[1.0, 0.0], [100.0]], "orthogonal",
+      [[0.0, 1.0], None], [[2.0, 1.0], [1.0, 1.0]], [1.0, -1.0]),
      ([None], [[1.0, 1.0]], "orthogonal", [None], [[0.0, 0.0], [0.0, 0.0]], [1.0, 0.0])],
     ids=["orthogonal", "of zeros", "no conflict", "conflict", "callable", "None in places", "None"],
 )  # fmt: skip

@@ -108,11 +108,7 @@ class Directions(Protection):
         self._memory.forget()
 
     def rows(self) -> list[list[Tensor | None]]:
-        """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
-
-        Raises:
-            RuntimeError: parameters were replaced, and it is not clear by which.
-        """
+        """The directions, oldest first: of each a list with an entry for every parameter. Not copied."""
         return [[*row] for row in self._in_order_of(self.parameters())]
 
     @property
@@ -252,11 +248,7 @@ class Directions(Protection):
         return bool(bad)
 
     def _follow(self, parameters: list[Tensor]) -> None:
-        """Give the directions of parameters that were replaced, one to one, to their successors.
-
-        Raises:
-            RuntimeError: some were replaced, and it is not clear by which.
-        """
+        """Give the directions of replaced parameters to their successors; RuntimeError if it is not clear which those are."""
         owners = self._owners
         if not self._rows or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
             return

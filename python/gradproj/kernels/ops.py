@@ -1,8 +1,7 @@
 """Every op's schema and fake, in one place.
 
 The same five ops exist in three namespaces: ``gradproj`` (native: C++ on CPU tensors, CUDA C++ on CUDA tensors),
-``gradproj_triton`` and ``gradproj_torch``. They are declared here, not in C++, so that they exist when nothing was
-built.
+``gradproj_triton`` and ``gradproj_torch``. Declared here, not in C++, they exist even when nothing was built.
 
 ``rows`` is row-major: ``num_rows`` lists of n buffers one after the other; ``None`` counts as zeros. Row 0 is the
 gradient. ``gram_dd`` is the [num_rows - 1, num_rows - 1] Gram of rows 1.., copied instead of computed if it is given.

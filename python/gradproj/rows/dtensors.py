@@ -132,8 +132,7 @@ def _weight(op: str, name: str, layout: _Layout, group, placement: str | None) -
 
 
 def _declared_weight(op: str, name: str, why: str, inside: int, group, placement: str | None) -> float:
-    """Weight of a tensor whose placement is known on ``inside`` ranks of the group only, as declared by
-    ``placement``."""
+    """Weight of a tensor placed on ``inside`` ranks of the group; ``placement`` says what the others hold."""
     if inside == dist.get_world_size(group):
         return 1.0
     if placement is None:

@@ -160,8 +160,9 @@ def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
     if largest and largest < dist.get_world_size():
         raise ValueError(
             f"{op}: the largest mesh of a DTensor has {largest} of {dist.get_world_size()} ranks: pass "
-            f"Sharding(group=), the ranks that hold one gradient together (torch.distributed.group.WORLD if the other "
-            f"ranks hold other parameters of the same model, mesh.get_group() of a 1-D mesh if they hold copies of these)"
+            f"Sharding(group=), the ranks that hold one gradient together (torch.distributed.group.WORLD if the "
+            f"other ranks hold other parameters of the same model, mesh.get_group() of a 1-D mesh if they hold "
+            f"copies of these)"
         )
     return dist.group.WORLD if largest or (is_distributed() and sharding.placement is not None) else None
 
