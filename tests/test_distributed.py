@@ -45,8 +45,8 @@ def test_pipeline_stages_with_a_tied_parameter(pool, world, method):
 
 
 CHECKS = [checks.layouts, checks.one_call_form, checks.micro_batches, projections.wrapper_counts,
-          projections.empty_rank, projections.group_implied_by_gradients, projections.wrapper_on_empty_rank, projections.non_finite,
-          projections.partial_gradient, projections.without_float64, projections.disagreement]  # fmt: skip
+          projections.empty_rank, projections.group_implied_by_gradients, projections.wrapper_on_empty_rank,
+          projections.non_finite, projections.partial_gradient, projections.without_float64, projections.disagreement]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -11,7 +11,8 @@ PACKAGE = Path(gradproj.__file__).parent
 # The floor of every room and of every module beside them; imports go to lower floors, or stay in a room.
 FLOORS = {
     "reference": 0, "kernels": 0, "triton_kernels": 1, "rows": 1, "capture": 2, "protection": 3, "directions": 4,
-    "nullspace": 4, "hooks": 5, "optim": 6, "projected_adamw": 7, "integrations": 7, "hf": 8, "__init__": 9, "__main__": 10,
+    "nullspace": 4, "hooks": 5, "optim": 6, "projected_adamw": 7, "integrations": 7, "hf": 8,
+    "__init__": 9, "__main__": 10,
 }  # fmt: skip
 GROUND = 9  # what a user or a new reader meets first
 

@@ -248,7 +248,7 @@ class Directions(Protection):
         return bool(bad)
 
     def _follow(self, parameters: list[Tensor]) -> None:
-        """Give the directions of replaced parameters to their successors; RuntimeError if it is not clear which those are."""
+        """Give the directions of replaced parameters to their successors; RuntimeError if those are not clear."""
         owners = self._owners
         if not self._rows or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
             return
