@@ -141,13 +141,13 @@ class Directions(Protection):
     def _capture(self) -> Iterator[None]:
         with self._while_capturing(), gradients_aside(self.parameters) as aside:
             yield
-            taken = take(self.parameters())
+            parameters = self.parameters()
+            taken = take(parameters)
         alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
         if not taken and alone:  # in a group, a rank may own nothing
             raise RuntimeError(f"protect(): {aside.why_empty()}")
-        self._ranks_agree.tell(self.parameters(), taken, self.sharding)
+        self._ranks_agree.tell(parameters, taken, self.sharding)
         self._drop_non_finite()
-        parameters = self.parameters()
         self._follow(parameters)
         if len(self._rows) == self.count:
             self._gram_dd.evict()
