@@ -71,23 +71,33 @@ def unpack(op: str, rows: Sequence[Row], part: Sequence[int] = (), num_parts: in
 
 def run(call: Call, name: str, *arguments):
     """An op on all columns, which are on one device."""
-    backend = select(first(call).device.type)
+    backend = select(first(call).device.type, name)
     if backend.name == "torch":  # it walks column by column: nothing may be refused once the first is written
-        _check(call, backend)
-        call = _real(call)
-    rows = call.rows
-    lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
+        if name == "pin_":
+            validate.check_pin_once(*call.rows)  # type: ignore[arg-type]
+        else:
+            _check(call, backend)
+            call = _real(call)
+    rows, written, inputs = call.rows, call.rows[0], [*arguments, call.part, call.num_parts]
+    if name == "gram":
+        written, inputs = [], [_flat(rows), len(rows), *inputs]
+    elif name == "pin_":
+        biased = [k for k, t in enumerate(rows[3]) if t is not None]
+        biases = [rows[3][k] for k in biased]
+        written, inputs = [*rows[0], *biases], [*rows[:3], biases, biased]
+    else:
+        inputs = [rows[0], _flat(rows[1:]), *inputs]
     try:
         with torch.no_grad():
-            result = backend.op(name)(*lead, *arguments, call.part, call.num_parts)
+            result = backend.op(name)(*inputs)
     except RuntimeError:
         _check(call, backend)
         real = _real(call)  # complex tensors are rare, and asking each would cost a tenth of a call
         if real is call:
             raise
         return run(real, name, *arguments)
-    if call.written and name != "gram" and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(call.rows[0])  # type: ignore[arg-type]  # no None: unpack left them out
+    if written and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)  # type: ignore[arg-type]  # no None: unpack left them out
     return result
 
 
@@ -117,29 +127,12 @@ def pin(call: Call) -> Tensor:
     if not call.entries:
         return torch.zeros(0, dtype=torch.float64)
     if len({_device(t) for t in call.rows[0] if isinstance(t, Tensor)}) < 2:
-        return _pin_on_one_device(call)
+        return run(call, "pin_")
     found: dict[int, Tensor] = {}
     for _, columns in _alike(call, [1.0] * len(call.indices)):
-        found |= zip(columns.indices, _pin_on_one_device(columns).unbind(), strict=True)
+        found |= zip(columns.indices, run(columns, "pin_").unbind(), strict=True)
     home = next((t.device for t in found.values() if t.device.type != "cpu"), torch.device("cpu"))
     return torch.stack([found[k].to(home, non_blocking=True) for k in range(call.entries)])
-
-
-def _pin_on_one_device(call: Call) -> Tensor:
-    backend = select(first(call).device.type, "pin_")
-    weights, bases, targets, biases = call.rows
-    if backend.name == "torch":  # it walks layer by layer: nothing may be refused once the first is written
-        validate.check_pin_once(*call.rows)  # type: ignore[arg-type]
-    biased = [k for k, t in enumerate(biases) if t is not None]
-    try:
-        with torch.no_grad():
-            squares = backend.op("pin_")(weights, bases, targets, [biases[k] for k in biased], biased)
-    except RuntimeError:
-        _check(call, backend)
-        raise
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*weights, *(biases[k] for k in biased)])  # type: ignore[list-item]
-    return squares
 
 
 def first(call: Call) -> Tensor:

@@ -19,11 +19,10 @@ PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 class PartialGradient(NamedTuple):
-    """Kernels work on the sum, ``value``; afterwards ``local``, this rank's memory, holds it, or zeros."""
+    """After a projection ``local``, this rank's memory, gets ``value``, which the kernels wrote; None means zeros."""
 
     local: Tensor
-    value: Tensor
-    holds_result: bool
+    value: Tensor | None
 
 
 @dataclass(eq=False)
@@ -78,7 +77,7 @@ class Layouts:
         holds = {c: _holds_result(self._call.op, self._name(0, c), t) for c, t in written}
         for r, c, t in partial:
             local[r][c] = local_tensor(cast("DTensor", summed(t)))
-        return [PartialGradient(local_tensor(t), cast(Tensor, local[0][c]), holds[c]) for c, t in written]
+        return [PartialGradient(local_tensor(t), local[0][c] if holds[c] else None) for c, t in written]
 
     def _name(self, row: int, column: int) -> str:
         return f"{self._call.names[row]}[{self._call.indices[column]}]"

@@ -110,9 +110,8 @@ def finish(local: Local, weights: Tensor) -> None:
     """
     if local.partial:
         untouched = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
-        for memory, value, holds_result in local.partial:
-            result = value if holds_result else torch.zeros_like(value)
-            memory.copy_(torch.where(untouched.to(memory.device), memory, result))
+        for memory, value in local.partial:
+            memory.copy_(torch.where(untouched.to(memory.device), memory, 0.0 if value is None else value))
     if local.dtensors:
         torch.autograd.graph.increment_version(local.dtensors)
 
