@@ -1,5 +1,4 @@
-"""Wrapping and attaching: lists of optimizers, on and off again, what an Optimizer is asked for, copies, and what is
-refused."""
+"""Wrapping and attaching: lists of optimizers, attach and detach, what an Optimizer must offer, copies, refusals."""
 
 import copy
 import gc
@@ -51,8 +50,7 @@ def jointly_by_hand(optimizers, directions, steps):
 
 @pytest.mark.parametrize("steps", [(0, 1), (1, 0), (0,), (1,), "alternately"], ids=str)
 def test_a_list_is_projected_jointly(steps):
-    """A wrapper for each projected the parts of one gradient separately. One may also be left out: a scaler skips
-    it."""
+    """A wrapper for each would project one gradient in pieces. One may be left out: a scaler skips it."""
     model, twin, x = twins()
     optimizers, by_hand = muon_and_adamw(model), muon_and_adamw(twin)
     protected = gradproj.attach(optimizers, gradproj.Directions(2, "conflict"))
@@ -72,8 +70,7 @@ def test_a_list_is_projected_jointly(steps):
 
 
 def test_a_list_whose_gradients_come_one_after_the_other():
-    """As a generator's and a discriminator's: the second's are neither projected nor copied when the first one
-    steps."""
+    """Like those of a generator and a discriminator: the first one's step neither projects nor copies the second's."""
     model, twin, x = twins()
     optimizers, by_hand = ([torch.optim.SGD(m[i].parameters(), lr=0.1) for i in (0, 2)] for m in (model, twin))
     protected = gradproj.attach(optimizers, gradproj.Directions())
@@ -175,8 +172,7 @@ class Wrapper(Optimizer):
 @both_wraps
 @pytest.mark.parametrize("around", [lambda o: o, lambda o: Wrapper(Wrapper(o))], ids=["itself", "in wrappers"])
 def test_stepping_the_inner_optimizer_projects_too(around, wrap):
-    """It stepped unprotected, as whoever kept it in a variable did. Of a wrapper without hooks the optimizer inside is
-    taken."""
+    """Whoever kept it in a variable stepped unprotected. Of a wrapper without hooks the optimizer inside is taken."""
     model, x = model_and_batches()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     protected = wrap(around(inner), gradproj.Directions())
@@ -210,8 +206,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dum
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_goes_on_alone_also_under_a_scheduler(how):
-    """A scheduler replaces step() on the object by a function of its own, which cannot be pickled, and copied steps the
-    original."""
+    """A scheduler replaces step() on the object: that cannot be pickled, and a copy would step the original."""
     model, batches = model_and_batches()
     opt = projected(adamw(model), 2, "conflict")
     scheduler = lr_scheduler.StepLR(opt, 2)
@@ -245,16 +240,13 @@ def test_copy_of_an_attached_optimizer_has_lost_its_hooks(how):
 # fmt: off
 WRONG = {
     "number": (lambda sgd: [3, gradproj.Directions()], {}, "takes a torch.optim.Optimizer, got int"),
-    "parameters": (
-        lambda sgd: [iter(()), gradproj.Directions()], {},
-        "takes a torch.optim.Optimizer, got .*iterator; for example"),
+    "parameters": (lambda sgd: [iter(()), gradproj.Directions()], {},
+                   "takes a torch.optim.Optimizer, got .*iterator; for example"),
     "wrapper of nothing": (lambda sgd: [Wrapper(None), gradproj.Directions()], {}, "Wrapper has no step hooks"),
-    "method": (
-        lambda sgd: [sgd, "conflict"], {},
-        "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for"),
-    "sharding": (
-        lambda sgd: [sgd, gradproj.Directions()], {"sharding": "shard"},
-        "sharding must be a gradproj.Sharding, got str"),
+    "method": (lambda sgd: [sgd, "conflict"], {},
+               "protection must be a gradproj.NullSpace or gradproj.Directions, got str; for"),
+    "sharding": (lambda sgd: [sgd, gradproj.Directions()], {"sharding": "shard"},
+                 "sharding must be a gradproj.Sharding, got str"),
 }
 # fmt: on
 
@@ -262,8 +254,7 @@ WRONG = {
 @both_wraps
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_types_are_refused(what, wrap):
-    """ProjectedOptimizer(model.parameters(), ..) failed far from the call, with an attribute that a generator does not
-    have."""
+    """ProjectedOptimizer(model.parameters(), ..) failed far from the call, over a missing attribute of a generator."""
     sgd = torch.optim.SGD(model_and_batches()[0].parameters(), lr=0.1)
     arguments, named, message = WRONG[what]
     with pytest.raises(TypeError, match=f"{wrap.__name__}:? {message}"):

@@ -55,8 +55,7 @@ def test_directions_lie_beside_the_optimizer_s_own_state(inner, wrapping):
 @every_inner
 def test_a_run_resumes_under_its_protection(inner, loaded_by, dtype, wrapping):
     """Trainer loads the optimizer's state before anybody can attach: the directions stayed in it, beside new ones, and
-    three came back for one. So they did with an optimizer that loads without torch's hooks, such as those of
-    bitsandbytes."""
+    three came back for one. The same with an optimizer that loads without torch's hooks, such as bitsandbytes'."""
     model, x, opt, protected = trained(wrapping, inner, count=2, method="conflict", dtype=dtype)
     saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
     twin, _ = model_and_batches(seed=1)
@@ -122,8 +121,7 @@ def test_a_plain_optimizer_loads_a_checkpoint_with_directions(inner, wrapping):
 
 
 def test_saved_before_the_first_step(wrapping):
-    """Adam takes a state that is not empty for one that it has set up: the directions' entries alone must not reach
-    it."""
+    """Adam takes any state that is not empty for its own, so it must not see a state of directions only."""
     model, x = model_and_batches()
     opt, protected = wrapping(INNER["adamw"](model.parameters()))
     protect(model, protected, x[0])
@@ -165,8 +163,7 @@ def test_groups_and_missing_gradients(wrapping):
 
 
 def test_the_kept_gram_goes_with_the_directions_that_it_belonged_to(wrapping):
-    """A checkpoint whose tensors were filled in place, and then loaded, must not meet inner products of the old
-    ones."""
+    """A checkpoint is filled in place and then loaded: the inner products of the old tensors must be gone."""
     model, x, opt, protected = trained(wrapping, count=2)
     saved = opt.state_dict()
     for s in saved["state"].values():

@@ -186,7 +186,8 @@ def test_per_group_and_per_tensor(per, method):
     """Each part as if it were projected alone, in one call of one op a step."""
     model, x = model_and_batches()
     opt = projected(two_groups(model), 3, method, per=per)
-    parts = [0, 0, 1, 1] if per == "group" else [0, 1, 2, 3]
+    part = [0, 0, 1, 1] if per == "group" else [0, 1, 2, 3]
+    num_parts = part[-1] + 1
     for i in range(6):
         if i < 4:
             protect(model, opt, x[i])
@@ -195,9 +196,9 @@ def test_per_group_and_per_tensor(per, method):
         if i == 5:
             model[2].bias.grad = None
         alone = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        for part in range(parts[-1] + 1):
+        for number in range(num_parts):
             mine = [
-                [t for t, p in zip(row, parts, strict=True) if p == part] for row in (alone, *opt.protection.rows())
+                [t for t, p in zip(row, part, strict=True) if p == number] for row in (alone, *opt.protection.rows())
             ]
             if any(t is not None for t in mine[0]):
                 gradproj.project_(*mine, method=method)
@@ -208,8 +209,8 @@ def test_per_group_and_per_tensor(per, method):
         for p, expected in zip(model.parameters(), alone, strict=True):
             if expected is not None:
                 torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
-    assert opt.last.gram.shape == (parts[-1] + 1, 4, 4) and opt.last.cosine.shape == (parts[-1] + 1, 3)
-    assert opt.last.ignored.shape == (parts[-1] + 1, 3) and opt.last.removed.shape == (parts[-1] + 1,)
+    assert opt.last.gram.shape == (num_parts, 4, 4) and opt.last.cosine.shape == (num_parts, 3)
+    assert opt.last.ignored.shape == (num_parts, 3) and opt.last.removed.shape == (num_parts,)
 
 
 @pytest.mark.parametrize("per", ["model", "group", "tensor"])

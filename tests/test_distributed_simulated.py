@@ -177,7 +177,7 @@ def test_weights_count_the_ranks_of_the_group_only(four_ranks):
         (ones(2), Sharding(world, "shard"), 1),
         (ones(2), Sharding(alone), 1),
     ]:
-        assert localize(call.unpack("gram", [[t]], ["rows[0]"], False), sharding)[1].weights == [weight]
+        assert localize(call.unpack("gram", [[t]]), sharding)[1].weights == [weight]
 
 
 def test_what_nobody_else_holds_needs_no_group():

@@ -55,8 +55,7 @@ def test_kl_penalty(seed, b, t, v, masked):
 
 
 def test_kl_penalty_holds_the_model_to_the_base():
-    """The direction matters: KL(base || model) has another gradient, and its minimum over a narrow family another
-    place."""
+    """The direction matters: KL(base || model) has another gradient, and another minimum over a narrow family."""
     base = torch.tensor([[[2.0, 0.0, -1.0]]])
     logits = torch.zeros(1, 1, 3, requires_grad=True)
     formulas.kl_penalty(logits, base).backward()

@@ -19,8 +19,7 @@ def weights(on, gram, method, eps=0.0):
 
 
 def random_rows(data, k, dependent=False):
-    """[k + 1, n] that pull together, apart, or neither; if ``dependent``, with sums of others, copies and zeros among
-    them."""
+    """[k + 1, n] that pull together, apart, or neither; ``dependent``: some are zeros, copies or sums of others."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     rows = rng.standard_normal((k + 1, 3 * k + 2)) + data.draw(st.sampled_from([-1.0, 0.0, 0.3]))
     rows[0] *= data.draw(st.sampled_from([1.0, -1.0]))
@@ -61,9 +60,8 @@ def test_matches_pinv_and_enumeration(on, data):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=80)
 def test_conflict_is_the_nearest_feasible_gradient(on, data):
-    """Up to 64 directions of any length, dependent ones among them: feasible, non-negative, no direction used whose
-    constraint is not tight, and the very vector that scipy's non-negative least squares finds from the rows
-    themselves."""
+    """Up to 64 directions of any length, some dependent: feasible, weights >= 0, 0 where a constraint is not tight, and
+    the same vector as scipy's non-negative least squares finds from the rows themselves."""
     few_if_slow(on, data, 10)
     k = data.draw(st.integers(2, 6 if on.slow else 64))
     rows = random_rows(data, k, data.draw(st.booleans()))
@@ -84,9 +82,8 @@ def test_conflict_is_the_nearest_feasible_gradient(on, data):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
 def test_conflict_with_nearly_dependent_directions(on, data):
-    """Angles down to what cannot be resolved: still feasible weights, and no conflict beyond the angle at which a
-    direction counts as dependent on others (1e-4), however many of them are. Rounding must not make it loop or
-    leave."""
+    """Angles too small to resolve: weights are still feasible, and no conflict exceeds the angle (1e-4) at which a
+    direction counts as dependent on others, however many are. Rounding must neither loop nor give up early."""
     few_if_slow(on, data, 10)
     k = data.draw(st.integers(2, 6 if on.slow else 64))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
@@ -146,8 +143,7 @@ def test_one_direction_is_the_closed_form_to_the_bit(on, data):
 
 
 def test_surgery_between_all_rows(on):
-    """Row 0 meets row 1 before row 2: after that it no longer conflicts with row 2. The other order would end
-    elsewhere."""
+    """Row 0 meets row 1 before row 2, and then no longer conflicts with row 2. Another order would end elsewhere."""
     rows = np.array([[-1.0, -0.1, 0.0], [1.0, 0.0, 0.0], [1.0, -0.5, 0.0]])
     w = weights(on, rows @ rows.T, "pcgrad")
     first = rows[0] - (rows[0] @ rows[1]) * rows[1]

@@ -105,7 +105,8 @@ SCHEDULERS = {
     "StepLR": (2,), "MultiStepLR": ([1, 3],), "LambdaLR": (lambda e: 0.9**e,), "MultiplicativeLR": (lambda e: 0.9,),
     "ConstantLR": (0.5, 2), "LinearLR": (), "ExponentialLR": (0.9,), "PolynomialLR": (5,), "CosineAnnealingLR": (5,),
     "CosineAnnealingWarmRestarts": (3,), "CyclicLR": (0.01, 0.1, 2), "OneCycleLR": (0.1, 8),
-    "ReduceLROnPlateau": ("min", 0.1, 0), "SequentialLR": ([2],), "ChainedScheduler": (), "SWALR": (0.01, 3),
+    "ReduceLROnPlateau": ("min", 0.1, 0),
+    "SequentialLR": ([2],), "ChainedScheduler": (), "SWALR": (0.01, 3),
 }
 # fmt: on
 
@@ -145,8 +146,7 @@ def test_schedulers_see_the_wrapped_groups(name, wrapping):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_clipping(when, wrapping):
-    """Before the step: of the gradient that is projected then. After project(): of the projected one, which stays
-    so."""
+    """Before the step it clips the gradient, which is then projected; after project() the projected gradient."""
     model, twin, x = twins()
     opt, protected = wrapping(model)
     protect(model, protected, x[0])
@@ -222,8 +222,7 @@ def test_gradient_accumulation(wrapping):
 @pytest.mark.parametrize("form", ["positional", "keyword", "project() inside"])
 @pytest.mark.parametrize("inner", [torch.optim.LBFGS, torch.optim.SGD], ids=lambda c: c.__name__)
 def test_closures(inner, form, wrapping):
-    """Every evaluation is projected, once, where it makes its gradients: Lightning has the whole backward pass
-    inside."""
+    """Every evaluation is projected once, where it makes its gradients: Lightning runs the backward pass inside."""
     model, twin, x = twins()
     opt, protected = wrapping(inner(model.parameters(), lr=0.1), 1, "pcgrad")
     protect(model, protected, x[0])

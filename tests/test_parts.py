@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cases import assert_combined_close, assert_gram_close, clone, make_buffer, rows
 from gradproj import reference
 from gradproj.kernels import methods
+from gradproj.rows import call as calls
 from gradproj.rows import functional
 
 
@@ -29,7 +30,7 @@ def test_gram_and_combine_match_float64_oracles(on, data):
     values = st.sampled_from([0.0, 1.0, -0.5, 2.25, 1e-3])
     weights = torch.tensor([[data.draw(values) for _ in lists] for _ in range(3)], dtype=torch.float64)
     written = clone(grads)
-    functional.combine_parts(written, directions, weights.to(on.device), part, 3)
+    calls.combine(calls.unpack("combine_", [written, *directions], part, 3), weights.to(on.device))
     for p in range(3):
         mine = [of_part(row, part, p) for row in lists]
         assert_gram_close(gram[p], reference.oracle_gram(*mine))

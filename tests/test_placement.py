@@ -124,8 +124,7 @@ def test_a_direction_with_another_dtype_is_multiplied_as_in_float32():
 
 
 def test_tasks_of_several_chunks():
-    """With 65 rows so many elements are more chunks than tasks, with three they are not; rows are repeated to save
-    memory."""
+    """Of so many elements there are more chunks than tasks with 65 rows, but not with 3. Rows repeat to save memory."""
     rows = make_rows(3, [torch.float32], [(64, 32_900), (33,)])
     whole = gradproj.gram(*(rows[r % 3] for r in range(65)))
     assert torch.equal(whole[:3, :3], gradproj.gram(*rows)) and torch.equal(whole[60:63, 60:63], whole[:3, :3])

@@ -1,5 +1,4 @@
-"""Data flows one way: optim -> protection -> {directions, nullspace} -> rows -> kernels. An import that runs back up
-fails here."""
+"""Data flows one way: optim -> protection -> {directions, nullspace} -> rows -> kernels. So do imports."""
 
 import ast
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Mistakes that users make with a NullSpace: what happens is right, or says what to do. Others have tests where they
-belong."""
+"""Mistakes that users make with a NullSpace: the result is right, or an error says what to do."""
 
 import warnings
 

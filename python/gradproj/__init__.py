@@ -1,5 +1,6 @@
-"""Fine-tune a model without losing what it can do: fused gradient projection, on any sharding, without a flat
-gradient."""
+"""Fine-tune a model without losing what it can do: fused gradient projection on any sharding, never flattened."""
+
+import importlib
 
 from gradproj import reference
 from gradproj.directions import Directions
@@ -34,7 +35,5 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "hf":  # imports transformers
-        import importlib
-
         return importlib.import_module("gradproj.hf")
     raise AttributeError(f"module 'gradproj' has no attribute {name!r}")

@@ -18,9 +18,8 @@ def doctor() -> None:
     print("native libraries")
     for name in ("cpu", "cuda"):
         path = library(name)
-        print(
-            f"  {name:<7}{f'{path}, for torch 2.10 and later' if path.exists() else f'not built: {how_to_build(name)}'}"
-        )
+        found = f"{path}, for torch 2.10 and later" if path.exists() else f"not built: {how_to_build(name)}"
+        print(f"  {name:<7}{found}")
     print("backends")
     for name, backend in gradproj.backends().items():
         state = f"works on {' and '.join(backend.device_types)}" if backend.available else f"no: {backend.reason}"
@@ -31,7 +30,7 @@ def doctor() -> None:
 
 
 def _check(device: str) -> str:
-    """Project two small vectors and say which backend did it."""
+    """Project two small vectors; returns the name of the backend that did it."""
     g, d = torch.tensor([3.0, 4.0], device=device), torch.tensor([1.0, 0.0], device=device)
     info = gradproj.project_([g], [d])
     if g.tolist() != [0.0, 4.0]:

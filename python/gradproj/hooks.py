@@ -23,15 +23,16 @@ class Hooks:
     def __init__(self, caller: str, optimizers: list[Optimizer], protection: Protection, sharding: Sharding | None):
         if not isinstance(protection, Protection):
             raise TypeError(
-                f"{caller}: protection must be a gradproj.NullSpace or gradproj.Directions, got {type(protection).__name__}; for example "
-                f'gradproj.Directions(8, "conflict")'
+                f"{caller}: protection must be a gradproj.NullSpace or gradproj.Directions, got "
+                f'{type(protection).__name__}; for example gradproj.Directions(8, "conflict")'
             )
         if sharding is not None and not isinstance(sharding, Sharding):
             raise TypeError(f"{caller}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
         for optimizer in optimizers:
             if hasattr(optimizer, "_gradproj"):
                 raise RuntimeError(
-                    f"{caller}: this {type(optimizer).__name__} is protected already; detach() first, or use what protects it"
+                    f"{caller}: this {type(optimizer).__name__} is protected already; detach() first, or use what "
+                    f"protects it"
                 )
         protection.bind(optimizers, sharding)
         self.protection = protection
@@ -45,16 +46,13 @@ class Hooks:
             protection.release()
             raise
         for optimizer in optimizers:
-            self._install(optimizer)
-
-    def _install(self, optimizer: Optimizer) -> None:
-        optimizer._gradproj = self  # type: ignore[attr-defined]
-        self._handles += [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._load),
-        ]
+            optimizer._gradproj = self  # type: ignore[attr-defined]
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_state_dict_post_hook(self._save),
+                optimizer.register_load_state_dict_pre_hook(self._load),
+            ]
 
     def _adopt(self, optimizer: Optimizer) -> None:
         """Take over what the optimizer keeps as its own, because it loaded a checkpoint without these hooks."""
@@ -70,19 +68,18 @@ class Hooks:
                 optimizer.state[parameters[i]] = left[i]
 
     def _adopt_late(self, optimizer: Optimizer) -> None:
-        """The same, where its class may load in a way of its own, as those of bitsandbytes do."""
+        """The same for a class that loads in a way of its own, as those of bitsandbytes do."""
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             self._adopt(optimizer)
 
     def warn_of_copies(self) -> None:
-        """Copying and pickling go through ``__getstate__``; torch leaves out both the hooks and this, so that only the
-        copy is unprotected."""
+        """Copying and pickling go through ``__getstate__``; torch copies neither the hooks nor this one."""
 
         def getstate(ref):
             if len(self.protection):
                 warnings.warn(
-                    "an optimizer that attach() protects is being copied, but its hooks do not go with it: the copy steps "
-                    "without protection until attach() is called on it",
+                    "an optimizer that attach() protects is being copied, but its hooks do not go with it: the copy "
+                    "steps without protection until attach() is called on it",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -98,14 +95,11 @@ class Hooks:
         if id(optimizer) in self._stepped:  # a new round, though not all of a list have stepped in the last one
             self.end_round()
         self._adopt_late(optimizer)
-        # args[0] is the optimizer itself
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        wrapped = self.protection.before_step(closure, begins=not self._stepped)
-        if wrapped is None:
+        itself, *given = args
+        closure = self.protection.before_step(given[0] if given else kwargs.get("closure"), begins=not self._stepped)
+        if closure is None:
             return None
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
+        return ((itself, closure, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": closure})
 
     def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:
         if torch.compiler.is_compiling():
@@ -115,7 +109,7 @@ class Hooks:
             self.end_round()
 
     def end_round(self) -> None:
-        """The optimizers of a list that have stepped are all that step this time."""
+        """No other optimizer of a list will step this time."""
         if self._stepped:
             self._stepped.clear()
             self.protection.after_step()
@@ -132,7 +126,7 @@ class Hooks:
         return self.protection.state(self.protection.strip(state_dict), _parameters(optimizer))
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._stepped.clear()  # what a round that is not complete has done is of no interest any more
+        self._stepped.clear()  # an incomplete round no longer matters
         self.protection.load_state(state_dict, _parameters(optimizer))
         # The optimizer would cast directions to its parameters' dtype and keep them as its own.
         return self.protection.strip(state_dict)
@@ -143,13 +137,11 @@ class Hooks:
         self.end_round()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         for ref in self._optimizers:
-            optimizer = ref()
-            if optimizer is not None:
+            if (optimizer := ref()) is not None:
                 del optimizer._gradproj  # type: ignore[attr-defined]
                 vars(optimizer).pop("__getstate__", None)
-        self._optimizers = []
+        self._handles, self._optimizers = [], []
         self.protection.release()
 
 
@@ -163,25 +155,21 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def inner_optimizer(caller: str, optimizer: Any) -> Optimizer:
-    """The optimizer that has the step hooks.
-
-    Raises:
-        TypeError, NotImplementedError: there is none.
-    """
-    kinds = [f"{c.__module__}.{c.__name__}" for c in type(optimizer).__mro__]
-    engine = next((k for k in kinds if k.startswith(("deepspeed.runtime.", "accelerate.utils.deepspeed."))), None)
-    if engine is not None:
-        raise NotImplementedError(f"{caller}: {engine}: {DEEPSPEED}")
+    """The optimizer that has the step hooks; TypeError or NotImplementedError if there is none."""
+    for kind in type(optimizer).__mro__:
+        if kind.__module__.startswith(("deepspeed.runtime", "accelerate.utils.deepspeed")):
+            raise NotImplementedError(f"{caller}: {kind.__module__}.{kind.__name__}: {DEEPSPEED}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}; for example "
             f"torch.optim.AdamW(model.parameters())"
         )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        wrapped = getattr(optimizer, "optimizer", None)
-        if wrapped is None:
-            raise TypeError(
-                f"{caller}: {type(optimizer).__name__} has no step hooks, because it is a wrapper; pass the optimizer that it wraps"
-            )
-        return inner_optimizer(caller, wrapped)
-    return optimizer
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return optimizer
+    wrapped = getattr(optimizer, "optimizer", None)
+    if wrapped is None:
+        raise TypeError(
+            f"{caller}: {type(optimizer).__name__} has no step hooks, because it is a wrapper; pass the optimizer that "
+            f"it wraps"
+        )
+    return inner_optimizer(caller, wrapped)

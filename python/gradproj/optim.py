@@ -1,4 +1,4 @@
-"""The drop-in wrapper, and the same on the user's own optimizer object: one implementation, torch's hooks."""
+"""The drop-in wrapper, and the same on the user's own optimizer object: both use torch's hooks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,17 +13,13 @@ from gradproj.rows.sharding import Sharding
 
 
 class Handle:
-    """What :class:`ProjectedOptimizer` and the result of :func:`attach` have in common.
-
-    Attributes:
-        protection: what the wrapper was given; settings are its own.
-    """
+    """What :class:`ProjectedOptimizer` and the result of :func:`attach` have in common."""
 
     protection: Protection
     _hooks: Hooks
 
     def protect(self) -> CaptureBlock:
-        """Context manager: what the gradients made inside say is protected. See :meth:`Protection.capture`."""
+        """Context manager: the gradients made inside say what is protected. See :meth:`Protection.capture`."""
         self._hooks.settle()
         return self.protection.capture()
 
@@ -45,7 +41,7 @@ class Handle:
         return self.protection.last
 
     def detach(self) -> None:
-        """Take the protection off: the optimizer steps as if it had never been there, and it may go to another one."""
+        """Take the protection off: the optimizer steps as if it had never been there. Another may then have it."""
         self._hooks.remove()
 
 
@@ -54,8 +50,8 @@ class ProjectedOptimizer(Handle, Optimizer):
 
     It is an ``Optimizer`` and shares the wrapped one's ``param_groups``, ``state`` and ``defaults``: schedulers,
     scalers, checkpoints and ``add_param_group`` see the wrapped optimizer's own objects. ``state_dict()`` is the
-    wrapped optimizer's, with what is protected in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first)
-    of each parameter's state. Whatever does not know them ignores them, once a step has made the rest of the state.
+    wrapped optimizer's; what is protected is in it as entries ``"protected_0"``, ``"protected_1"``, .. (oldest first)
+    of each parameter's state. An optimizer that does not know these ignores them, once a step has made the rest.
 
     Args:
         optimizer: any ``torch.optim`` optimizer, or one that derives from it.
@@ -70,8 +66,8 @@ class ProjectedOptimizer(Handle, Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, protection: Protection, *, sharding: Sharding | None = None):
-        # Not super().__init__(): that would build groups and a state of its own, which drift apart from the wrapped
-        # optimizer's as soon as load_state_dict replaces those.
+        # Not super().__init__(): groups and a state of its own would drift apart from the wrapped optimizer's, which
+        # load_state_dict replaces.
         inner = inner_optimizer("ProjectedOptimizer", optimizer)
         self.optimizer = optimizer
         self.protection = protection
@@ -114,8 +110,8 @@ class Attached(Handle):
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
-            "what attach() returned can be neither copied nor pickled, because hooks cannot: call gradproj.attach() on the copy "
-            "of the optimizer, or use ProjectedOptimizer, which goes with its copies"
+            "what attach() returned can be neither copied nor pickled, because hooks cannot: call gradproj.attach() on "
+            "the copy of the optimizer, or use ProjectedOptimizer, which goes with its copies"
         )
 
 
@@ -125,10 +121,10 @@ def attach(
     """Protect the user's own optimizer object, or several that step the parts of one model.
 
     Args:
-        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps is
-            taken. A list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients
-            before the first of them steps, and weights are pinned when the last one has stepped; if one is left out,
-            with the next step, ``protect()`` or ``state_dict()``.
+        optimizer: as for :class:`ProjectedOptimizer`; of a wrapper without step hooks (Accelerate's), what it wraps. A
+            list, such as Muon for the matrices and AdamW for the rest, is protected jointly: all gradients are
+            projected before the first steps, and weights are pinned when the last has stepped; if one is left out, at
+            the next step, ``protect()`` or ``state_dict()``.
         protection, sharding: as for :class:`ProjectedOptimizer`.
     Returns:
         Attached: ``protect()``, ``project()``, ``unprotect()``, ``last``, ``detach()``. Hooks do not survive copying or
@@ -144,23 +140,18 @@ def attach(
     return Attached(optimizers, protection, sharding)
 
 
-def _forwarded(name: str, doc: str) -> property:
-    """An attribute that lives on the wrapped optimizer, for reading, writing and deleting."""
-
-    def get(self):
-        return getattr(self.optimizer, name)
-
-    def set_(self, value):
-        setattr(self.optimizer, name, value)
-
-    def delete(self):
-        delattr(self.optimizer, name)
-
-    return property(get, set_, delete, doc)
+def _forwarded(name: str, doc: str | None) -> property:
+    """An attribute that lives on the wrapped optimizer."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+        lambda self: delattr(self.optimizer, name),
+        doc,
+    )
 
 
-# By name, not by __getattr__: GradScaler hands grad_scale and found_inf to the object it is given, and they must reach
-# the optimizer that reads them. Hooks are registered there too, because it is what runs them.
+# By name, not by __getattr__: GradScaler sets grad_scale and found_inf on the object that it is given, and they must
+# reach the optimizer that reads them. Hooks are registered on the wrapped optimizer too, which runs them.
 for _name, _doc in {
     "param_groups": "The wrapped optimizer's parameter groups, the very list.",
     "state": "The wrapped optimizer's state, the very dict.",

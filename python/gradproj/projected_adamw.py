@@ -15,9 +15,8 @@ from gradproj.optim import attach
 class ProjectedAdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` that protects what a file of :meth:`gradproj.NullSpace.save` says, from its first step on.
 
-    For config files and ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, where an optimizer is made from a class
-    and keyword arguments. Hooks do not survive copying or pickling an optimizer: make it anew, and load its
-    ``state_dict()``.
+    For config files and ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, which make an optimizer from a class
+    and keyword arguments. Hooks do not survive copying or pickling: make a new one, and load the ``state_dict()``.
 
     Args:
         params: the model; or its ``named_parameters()``, or parameter groups of such pairs: a basis finds its layer by
@@ -59,7 +58,8 @@ class ProjectedAdamW(torch.optim.AdamW):
         if len(named) < sum(len(group["params"]) for group in self.param_groups):
             raise ValueError(
                 "ProjectedAdamW: a basis finds its layer by name, and there are parameters without; pass the model or "
-                "model.named_parameters(); where only parameters can be passed: gradproj.attach(optimizer, NullSpace.load(path, model))"
+                "model.named_parameters(); where only parameters can be passed: "
+                "gradproj.attach(optimizer, NullSpace.load(path, model))"
             )
         covered = _layers_by_name(named, files.kinds(protection)) if model is None else model
         self.protection = NullSpace.load(protection, covered, every=every, space=space, rest=rest)
@@ -71,18 +71,17 @@ def _layers_by_name(named: Mapping[str, Tensor], kinds: Mapping[str, str]) -> nn
     root = nn.Module()
     for name, kind in kinds.items():
         if kind not in ("Linear", "Conv2d"):
-            raise NotImplementedError(
-                f"ProjectedAdamW: layer {name!r} is a {kind}, which its parameters' names do not describe; pass the model"
-            )
+            why = "which its parameters' names do not describe; pass the model"
+            raise NotImplementedError(f"ProjectedAdamW: layer {name!r} is a {kind}, {why}")
         if f"{name}.weight" not in named:
             raise ValueError(f"ProjectedAdamW: no parameter is named {name}.weight, for which there is a basis")
         layer = nn.Linear(1, 1, device="meta") if kind == "Linear" else nn.Conv2d(1, 1, 1, device="meta")
         layer.weight, layer.bias = named[f"{name}.weight"], named.get(f"{name}.bias")  # type: ignore[assignment]
         *path, last = name.split(".")
         parent = root
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
+        for step in path:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.Module())
+            parent = getattr(parent, step)
         parent.add_module(last, layer)
     return root

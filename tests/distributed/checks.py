@@ -57,8 +57,7 @@ def assert_same_on_all_ranks(value) -> None:
 
 
 def training(rank: int, world: int, way: str, expected: list[list[Tensor]], method) -> None:
-    """Projected gradients of every step and the parameters after them. With DDP, and only there, ranks are compared
-    once."""
+    """Every step's projected gradients, and the parameters at the end. Only with DDP are ranks compared, and once."""
     run, read, numbers = models.WAYS[way](rank, world), [], ranks._numbers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_numbers", lambda tensors: read.append(tensors) or numbers(tensors))
@@ -161,8 +160,7 @@ def micro_batches(rank: int, world: int) -> None:
 
 
 def save(rank: int, world: int, way: str, folder: str, protected: bool) -> tuple[list, list]:
-    """Train, save with torch.distributed.checkpoint, train on: the directions when saved, and the parameters at the
-    end."""
+    """Train, save with torch.distributed.checkpoint, train on: returns the saved directions and the last parameters."""
     run, opt = _resumable(rank, world, way)
     _steps(run, opt, range(3))
     if not protected:

@@ -106,8 +106,7 @@ def hsdp(rank: int, world: int) -> Run:
 
 
 def _parallelize(model: Net, mesh) -> Net:
-    """Sequence parallel norm (its gradients are Partial), a column- and a row-parallel layer; head and scale stay
-    plain."""
+    """A sequence-parallel norm (Partial gradients), a column- and a row-parallel layer; head and scale stay plain."""
     sequence = Shard(1)
     plan = {
         "norm": SequenceParallel(),

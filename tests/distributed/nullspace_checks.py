@@ -1,5 +1,4 @@
-"""What the ranks of a pool do together with a NullSpace. Every function runs on all ranks; its first arguments are rank
-and world."""
+"""What ranks do together with a NullSpace. A pool runs every function as function(rank, world, ..) on all ranks."""
 
 import pytest
 import torch
@@ -118,8 +117,7 @@ def experts_alone(world: int) -> dict:
 
 
 def experts(rank: int, world: int, expected: dict) -> None:
-    """Moments were numbered by first calls: bases were off by a half; and where a rank never calls an expert, the
-    others hung."""
+    """Moments were numbered by first calls: bases were off by a half, and all hung if a rank never called an expert."""
     model = DistributedDataParallel(Experts(), find_unused_parameters=True)
     protection = NullSpace(model, share=0.5)
     found = _capture_experts(protection, model, [rank])

@@ -18,11 +18,9 @@ IMPORTED_ONCE = [
 
 
 class Pool:
-    """``size`` processes. ``pool(world, check, *args)`` runs ``check(rank, world, *args)`` over gloo on the first
-    ``world`` of them.
+    """``pool(world, check, *args)`` runs ``check(rank, world, *args)`` over gloo on ``world`` of ``size`` processes.
 
-    A check that fails leaves ranks that wait for each other: the processes are ended, and the next check starts new
-    ones.
+    A check that fails may leave ranks waiting for each other: all processes end, and the next check starts new ones.
     """
 
     def __init__(self, size: int):

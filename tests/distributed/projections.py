@@ -1,5 +1,4 @@
-"""Single projections, and what ranks protect, on all ranks of a pool. Every function's first arguments are rank and
-world."""
+"""Single projections, and what ranks protect. A pool runs every function as function(rank, world) on all ranks."""
 
 import contextlib
 
@@ -100,8 +99,7 @@ def _condition(gram: np.ndarray) -> float:
 
 
 def wrapper_counts(rank: int, world: int) -> None:
-    """One collective a step, also where ranks disagree on which gradients there are: a kept Gram must not change
-    that."""
+    """One collective a step, even where ranks have different gradients: a kept Gram must not change that."""
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     opt = ProjectedOptimizer(torch.optim.SGD(parameters, lr=0.1), Directions(3), sharding=Sharding(placement="shard"))
     for step in range(4):
@@ -152,8 +150,7 @@ def empty_rank(rank: int, world: int) -> None:
 
 
 def wrapper_on_empty_rank(rank: int, world: int) -> None:
-    """FSDP1 and ZeRO leave ranks whose parameters have no elements and no gradients: they protect and step like all
-    others.
+    """With FSDP1 and ZeRO some ranks have no elements and no gradients: they protect and step like all others.
 
     protect() raised there that nothing had received a gradient, and the others waited.
     """

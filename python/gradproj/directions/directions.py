@@ -14,7 +14,7 @@ from gradproj.capture import CaptureBlock, Direction, gradients_aside, take
 from gradproj.directions import checkpoint
 from gradproj.directions.kept_gram import KeptGram
 from gradproj.directions.ranks import RanksAgree
-from gradproj.directions.step_memory import OnHost, StepMemory
+from gradproj.directions.step_memory import OnHost, StepMemory, is_capturing
 from gradproj.kernels import methods
 from gradproj.protection import Closure, Protection
 from gradproj.rows import functional
@@ -32,12 +32,11 @@ class Directions(Protection):
     elsewhere at the next ``protect()`` or ``step()``, because asking at once would synchronise; until then the device
     leaves the gradients untouched.
 
-    Under a ``GradScaler`` nothing needs to be unscaled for ``"orthogonal"`` and ``"conflict"`` with ``eps=0``, which do
-    not depend on the scale of a direction. For other methods, divide the capability loss by what the safety loss is
-    divided by.
+    ``"orthogonal"`` and ``"conflict"`` with ``eps=0`` do not depend on the scale of a direction, so a ``GradScaler``
+    need not unscale anything. For other methods, scale the capability loss as the safety loss is scaled.
 
     Args:
-        count: how many directions to keep, 1 to 64; each further ``protect()`` block replaces the oldest.
+        count: how many directions to keep, 1 to 64; a further ``protect()`` block replaces the oldest.
         method: ``"orthogonal"``, ``"conflict"``, ``"pcgrad"``, ``("mix", gamma)``, or a callable Gram -> weights; see
             :func:`gradproj.project_`.
         eps: added to every <d, d>; 0 is scale-free.
@@ -51,7 +50,8 @@ class Directions(Protection):
 
     Example::
 
-        opt = gradproj.ProjectedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5), gradproj.Directions(8, "conflict"))
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        opt = gradproj.ProjectedOptimizer(inner, gradproj.Directions(8, "conflict"))
         with opt.protect():
             capability_loss(model, anchor).backward()
         safety_loss(model, batch).backward()
@@ -77,7 +77,8 @@ class Directions(Protection):
             raise ValueError(f'Directions: per must be "model", "group" or "tensor", got {per!r}')
         if not 1 <= count <= MOST:
             raise ValueError(
-                f"Directions: count must be 1 to {MOST}, got {count}; to protect more losses, add several up in one protect() block"
+                f"Directions: count must be 1 to {MOST}, got {count}; to protect more losses, add several up in one "
+                f"protect() block"
             )
         if dtype not in DTYPES:
             raise ValueError(f"Directions: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -107,11 +108,7 @@ class Directions(Protection):
         self._memory.forget()
 
     def rows(self) -> list[list[Tensor | None]]:
-        """The directions, oldest first: per direction a list with an entry for each parameter. Not copied.
-
-        Raises:
-            RuntimeError: parameters were replaced, and it is not clear by which.
-        """
+        """The directions, oldest first: of each a list with an entry for every parameter. Not copied."""
         return [[*row] for row in self._in_order_of(self.parameters())]
 
     @property
@@ -119,21 +116,18 @@ class Directions(Protection):
         return self._last
 
     def metrics(self) -> dict[str, float]:
-        """``removed``: length of the change over that of the gradient; ``cosine_min``: of the gradient with a
-        direction."""
+        """``removed``: length of the change over that of the gradient; ``cosine_min``: least with a direction."""
         if self._last is None:
             return {}
         return {"removed": self._last.removed.max().item(), "cosine_min": self._last.cosine.min().item()}
 
     def capture(self) -> CaptureBlock:
-        """Context manager: the gradients made inside are a direction.
+        """Context manager: the gradients made inside are a direction; several backward passes add up.
 
-        Several backward passes inside add up. ``p.grad`` is set aside when the block is entered and put back when it
-        ends. The gradients are taken, not copied, except those whose memory somebody else may write: DDP's bucket
-        views, gradients that share memory, gradients that the caller keeps. An exception inside leaves everything as it
-        was.
-
-        Gradients of parameters that are not this optimizer's are not touched: they accumulate as they always do.
+        ``p.grad`` is set aside when the block is entered and put back when it ends. The gradients are taken, not
+        copied, except those whose memory somebody else may write: DDP's bucket views, gradients that share memory,
+        gradients that the caller keeps. An exception inside leaves everything as it was. Gradients of parameters that
+        are not this optimizer's are not touched: they accumulate as they always do.
 
         Raises:
             RuntimeError: no parameter received a gradient inside the block (with a group, some ranks may own none); the
@@ -147,13 +141,13 @@ class Directions(Protection):
     def _capture(self) -> Iterator[None]:
         with self._while_capturing(), gradients_aside(self.parameters) as aside:
             yield
-            taken = take(self.parameters())
+            parameters = self.parameters()
+            taken = take(parameters)
         alone = self.sharding is None or (self.sharding.group is None and self.sharding.placement is None)
         if not taken and alone:  # in a group, a rank may own nothing
             raise RuntimeError(f"protect(): {aside.why_empty()}")
-        self._ranks_agree.tell(self.parameters(), taken, self.sharding)
+        self._ranks_agree.tell(parameters, taken, self.sharding)
         self._drop_non_finite()
-        parameters = self.parameters()
         self._follow(parameters)
         if len(self._rows) == self.count:
             self._gram_dd.evict()
@@ -171,13 +165,9 @@ class Directions(Protection):
         if closure is not None:
             return self._guarded(closure, then=lambda: self.before_step(None))
         self._ranks_agree.check(self.parameters())
-        # Not in a function of its own: from opt.step() to the op there are six frames.
-        parameters = self.parameters()
-        grads = [p.grad for p in parameters]
-        if self._rows and not self._memory.holds(parameters, grads, self._repeatable):
-            for call in self._calls(parameters, grads):
-                self._last = functional.project_rows(*call)
-            self._memory.remember(parameters, grads, watch=len(self._optimizers) > 1)
+        # The loop of project(), but not in a function of its own: from opt.step() to the op there are six frames.
+        for call in self._projections(again=False, watch=len(self._optimizers) > 1):
+            self._last = functional.project_rows(*call)
         return None
 
     def after_step(self) -> None:
@@ -187,19 +177,24 @@ class Directions(Protection):
         self._ranks_agree.check(self.parameters())
         if not self._rows:
             return None
-        parameters = self.parameters()
-        grads = [p.grad for p in parameters]
-        for call in self._calls(parameters, grads):
+        for call in self._projections(again=True, watch=True):
             self._last = functional.project_rows(*call)
-        self._memory.remember(parameters, grads, watch=True)
         return self._last
 
-    def _calls(self, parameters: list[Tensor], grads: list[Tensor | None]) -> Iterator[tuple]:
-        """What a projection takes; and again, if it has found directions that are not finite, for which it writes
-        nothing."""
+    def _projections(self, again: bool, watch: bool) -> Iterator[tuple]:
+        """Arguments for a projection. For another one while it finds directions that are not finite: it wrote nothing.
+
+        Args:
+            again: also if these gradients have been projected.
+            watch: there may be further backward passes before the step.
+        """
+        parameters = self.parameters()
+        grads = [p.grad for p in parameters]
+        if not self._rows or not again and self._memory.holds(parameters, grads, self._repeatable):
+            return
         self._drop_non_finite()
         while self._rows:
-            rows, part = self._in_order_of(parameters), self._parts(parameters)
+            rows, part = self._in_order_of(parameters), self._part(parameters)
             gram_dd = self._gram_dd.of(rows, parameters, grads, self.sharding, part)
             yield grads, rows, self._rule, self.sharding, gram_dd, *part
             assert self._last is not None
@@ -207,6 +202,7 @@ class Directions(Protection):
             self._lengths = OnHost(lengths.isfinite().reshape(-1, lengths.shape[-1]).all(0))
             if not _reads_for_free(lengths) or not self._drop_non_finite():
                 break
+        self._memory.remember(parameters, grads, watch)
 
     def _keep(self, rows: Iterable[Direction]) -> None:
         """Other directions than before."""
@@ -219,14 +215,14 @@ class Directions(Protection):
             for row in self._rows:
                 if row and not any(p in row for p in parameters):
                     raise RuntimeError(
-                        "a direction belongs to none of the optimizer's parameters: they were replaced after protect(); call "
-                        "unprotect() and protect() again"
+                        "a direction belongs to none of the optimizer's parameters: they were replaced after "
+                        "protect(); call unprotect() and protect() again"
                     )
             self._lists = [[row.get(p) for p in parameters] for row in self._rows]
         return self._lists
 
-    def _parts(self, parameters: list[Tensor]) -> tuple[Sequence[int], int]:
-        """The number of the part that each parameter belongs to, and how many there are."""
+    def _part(self, parameters: list[Tensor]) -> tuple[Sequence[int], int]:
+        """``part`` and ``num_parts`` of :class:`gradproj.rows.call.Call`."""
         if self.per == "model":
             return (), 0
         if self.per == "tensor":
@@ -235,15 +231,16 @@ class Directions(Protection):
         return [i for i, group in enumerate(groups) for _ in group["params"]], len(groups)
 
     def _drop_non_finite(self) -> bool:
-        """Drop the directions that are known not to be finite; returns whether there were some."""
-        if self._lengths is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        """Drop the directions that are known not to be finite. Returns whether there were any."""
+        if self._lengths is None or is_capturing():
             return False
         finite, self._lengths = self._lengths.read(), None
         bad = [k for k, good in enumerate(finite) if not good]
         if bad:
+            numbers = ", ".join(map(str, bad))
             warnings.warn(
-                f"{len(bad)} of {len(self._rows)} directions (number {', '.join(map(str, bad))}, 0 being the oldest) had a "
-                f"gradient that is inf, nan or overflows, and was dropped: look at the capability loss, or lower the loss scale",
+                f"{len(bad)} of {len(self._rows)} directions (number {numbers}, 0 being the oldest) had a gradient "
+                f"that is inf, nan or overflows, and was dropped: look at the capability loss, or lower the loss scale",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -251,25 +248,21 @@ class Directions(Protection):
         return bool(bad)
 
     def _follow(self, parameters: list[Tensor]) -> None:
-        """Give the directions of parameters that were replaced, one to one, to their successors.
-
-        Raises:
-            RuntimeError: some were replaced, and it is not clear by which.
-        """
+        """Give the directions of replaced parameters to their successors; RuntimeError if those are not clear."""
         owners = self._owners
         if not self._rows or (len(owners) == len(parameters) and all(map(operator.is_, owners, parameters))):
             return
         left, came = set(owners).difference(parameters), set(parameters).difference(owners)
         if left and came:
-            pairs = list(zip(owners, parameters, strict=False))
-            same = len(owners) == len(parameters) and all(a is b or (a in left and b in came) for a, b in pairs)
-            if not same or any(_kind(a) != _kind(b) for a, b in pairs):
+            successors = dict(zip(owners, parameters, strict=False))
+            if len(owners) != len(parameters) or not all(
+                a is b or (a in left and b in came and _kind(a) == _kind(b)) for a, b in successors.items()
+            ):
                 raise RuntimeError(
-                    f"{len(left)} of the optimizer's {len(owners)} parameters were replaced after protect(), and the present "
-                    f"{len(parameters)} do not correspond to them in number, order and shape; call unprotect() and "
-                    f"protect() again"
+                    f"{len(left)} of the optimizer's {len(owners)} parameters were replaced after protect(), and the "
+                    f"present {len(parameters)} do not correspond to them in number, order and shape; call unprotect() "
+                    f"and protect() again"
                 )
-            successors = dict(pairs)
             self._keep([{successors.get(p, p): t for p, t in row.items()} for row in self._rows])
         self._owners, self._lists = parameters, None
 
@@ -281,8 +274,8 @@ class Directions(Protection):
         return checkpoint.without_directions(state_dict)
 
     def load_state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Its directions replace what is protected; those of several optimizers, loaded one after the other, come
-        together again. The newest, if there are too many."""
+        """Its directions, the newest if there are too many, replace what is protected. Those of several optimizers,
+        loaded one after the other, come together again."""
         found = checkpoint.directions(state_dict, parameters)
         if not found:
             return
@@ -307,8 +300,7 @@ class Directions(Protection):
 
 
 def _reads_for_free(t: Tensor) -> bool:
-    """Elsewhere it would synchronise."""
-    return t.device.type == "cpu"
+    return t.device.type == "cpu"  # elsewhere reading synchronises
 
 
 def _kind(p: Tensor) -> tuple:

@@ -1,5 +1,4 @@
-"""The directions' own Gram, kept from step to step: a step then computes K + 1 products instead of (K + 1)(K + 2) /
-2."""
+"""The directions' own Gram, kept from step to step: a step computes K + 1 products, not (K + 1)(K + 2) / 2."""
 
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from gradproj.rows.sharding import Sharding, with_group
 class KeptGram:
     """Cut when a direction is evicted, extended by a row when one is added, computed anew when the columns change.
 
-    It is this rank's own share: ranks may then each decide what to compute anew, since no collective comes of it.
+    It is this rank's summand, so a rank may compute it anew without the others: that needs no collective.
     """
 
     def __init__(self) -> None:
@@ -36,8 +35,8 @@ class KeptGram:
         sharding: Sharding | None,
         part: tuple[Sequence[int], int],
     ) -> Tensor | None:
-        """[K, K], or [P, K, K] with P parts, over the columns that have a gradient; None for one direction, where a
-        projection computes it along the way."""
+        """[K, K] or [P, K, K] over the columns that have a gradient; None for one direction, whose square a projection
+        computes along the way. ``part`` is the pair ``part``, ``num_parts`` of :class:`gradproj.rows.call.Call`."""
         if len(rows) == 1:
             return None
         # While a direction lives it keeps its parameters alive, so an id stands for one parameter.

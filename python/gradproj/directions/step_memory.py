@@ -1,4 +1,4 @@
-"""What is remembered of a projection: which gradients it was of, and what it found out, on its way to the host."""
+"""What is remembered of a projection: which gradients it has changed, and what it found out about the directions."""
 
 import weakref
 
@@ -17,11 +17,7 @@ class StepMemory:
         self.outdated = False
 
     def remember(self, parameters: list[Tensor], grads: list[Tensor | None], watch: bool) -> None:
-        """To call after a projection.
-
-        Args:
-            watch: there may be further backward passes before the step.
-        """
+        """These gradients were just projected; ``watch`` if further backward passes may come before the step."""
         self.forget()
         if watch:
             pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
@@ -41,32 +37,24 @@ class StepMemory:
             self.outdated = True
 
     def holds(self, parameters: list[Tensor], grads: list[Tensor | None], repeatable: bool) -> bool:
-        """Whether these gradients are projected.
-
-        Args:
-            repeatable: what is projected in part may be projected again.
-        Raises:
-            RuntimeError: it is, but may not.
-        """
+        """Whether these gradients have been projected. If only in part: RuntimeError, unless ``repeatable``."""
         if self._first is not None:
-            # A step that calls the step of its base class: each of the two has torch's hooks. Without the version, a
-            # step that raised would count too.
+            # Where a step calls the step of its base class, torch's hooks run in both. The version tells this from a
+            # step that raised.
             grad, version = self._first[0](), self._first[1]
             return grad is not None and grad._version == version and any(g is grad for g in grads)
         if not self._grads:
             return False
         there = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         done = sum(1 for p, g in there if p in self._grads and self._grads[p]() is g)
-        if not done:  # all of them are new
-            return False
-        if done < len(there) or self.outdated:
-            if not repeatable:
-                raise RuntimeError(
-                    "step(): since project() a backward pass has added to the gradients, or protect() to what is protected; this "
-                    "method is not to be applied twice: call project() after the last backward()"
-                )
-            return False
-        return True
+        if done == len(there) and not self.outdated:
+            return done > 0
+        if done and not repeatable:
+            raise RuntimeError(
+                "step(): since project() a backward pass has added to the gradients, or protect() to what is "
+                "protected; this method is not to be applied twice: call project() after the last backward()"
+            )
+        return False
 
 
 class OnHost:
@@ -74,7 +62,7 @@ class OnHost:
 
     def __init__(self, t: Tensor):
         self._tensor, self._copied = t, None
-        if t.is_cuda and not torch.cuda.is_current_stream_capturing():
+        if t.is_cuda and not is_capturing():
             self._tensor = t.to("cpu", non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -84,3 +72,8 @@ class OnHost:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor.tolist()
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that nothing can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

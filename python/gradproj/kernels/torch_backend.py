@@ -1,4 +1,4 @@
-"""The ops in plain torch: runs wherever torch runs, with nothing built.
+"""The ops in plain torch: they run wherever torch runs, with nothing built.
 
 Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the extra memory does not grow with N.
 """
@@ -6,6 +6,7 @@ Columns are walked in chunks of at most ``_CHUNK_BYTES`` of float64, so that the
 import contextlib
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -16,31 +17,31 @@ from gradproj.kernels import methods
 from gradproj.kernels.ops import implement
 
 _CHUNK_BYTES = 1 << 18
-BATCH = 8  # layers that are alike, of which batched products on copies are faster than products of their own
+_BATCH = 8  # with so many layers that are alike, batched products on copies are faster than products one by one
 
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # W, U, B, bias
 Column = list[Any]  # of every row a tensor or None, or a chunk of those
 
 
-def gram(rows, num_rows, gram_dd=None, parts=(), num_parts=0) -> Tensor:
+def gram(rows, num_rows, gram_dd=None, part=(), num_parts=0) -> Tensor:
     """Reads R N bytes. Products and sums in float64, one matrix product per chunk."""
     device = next(t for t in rows if t is not None).device
     total = torch.zeros(max(1, num_parts), num_rows, num_rows, dtype=torch.float64, device=device)
-    for part, chunk in _chunks(rows, num_rows, parts):
+    for p, chunk in _chunks(rows, num_rows, part):
         shape = next(t for t in chunk if t is not None).shape
         zeros = torch.zeros((), dtype=torch.float64, device=device).expand(shape)
         matrix = torch.stack([(zeros if t is None else t.double()).reshape(-1) for t in chunk])
         if gram_dd is None:
-            total[part] += matrix @ matrix.T
+            total[p] += matrix @ matrix.T
         else:
-            total[part, 0] += matrix @ matrix[0]
+            total[p, 0] += matrix @ matrix[0]
     total[:, :, 0] = total[:, 0]
     if gram_dd is not None:
         total[:, 1:, 1:] = gram_dd
     return total if num_parts else total[0]
 
 
-def combine_(grads, directions, weights, parts=(), num_parts=0) -> None:
+def combine_(grads, directions, weights, part=(), num_parts=0) -> None:
     """Reads R N bytes and writes N, whatever the weights are: torch cannot skip a row without asking the device."""
     rows, num_rows = [*grads, *directions], 1 + len(directions) // len(grads)
     wide = any(t is not None and t.dtype == torch.float64 for t in rows)
@@ -48,34 +49,34 @@ def combine_(grads, directions, weights, parts=(), num_parts=0) -> None:
     weights = weights.view(-1, num_rows)
     used = weights != 0
     unchanged = (weights[:, 0] == 1) & ~used[:, 1:].any(dim=1)
-    for part, chunk in _chunks(rows, num_rows, parts):
+    for p, chunk in _chunks(rows, num_rows, part):
         g = chunk[0]
         total = torch.zeros(g.shape, dtype=dtype, device=g.device)
         for r, t in enumerate(chunk):
             if t is not None:
-                total += torch.where(used[part, r], weights[part, r].to(dtype) * t.to(dtype), 0.0)
-        g.copy_(torch.where(unchanged[part], g, total.to(g.dtype)))
+                total += torch.where(used[p, r], weights[p, r].to(dtype) * t.to(dtype), 0.0)
+        g.copy_(torch.where(unchanged[p], g, total.to(g.dtype)))
 
 
-def project_(grads, directions, method, gamma, eps, gram_dd=None, parts=(), num_parts=0) -> tuple[Tensor, Tensor]:
+def project_(grads, directions, method, gamma, eps, gram_dd=None, part=(), num_parts=0) -> tuple[Tensor, Tensor]:
     rows = [*grads, *directions]
-    products = gram(rows, len(rows) // len(grads), gram_dd, parts, num_parts)
+    products = gram(rows, len(rows) // len(grads), gram_dd, part, num_parts)
     weights = methods.solve(products, method, gamma, eps)
-    combine_(grads, directions, weights, parts, num_parts)
+    combine_(grads, directions, weights, part, num_parts)
     return products, weights
 
 
-def _chunks(rows: Column, num_rows: int, parts) -> Iterator[tuple[int, Column]]:
-    """Part and tensors of every chunk of every column that has a tensor."""
+def _chunks(rows: Column, num_rows: int, part) -> Iterator[tuple[int, Column]]:
+    """The part and the tensors of every chunk of every column that has a tensor."""
     count = len(rows) // num_rows
     limit = max(1, _CHUNK_BYTES // (8 * num_rows))
     for i in range(count):
         for chunk in _cut(rows[i::count], limit):
-            yield parts[i] if parts else 0, chunk
+            yield part[i] if part else 0, chunk
 
 
 def _cut(column: Column, limit: int) -> Iterator[Column]:
-    """Chunks of at most ``limit`` elements, flat where all strides allow it: views that can be written."""
+    """Views of at most ``limit`` elements, which can be written; flat where all strides allow it."""
     shape = next((t.shape for t in column if t is not None), (0,))
     numel = prod(shape)
     if numel <= limit:
@@ -86,10 +87,10 @@ def _cut(column: Column, limit: int) -> Iterator[Column]:
         for start in range(0, numel, limit):
             yield [None if t is None else t[start : start + limit] for t in flat]
     else:
-        dim = max(range(len(shape)), key=lambda d: shape[d])
-        half = shape[dim] // 2
-        for start, length in ((0, half), (half, shape[dim] - half)):
-            yield from _cut([None if t is None else t.narrow(dim, start, length) for t in column], limit)
+        dim = max(range(len(shape)), key=shape.__getitem__)
+        halves = [(None, None) if t is None else t.tensor_split([shape[dim] // 2], dim) for t in column]
+        for half in zip(*halves, strict=True):
+            yield from _cut([*half], limit)
 
 
 def pin_(weights, bases, targets, biases, biased) -> Tensor:
@@ -99,37 +100,40 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device_type = weights[0].device.type
     limit = _pin_bytes(device_type)
-    bias_of: list[Tensor | None] = [None] * len(weights)
-    for k, bias in zip(biased, biases, strict=True):
-        bias_of[k] = bias
-    layers: list[Layer] = list(zip(weights, bases, targets, bias_of, strict=True))
     small = limit >> 7
+    bias_of = dict(zip(biased, biases, strict=True))
+    layers: list[Layer] = [
+        (*layer, bias_of.get(k)) for k, layer in enumerate(zip(weights, bases, targets, strict=True))
+    ]
     alike: dict[Any, list[int]] = {}
     for k, (weight, basis, target, bias) in enumerate(layers):
         form = weight.shape, basis.shape, weight.dtype, target is None, bias is None
         alike.setdefault(k if weight.numel() > small else form, []).append(k)
-    order: list[int] = []
-    squares: list[Tensor] = []  # of one or more layers each, in that order
-    moved: list[Tensor] = []  # by small layers that are alone; squared together at the end
-    alone: list[int] = []
+    batches: list[list[int]] = []
+    large: list[int] = []
+    alone: list[int] = []  # small layers that few others are like
+    for group in alike.values():
+        weight, basis, *_ = layers[group[0]]
+        (outputs, inputs), rank = weight.shape, basis.shape[1]
+        # A layer takes copies of W, U, B and the bias in the type of the products, and W U.
+        size = max(4, weight.itemsize) * ((outputs + rank) * (inputs + 1) + 2 * outputs * rank)
+        most = max(1, limit // (1 + size))
+        for start in range(0, len(group), most):
+            some = group[start : start + most]
+            if len(some) >= _BATCH:
+                batches.append(some)
+            elif weight.numel() > small:
+                large += some
+            else:
+                alone += some
     with _exact_products(device_type):
-        for group in alike.values():
-            most = max(1, limit // (1 + _batch_bytes(*layers[group[0]])))
-            for start in range(0, len(group), most):
-                some = group[start : start + most]
-                if len(some) >= BATCH:
-                    squares.append(_pin_batch([layers[k] for k in some]))
-                elif layers[some[0]][0].numel() <= small:
-                    moved += [_pin_block(*layers[k]) for k in some]
-                    alone += some
-                    continue
-                else:
-                    squares += [_pin_blocks(*layers[k], limit) for k in some]
-                order += some
+        squares = [_pin_batch([layers[k] for k in batch]) for batch in batches]
+        squares += [_pin_blocks(*layers[k], limit) for k in large]
+        moved = [_pin_block(*layers[k]) for k in alone]
     if moved:
         squares.append(torch.stack(torch._foreach_norm(moved)).square())
     found = torch.cat(squares).double()
-    order += alone
+    order = [*chain.from_iterable(batches), *large, *alone]
     if order == list(range(len(order))):
         return found
     place = dict(zip(order, found.unbind(), strict=True))
@@ -137,15 +141,8 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
 
 
 def _pin_bytes(device_type: str) -> int:
-    """What temporaries may take: on a CPU they stay in its cache, elsewhere a launch should have enough to do."""
+    """Limit for temporaries: on a CPU they should stay in cache, elsewhere a launch should have enough to do."""
     return 3 << 18 if device_type == "cpu" else 32 << 20
-
-
-def _batch_bytes(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> int:
-    """Of a layer in a batch: copies of W, U, B and the bias in the type of the products, and W U."""
-    outputs, inputs = weight.shape
-    rank = basis.shape[1]
-    return max(4, weight.itemsize) * ((outputs + rank) * (inputs + 1) + 2 * outputs * rank)
 
 
 def _pin_batch(layers: list[Layer]) -> Tensor:
@@ -169,34 +166,29 @@ def _pin_batch(layers: list[Layer]) -> Tensor:
 
 
 def _block_rows(limit: int, rank: int, inputs: int, dtype: torch.dtype) -> int:
-    """Rows of a weight in a block: of each a row of W U is held, and a 16-bit one in float32."""
+    """Rows of a weight in a block: each takes a row of W U, and a copy in float32 if it is a 16-bit one."""
     held = 4 * (rank + inputs) if dtype.itemsize == 2 else dtype.itemsize * rank
     return max(1, limit // max(1, held))
 
 
 def _pin_block(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-    """W U - B before; ``weight`` and ``bias`` are pinned."""
-    dtype = weight.dtype
-    wide, wide_bias = weight, bias
-    if dtype.itemsize == 2:
-        dtype = torch.float32
-        wide, wide_bias = weight.float(), None if bias is None else bias.float()
-    if basis.dtype != dtype:
-        basis = basis.to(dtype)
+    """Pins ``weight`` and ``bias``; returns W U - B before."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    wide, basis = weight.to(dtype), basis.to(dtype)
     of_inputs = basis if bias is None else basis[:-1]
     if target is None:
         moved = torch.mm(wide, of_inputs)
     else:
-        moved = torch.addmm(target if target.dtype == dtype else target.to(dtype), wide, of_inputs, beta=-1.0)
-    if wide_bias is not None:
-        of_bias = basis[-1]
+        moved = torch.addmm(target.to(dtype), wide, of_inputs, beta=-1.0)
+    if bias is not None:
+        of_bias, wide_bias = basis[-1], bias.to(dtype)
         moved.addr_(wide_bias, of_bias)
         wide_bias.addmv_(moved, of_bias, alpha=-1.0)
+        if wide_bias is not bias:
+            bias.copy_(wide_bias)
     wide.addmm_(moved, of_inputs.T, alpha=-1.0)
     if wide is not weight:
         weight.copy_(wide)
-        if bias is not None and wide_bias is not None:
-            bias.copy_(wide_bias)
     return moved
 
 

@@ -1,7 +1,7 @@
 """Executes one call of a public function: unpack, split by device, dispatch, raise precise errors.
 
 Ops check their input themselves, so that a good call costs nothing per tensor here. An op that refuses has written
-nothing; ``validate`` then finds out what to say.
+nothing; ``validate`` then finds the precise error.
 """
 
 import functools
@@ -20,29 +20,17 @@ Row = Sequence[Tensor | None]
 
 
 class Call(NamedTuple):
-    """The columns that take part in a call.
+    """The columns that take part in a call."""
 
-    Attributes:
-        op: the public function's name, for messages.
-        names: how the user knows each row.
-        rows: R lists of the same length.
-        indices: the user's index of each column.
-        written: whether row 0 is.
-        types: of the entries of row 0.
-        entries: how many the user's lists have.
-        part: the number of the part that each column belongs to; empty if they are all one.
-        num_parts: 0 if they are all one: results then have no leading dimension.
-    """
-
-    op: str
-    names: Sequence[str]
-    rows: list[list[Tensor | None]]
-    indices: Sequence[int]
-    written: bool
-    types: set[type]
-    entries: int
-    part: Sequence[int] = ()
-    num_parts: int = 0
+    op: str  # the public function's name
+    names: Sequence[str]  # what the user calls each row
+    rows: list[list[Tensor | None]]  # R lists of the same length
+    indices: Sequence[int]  # the user's index of each column
+    written: bool  # whether row 0 is
+    types: set[type]  # of the user's entries of row 0
+    entries: int  # how many the user's lists have
+    part: Sequence[int] = ()  # the number of each column's part; empty if there is only one
+    num_parts: int = 0  # 0 if there is only one: results then have no leading dimension
 
     def columns(self, wanted: Sequence[int]) -> "Call":
         """The same call on some of the columns."""
@@ -53,25 +41,26 @@ class Call(NamedTuple):
         )
 
 
-def weights_shape(call: Call) -> tuple[int, ...]:
-    """(R,) or (P, R). A function: Dynamo of torch 2.10 cannot trace a property of a named tuple."""
-    rows = len(call.rows)
-    return (call.num_parts, rows) if call.num_parts else (rows,)
-
-
-def unpack(
-    op: str, rows: Sequence[Row], names: Sequence[str], written: bool, part: Sequence[int] = (), num_parts: int = 0
-) -> Call:
+def unpack(op: str, rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
     """A call on lists of the same length; where row 0 is written, without the columns in which it is None."""
-    lists = []
+    written = op in ("project_", "combine_")
+    if op == "pin_":
+        names = ["weights", "bases", "targets", "biases"]
+    elif op == "gram":
+        names = [f"rows[{r}]" for r in range(len(rows))]
+    else:
+        names = ["grads", *(f"directions[{k}]" for k in range(len(rows) - 1))]
+    if len(rows) < 1 + written:
+        raise ValueError(f"{op}: pass at least one {'direction' if written else 'list of tensors'}")
+    lists: list[list[Tensor | None]] = []
     for row, name in zip(rows, names, strict=True):
         if isinstance(row, Tensor):
             raise TypeError(f"{op}: {name} is a tensor; pass a list of tensors, one per parameter")
         lists.append(list(row))
         if len(lists[-1]) != len(lists[0]):
             raise ValueError(
-                f"{op}: {name} has {len(lists[-1])} entries but {names[0]} has {len(lists[0])}; pass gradients of the same "
-                f"parameters in the same order, with None where there is no gradient"
+                f"{op}: {name} has {len(lists[-1])} entries but {names[0]} has {len(lists[0])}; pass gradients of the "
+                f"same parameters in the same order, with None where there is no gradient"
             )
     types, entries = set(map(type, lists[0])), len(lists[0])
     call = Call(op, names, lists, range(entries), written, types, entries, part, num_parts)
@@ -82,31 +71,40 @@ def unpack(
 
 def run(call: Call, name: str, *arguments):
     """An op on all columns, which are on one device."""
-    backend = select(first(call).device.type)
+    backend = select(first(call).device.type, name)
     if backend.name == "torch":  # it walks column by column: nothing may be refused once the first is written
-        _check(call, backend)
-        call = _real(call)
-    rows = call.rows
-    while True:
-        lead = (_flat(rows), len(rows)) if name == "gram" else (rows[0], _flat(rows[1:]))
-        try:
-            with torch.no_grad():
-                result = backend.op(name)(*lead, *arguments, call.part, call.num_parts)
-            break
-        except RuntimeError:
+        if name == "pin_":
+            validate.check_pin_once(*call.rows)  # type: ignore[arg-type]
+        else:
             _check(call, backend)
-            real = _real(call).rows  # complex tensors are rare, and asking each would cost a tenth of a call
-            if rows is not call.rows or real is call.rows:
-                raise
-            rows = real
-    if call.written and name != "gram" and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(call.rows[0])  # type: ignore[arg-type]  # no None: unpack left them out
+            call = _real(call)
+    rows, written, inputs = call.rows, call.rows[0], [*arguments, call.part, call.num_parts]
+    if name == "gram":
+        written, inputs = [], [_flat(rows), len(rows), *inputs]
+    elif name == "pin_":
+        biased = [k for k, t in enumerate(rows[3]) if t is not None]
+        biases = [rows[3][k] for k in biased]
+        written, inputs = [*rows[0], *biases], [*rows[:3], biases, biased]
+    else:
+        inputs = [rows[0], _flat(rows[1:]), *inputs]
+    try:
+        with torch.no_grad():
+            result = backend.op(name)(*inputs)
+    except RuntimeError:
+        _check(call, backend)
+        real = _real(call)  # complex tensors are rare, and asking each would cost a tenth of a call
+        if real is call:
+            raise
+        return run(real, name, *arguments)
+    if written and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)  # type: ignore[arg-type]  # no None: unpack left them out
     return result
 
 
 def gram(call: Call, weights: Sequence[float], gram_dd: Tensor | None, device: torch.device) -> Tensor:
-    """[R, R] or [P, R, R]: this rank's inner products, columns counted with ``weights``, with a copy of ``gram_dd``."""
-    total = torch.zeros((*weights_shape(call), len(call.rows)), dtype=torch.float64, device=device)
+    """[R, R] or [P, R, R]: this rank's inner products, column i counted ``weights[i]`` times; ``gram_dd`` is copied."""
+    shape = (*([call.num_parts] if call.num_parts else []), len(call.rows), len(call.rows))
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
     for weight, columns in _alike(call, weights):
         if weight:
             total += weight * run(columns, "gram", _beside(columns, gram_dd)).to(device)
@@ -122,38 +120,19 @@ def combine(call: Call, weights: Tensor) -> None:
 
 
 def pin(call: Call) -> Tensor:
-    """|W U - B|^2 of every column of the rows weights, bases, targets and biases; weights and biases are pinned.
+    """Pins weights and biases; returns |W U - B|^2 before, of every column of the rows weights, bases, targets, biases.
 
-    Of several devices the result is on the first that is not the CPU, put together without a copy that the host waits
-    for.
+    Of several devices the result is on the first that is not the CPU, and the host waits for no copy.
     """
     if not call.entries:
         return torch.zeros(0, dtype=torch.float64)
     if len({_device(t) for t in call.rows[0] if isinstance(t, Tensor)}) < 2:
-        return _pin_on_one_device(call)
+        return run(call, "pin_")
     found: dict[int, Tensor] = {}
     for _, columns in _alike(call, [1.0] * len(call.indices)):
-        found |= zip(columns.indices, _pin_on_one_device(columns).unbind(), strict=True)
+        found |= zip(columns.indices, run(columns, "pin_").unbind(), strict=True)
     home = next((t.device for t in found.values() if t.device.type != "cpu"), torch.device("cpu"))
     return torch.stack([found[k].to(home, non_blocking=True) for k in range(call.entries)])
-
-
-def _pin_on_one_device(call: Call) -> Tensor:
-    backend = select(first(call).device.type, "pin_")
-    weights, bases, targets, biases = call.rows
-    if backend.name == "torch":  # it walks layer by layer: nothing may be refused once the first is written
-        check = validate.check_pin if torch.compiler.is_compiling() else validate.check_pin_once
-        check(*call.rows)  # type: ignore[arg-type]
-    biased = [k for k, t in enumerate(biases) if t is not None]
-    try:
-        with torch.no_grad():
-            squares = backend.op("pin_")(weights, bases, targets, [biases[k] for k in biased], biased)
-    except RuntimeError:
-        _check(call, backend)
-        raise
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*weights, *(biases[k] for k in biased)])  # type: ignore[list-item]
-    return squares
 
 
 def first(call: Call) -> Tensor:
@@ -165,19 +144,20 @@ def first(call: Call) -> Tensor:
 
 
 def spans_devices(call: Call) -> bool:
-    """Whether gradients are on several devices; without an accelerator there is only the CPU, and nothing is asked."""
+    """Whether gradients are on several devices. Without an accelerator there is only the CPU: nothing is asked."""
     return _has_accelerator() and len({t.device for t in call.rows[0] if t is not None}) > 1
 
 
 def _alike(call: Call, weights: Sequence[float]) -> Iterator[tuple[float, Call]]:
-    """The call on columns of one device and one weight at a time, after a look for what any of them would refuse."""
+    """The call on the columns of one weight and device at a time. If there are several, all are checked first."""
     where: dict[tuple, list[int]] = {}
     for i, weight in enumerate(weights):
         t = next((row[i] for row in call.rows if row[i] is not None), None)
-        if t is not None and not isinstance(t, Tensor):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
             _check(call)
-        if t is not None:
-            where.setdefault((weight, _device(t)), []).append(i)
+        where.setdefault((weight, _device(t)), []).append(i)
     if len(where) > 1:
         _check(call)
     for (weight, _), columns in where.items():
@@ -189,20 +169,20 @@ def _check(call: Call, backend: Backend | None = None) -> None:
     if call.op == "pin_":
         validate.check_pin(*call.rows)  # type: ignore[arg-type]
         return
-    kinds = dtensor_types(chain(*call.rows))
-    if kinds:  # among the directions of plain gradients, which are not inspected before
+    if kinds := dtensor_types(chain(*call.rows)):  # among the directions of plain gradients, not inspected before
         Layouts(call, kinds)
     for i, g in zip(call.indices, call.rows[0], strict=True):
         if call.written and isinstance(g, Tensor) and g.is_conj():
+            name = f"{call.names[0]}[{i}]"
             raise NotImplementedError(
-                f"{call.op}: {call.names[0]}[{i}] is a lazy conjugate, whose memory holds something else; pass a tensor of its "
-                f"own: {call.names[0]}[{i}].resolve_conj()"
+                f"{call.op}: {name} is a lazy conjugate, whose memory holds something else; pass a tensor of its own: "
+                f"{name}.resolve_conj()"
             )
     validate.check(call.op, _real(call).rows, call.names, call.indices, call.written, backend.name if backend else "")
 
 
 def _beside(call: Call, t: Tensor | None) -> Tensor | None:
-    """A small tensor as the kernels read it, on the device of the rows."""
+    """A small tensor as the kernels read it: float64, contiguous, on the device of the rows."""
     return None if t is None else t.to(first(call).device, torch.float64).contiguous()
 
 
@@ -212,6 +192,7 @@ def _flat(rows: list[list[Tensor | None]]) -> list[Tensor | None]:
 
 def _real(call: Call) -> Call:
     """The same call with complex tensors as real ones with a last dimension of 2; itself, if none is complex."""
+
     if not any(isinstance(t, Tensor) and t.is_complex() for t in chain(*call.rows)):
         return call
 
@@ -231,5 +212,5 @@ def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-# torch.compiler.assume_constant_result, without importing the compiler now.
+# torch.compiler.assume_constant_result without importing the compiler
 _has_accelerator.__dict__["_dynamo_marked_constant"] = True

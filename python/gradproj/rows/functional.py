@@ -30,7 +30,7 @@ def gram(*rows: Row, sharding: Sharding | None = None) -> Tensor:
         ValueError, TypeError, NotImplementedError: naming the first offending row and index.
     Reads R N bytes, N being the size of one list. Float32 products (float64 as soon as one row is), float64 sums.
     """
-    call, local = localize(_read(rows), sharding)
+    call, local = localize(calls.unpack("gram", rows), sharding)
     return reduce(_products(call, local, None), local.group)
 
 
@@ -41,17 +41,9 @@ def local_gram(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Tensor:
-    """What this rank adds to :func:`gram`, which is the sum over the ranks; no collective but those for Partial.
-
-    Args:
-        rows, sharding: as for :func:`gram`.
-        gram_dd: [R - 1, R - 1] or [P, R - 1, R - 1], what this rank adds to the Gram of rows 1.., if that is known
-            already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`; every part has a Gram of its own.
-    Returns:
-        [R, R], or [P, R, R] with parts.
-    """
-    call, local = localize(_read(rows, part, num_parts), sharding)
+    """This rank's summand of :func:`gram`, or of the Gram [P, R, R] of the parts. Communicates only to reduce Partial.
+    ``gram_dd``: the summand for rows 1.., if it is known already."""
+    call, local = localize(calls.unpack("gram", rows, part, num_parts), sharding)
     return _products(call, local, gram_dd)
 
 
@@ -66,14 +58,8 @@ def combine_(grads: Row, directions: Sequence[Row], weights: Tensor) -> None:
         ValueError, TypeError, NotImplementedError: naming the first offending list and index. Nothing is written.
     Reads up to (K + 1) N bytes and writes N. Sums in float32 (float64 as soon as one row is), rounded once.
     """
-    combine_parts(grads, directions, weights, (), 0)
-
-
-def combine_parts(grads: Row, directions: Sequence[Row], weights: Tensor, part: Sequence[int], num_parts: int) -> None:
-    """:func:`combine_` with the weights [P, K + 1] of ``num_parts`` parts, ``part`` being the number of each
-    column's."""
-    call = _written("combine_", grads, directions, part, num_parts)
-    expected = calls.weights_shape(call)
+    call = calls.unpack("combine_", [grads, *directions])
+    expected = (len(call.rows),)
     if not isinstance(weights, Tensor) or weights.shape != expected:
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"combine_: weights must be a tensor of shape {expected}, got {shape}")
@@ -126,25 +112,18 @@ def project_rows(
     part: Sequence[int] = (),
     num_parts: int = 0,
 ) -> Projection:
-    """:func:`project_` for callers that cache the directions' Gram.
-
-    Args:
-        gram_dd: [K, K] or [P, K, K], this rank's :func:`local_gram` of the directions over the columns that have a
-            gradient, if it is known already.
-        part, num_parts: of :class:`gradproj.rows.call.Call`; every part is projected by itself, in the same passes and
-            the same collective.
-    """
-    call = _written("project_", grads, directions, part, num_parts)
-    # One op does it all where every rank is for itself. Directions are not inspected: the op rejects a DTensor.
-    one_op = sharding is None and isinstance(rule, methods.Rule) and call.types <= PLAIN_TYPES
-    if one_op and call.rows[0] and not calls.spans_devices(call):
-        assert isinstance(rule, methods.Rule)
+    """:func:`project_` for callers that keep ``gram_dd``, this rank's :func:`local_gram` of the directions over the
+    columns that have a gradient, or that project several parts each by itself, in the same passes and collective."""
+    call = calls.unpack("project_", [grads, *directions], part, num_parts)
+    # Without other ranks one op does it all. Directions are not inspected: the op rejects a DTensor.
+    alone = sharding is None and call.types <= PLAIN_TYPES
+    if alone and isinstance(rule, methods.Rule) and call.rows[0] and not calls.spans_devices(call):
         products, weights = calls.run(call, "project_", *rule, gram_dd)
         return Projection(products, weights, select(products.device.type).name)
 
     call, local = localize(call, sharding)
     products = reduce(_products(call, local, gram_dd), local.group)
-    if isinstance(rule, methods.Rule):  # the same op on every rank, one that owns nothing included
+    if isinstance(rule, methods.Rule):  # the same op on every rank, even one that owns nothing
         weights = select(products.device.type).op("weights")(products, *rule)
     else:
         weights = methods.apply_weighting(rule, products)
@@ -161,15 +140,14 @@ def orthogonal_gradient_projection(
     eps: float = 1e-8,
     sharding: Sharding | None = None,
 ) -> Projection:
-    """The naive algorithm's signature, fused: afterwards ``p.grad`` holds the projected safety gradient.
+    """The naive algorithm in one call: afterwards ``p.grad`` holds the projected safety gradient.
 
     Args:
         model: its parameters' ``.grad`` are replaced. They may be DTensors (FSDP2, tensor parallel).
         safety_loss: scalar, or a function of the model that returns one.
-        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces the
-            gradients of the first backward pass after a forward pass, and of no other.
-        eps: added to <d, d>, as the naive version does. With short gradients it leaves some of the conflict behind; 0
-            does not.
+        capability_loss: likewise; its forward and backward pass come first. DDP needs functions: it reduces only the
+            first backward pass after a forward pass.
+        eps: added to <d, d>, as the naive version does. With short gradients some conflict is left; with 0, none.
         sharding: where the model is sharded over ranks; see :func:`project_`.
     Returns:
         Projection.
@@ -188,25 +166,13 @@ def orthogonal_gradient_projection(
     return project_(grads, direction, method="orthogonal", eps=eps, sharding=sharding)
 
 
-def _written(op: str, grads: Row, directions: Sequence[Row], part: Sequence[int], num_parts: int) -> Call:
-    if not directions:
-        raise ValueError(f"{op}: pass at least one direction")
-    names = ["grads", *(f"directions[{k}]" for k in range(len(directions)))]
-    return calls.unpack(op, (grads, *directions), names, True, part, num_parts)
-
-
-def _read(rows: Sequence[Row], part: Sequence[int] = (), num_parts: int = 0) -> Call:
-    if not rows:
-        raise ValueError("gram: pass at least one list of tensors")
-    return calls.unpack("gram", rows, [f"rows[{r}]" for r in range(len(rows))], False, part, num_parts)
-
-
 def _products(call: Call, local: Local, gram_dd: Tensor | None) -> Tensor:
-    """This rank's Gram, beside the first tensor; without any, where the group communicates."""
+    """This rank's Gram, on the device of the first tensor; without any, where the group communicates."""
+    device = torch.device("cpu")
     if any(t is not None for row in call.rows for t in row):
         device = calls.first(call).device
-    else:
-        device = torch.device("cpu") if local.group is None else device_of(local.group)
+    elif local.group is not None:
+        device = device_of(local.group)
     return calls.gram(call, local.weights, gram_dd, device)
 
 
@@ -216,25 +182,24 @@ def pin_(
     targets: Sequence[Tensor | None] | None = None,
     biases: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """``W <- W - (W U - B) U^T`` in place, for every weight: what W makes of the inputs that U spans becomes B.
+    """``W <- W - (W U - B) U^T`` in place, for every weight: afterwards W U = B; inputs orthogonal to U see the old W.
 
     Args:
         weights: [o, i] each, any strides; float32, float64, bfloat16 or float16. Modified.
-        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], the last row belonging to its input, which is 1.
-        targets: B [o, r], or None for zeros, which is the form for gradients; None if all are.
-        biases: [o] each or None; one more column of W without being beside it in memory. Modified.
+        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], whose last row is for the bias's input, 1.
+        targets: B [o, r], or None for zeros, the form for gradients; None if all are.
+        biases: [o] each or None; treated as one more column of W. Modified.
     Returns:
         [L] float64: ``|W U - B|`` before, Frobenius. On the weights' device; of several, on the first that is not the
         CPU.
     Raises:
         ValueError, TypeError, NotImplementedError: naming list, index, shape, dtype, device. Nothing is written.
-    Reads and writes every weight once, beside U and B; holds < 1 MiB, or up to 32 MiB where plain torch runs on a GPU.
-    W U is summed in float32 (float64 for float64). Checks a set of buffers once: a repeated call recognises their
-    addresses.
-    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights
-    instead of updates.
+    Reads every weight, U and B once and writes every weight once; holds < 1 MiB, or up to 32 MiB where plain torch runs
+    on a GPU. W U is summed in float32 (float64 for float64). A repeated call recognises the buffers by their addresses
+    and does not check them again.
+    Source: Saha et al. 2021 (GPM) and Fang et al. 2025 (AlphaEdit) for the projection, here of weights instead of
+    updates.
     """
     absent = [None] * len(weights)
     rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]
-    call = calls.unpack("pin_", rows, ["weights", "bases", "targets", "biases"], False)
-    return calls.pin(call).sqrt_()
+    return calls.pin(calls.unpack("pin_", rows)).sqrt_()

@@ -9,8 +9,7 @@ from torch import Tensor
 class Projection(NamedTuple):
     """What a projection did, as tensors on the device of the gradients: reading one synchronises, making it did not.
 
-    With P parts, every tensor has a leading dimension of length P, but for ``finite`` and ``applied``, which are about
-    all.
+    With P parts every tensor has a leading dimension of length P, except ``finite`` and ``applied``.
 
     Attributes:
         gram: [K + 1, K + 1] float64 inner products before the projection.
@@ -30,10 +29,7 @@ class Projection(NamedTuple):
 
     @property
     def removed(self) -> Tensor:
-        """0-d: length of the change over length of the gradient; 0 is untouched, 1 is all of it for a projection.
-
-        0 for a gradient of length 0, of which nothing can be removed.
-        """
+        """0-d: length of the change over length of the gradient, 0 if that is 0. 1: a projection removed everything."""
         change = self.weights.clone()
         change[..., 0] -= 1.0
         finite = self.gram.isfinite().all(-1).all(-1)[..., None, None]
@@ -44,7 +40,7 @@ class Projection(NamedTuple):
 
     @property
     def ignored(self) -> Tensor:
-        """[K] bool: directions without any length where there is a gradient; they take no part in a projection."""
+        """[K] bool: directions that are zero wherever there is a gradient; they take no part in a projection."""
         return self.gram.diagonal(dim1=-2, dim2=-1)[..., 1:] == 0
 
     @property

@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradproj.rows.call import Call
-from gradproj.rows.dtensors import Layouts, PartialGradient, dtensor_types, infer_group, is_dtensor, local_tensor
+from gradproj.rows.dtensors import Layouts, PartialGradient, dtensor_types, is_dtensor, local_tensor
 
 _NO_FLOAT64 = ("mps", "hpu", "npu")  # devices whose collectives do not take it
 
 
 class Sharding(NamedTuple):
-    """What the other ranks hold, as far as the tensors do not say it themselves. DTensors on a mesh that covers the
-    world do.
+    """What the other ranks hold, where the tensors do not say it. DTensors on a mesh that covers the world do.
 
     Attributes:
         group: process group whose ranks hold the rows together; every rank of it makes every call, one that owns
@@ -41,38 +40,28 @@ class Sharding(NamedTuple):
 
 
 def of_replicas(parameters: Iterable[Tensor]) -> Sharding | None:
-    """What a framework whose ranks all hold the model tells the wrapper of it: nothing on one rank, or if DTensors say
-    it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+    """The sharding of a model that every rank holds; None on one rank, or if DTensors say it."""
+    if not is_distributed() or dist.get_world_size() < 2 or dtensor_types(parameters):
         return None
-    return None if dtensor_types(list(parameters)) else Sharding(placement="replicate")
+    return Sharding(placement="replicate")
 
 
 class Local(NamedTuple):
-    """What there is to know of a call on this rank's memory.
+    """What a call on this rank's memory must know of the other ranks."""
 
-    Attributes:
-        weights: per column, the weight of this rank's inner products; 0 leaves the column out of them.
-        group: the ranks over which inner products are summed; None if no rank but this one takes part.
-        dtensors: the gradients that are DTensors, if they will be written.
-        partial: the gradients that are Partial, if they will be written.
-    """
-
-    weights: list[float]
-    group: Any = None
-    dtensors: Sequence[Tensor] = ()
-    partial: Sequence[PartialGradient] = ()
+    weights: list[float]  # of this rank's inner products, per column; 0 leaves the column out of them
+    group: Any = None  # the ranks over which inner products are summed; None if no rank but this one takes part
+    dtensors: Sequence[Tensor] = ()  # the gradients that are DTensors, if they will be written
+    partial: Sequence[PartialGradient] = ()  # the gradients that are Partial, if they will be written
 
 
 def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tuple[Call, Local]:
-    """The call on plain tensors in this rank's memory.
+    """The call on plain tensors in this rank's memory. Reduces Partial tensors, one all_reduce each.
 
     Args:
-        sharding: None with DTensors is ``Sharding()``.
-        products: there will be inner products; without, nothing is asked about other ranks.
+        products: whether there will be inner products; if not, nothing is asked about other ranks.
     Raises:
         ValueError, NotImplementedError, RuntimeError: naming row and index. Nothing is written.
-    Communicates only to reduce Partial tensors: one all_reduce each.
     """
     kinds, weights, group = dtensor_types(chain(*call.rows)), [1.0] * len(call.indices), None
     if sharding is None and not kinds:
@@ -82,12 +71,12 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
     layouts, owned = Layouts(call, kinds), sharding.owned
     if products:
         group = _group(call.op, sharding, layouts.meshes)
+    if group is not None:
         weights = layouts.weights(group, sharding.placement)
     if owned is not None:
         if len(owned) != call.entries:
-            raise ValueError(
-                f"{call.op}: Sharding.owned has {len(owned)} entries for {call.entries} parameters; pass one bool for each"
-            )
+            entries = f"{len(owned)} entries for {call.entries} parameters"
+            raise ValueError(f"{call.op}: Sharding.owned has {entries}; pass one bool for each")
         weights = [w if owned[i] else 0.0 for w, i in zip(weights, call.indices, strict=True)]
     rows = [[local_tensor(t) if type(t) in kinds else t for t in row] for row in call.rows]  # type: ignore[arg-type]
     partial = layouts.reduce_partial(rows)
@@ -96,8 +85,7 @@ def localize(call: Call, sharding: Sharding | None, products: bool = True) -> tu
 
 
 def with_group(op: str, sharding: Sharding | None, tensors: Sequence[Tensor | None]) -> Sharding | None:
-    """``sharding`` with the group that ``tensors`` imply: for others that lie as these do, some of which may be
-    missing."""
+    """``sharding`` with the group that ``tensors`` imply, for rows that lie as they do but may lack some of them."""
     kinds = dtensor_types(tensors)
     if sharding is None and not kinds:
         return None
@@ -115,16 +103,15 @@ def reduce(gram: Tensor, group) -> Tensor:
 
 
 def finish(local: Local, weights: Tensor) -> None:
-    """To call after row 0 was combined with ``weights``: brings the result to the caller's own tensors.
+    """Bring row 0, after it was combined with ``weights``, to the caller's own tensors.
 
-    The first rank of a reduction gets the sum and the others zeros (all of them get it where the reduction is an
-    average): the gradient stays Partial and stands for the projected one, without another rounding.
+    A Partial gradient stays Partial, without another rounding: the first rank of a reduction gets the result and the
+    others zeros; where the reduction is an average, all get it.
     """
     if local.partial:
         untouched = (weights[..., 0] == 1).all() & ~(weights[..., 1:] != 0).any()
-        for memory, value, holds_result in local.partial:
-            result = value if holds_result else torch.zeros_like(value)
-            memory.copy_(torch.where(untouched.to(memory.device), memory, result))
+        for memory, value in local.partial:
+            memory.copy_(torch.where(untouched.to(memory.device), memory, 0.0 if value is None else value))
     if local.dtensors:
         torch.autograd.graph.increment_version(local.dtensors)
 
@@ -159,28 +146,38 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local_tensor(t) if is_dtensor(t) else t for t in tensors]  # type: ignore[arg-type]
 
 
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _group(op: str, sharding: Sharding, meshes: Sequence[Any]):
+    """The group given; else the world, if one mesh covers it: ranks outside of a smaller mesh may hold copies, or the
+    rest of the model."""
     if sharding.group is not None:
         return sharding.group
-    if meshes:
-        return infer_group(op, meshes)
-    distributed = dist.is_available() and dist.is_initialized()
-    return dist.group.WORLD if distributed and sharding.placement is not None else None
+    largest = max((mesh.size() for mesh in meshes), default=0)
+    if largest and largest < dist.get_world_size():
+        raise ValueError(
+            f"{op}: the largest mesh of a DTensor has {largest} of {dist.get_world_size()} ranks: pass "
+            f"Sharding(group=), the ranks that hold one gradient together (torch.distributed.group.WORLD if the "
+            f"other ranks hold other parameters of the same model, mesh.get_group() of a 1-D mesh if they hold "
+            f"copies of these)"
+        )
+    return dist.group.WORLD if largest or (is_distributed() and sharding.placement is not None) else None
 
 
 def _check_sharding(op: str, sharding: Sharding) -> None:
     if not isinstance(sharding, Sharding):
         raise TypeError(f"{op}: sharding must be a gradproj.Sharding, got {type(sharding).__name__}")
-    group, placement, _ = sharding
-    if placement not in (None, "replicate", "shard"):
-        raise ValueError(f'{op}: placement must be "replicate" or "shard", got {placement!r}')
-    if group is None:
+    if sharding.placement not in (None, "replicate", "shard"):
+        raise ValueError(f'{op}: placement must be "replicate" or "shard", got {sharding.placement!r}')
+    if sharding.group is None:
         return
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         raise RuntimeError(
             f"{op}: Sharding has a group but torch.distributed is not initialised; call init_process_group() first"
         )
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if sharding.group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not in group; call it on the ranks of the group only")
 
 
