@@ -62,11 +62,15 @@ struct Kernels {
   int block;  // see pair_place
 };
 
-const Kernels& portable_kernels();
-#if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-#endif
+namespace portable {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
 
 // The best that this processor runs. GRADPROJ_CPU=portable|avx2|avx512 asks for another.
 const Kernels& kernels();

@@ -63,7 +63,7 @@ struct Case {
 
   explicit Case(Reader& in) {
     operation = static_cast<Operation>(in.word());
-    layout.rows = static_cast<int>(in.word());
+    layout.rows = in.word();
     layout.parts = static_cast<int>(in.word());
     device = {nullptr, in.word(), false};
     rule = {static_cast<Method>(in.word()), 0.25, 0.0};
@@ -71,7 +71,7 @@ struct Case {
     const int64_t count = in.word();
     shapes.reserve(static_cast<size_t>(2 * count));
     for (int64_t b = 0; b < count; ++b) buffers.push_back(read_buffer(in));
-    for (int64_t part : in.words(in.word())) layout.part.push_back(static_cast<int32_t>(part));
+    layout.part = in.words(in.word());
     weights = in.doubles();
     gram_dd = in.doubles();
     gram.assign(static_cast<size_t>(layout.parts * layout.rows * layout.rows), std::nan(""));  // what is not written shows
