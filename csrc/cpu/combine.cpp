@@ -24,11 +24,13 @@ void combine_task(const Plan& plan, const Chunks& chunks, int64_t task, const do
       }
     const int count = static_cast<int>(read.size());
     if (count == 1 && read[0] == 0 && w[0] == 1.0) return;
-    if (const RowKernels* kernels = in_place(plan, s, read, rows)) {
-      char* out = const_cast<char*>(views[0].data) + s.start * element_size(views[0].dtype);
-      return kernels->combine(out, rows.data(), weights_read.data(), count, s.n);
-    }
     rows.resize(count);
+    const RowKernels* stored = plan.segments[s.segment].ndim == 0 ? stored_kernels(plan, s.segment, read) : nullptr;
+    if (stored) {
+      for (int i = 0; i < count; ++i) rows[i] = reader.stored(s.segment, read[i], s.start, s.n);
+      char* out = const_cast<char*>(views[0].data) + s.start * element_size(views[0].dtype);
+      return stored->combine(out, rows.data(), weights_read.data(), count, s.n);
+    }
     for (int64_t done = 0; done < s.n; done += kTile) {
       const int64_t n = std::min<int64_t>(kTile, s.n - done);
       for (int i = 0; i < count; ++i) rows[i] = reader.read(s.segment, read[i], s.start + done, n);

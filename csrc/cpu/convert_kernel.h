@@ -1,7 +1,4 @@
-// Tiles between what a row stores and what is computed with. Part of kernels_impl.h.
-
-namespace gradproj::cpu::GRADPROJ_ISA {
-namespace {
+// Tiles between what a row stores and what is computed with. Included by kernels_impl.h.
 
 // Calls f with a zero of the type that a row of this dtype stores.
 template <typename F>
@@ -30,6 +27,3 @@ void store(const T* source, char* out, DType dtype, int64_t n) {
     for (int64_t i = 0; i < n; ++i) encode(source[i], s[i]);
   });
 }
-
-}  // namespace
-}  // namespace gradproj::cpu::GRADPROJ_ISA

@@ -19,14 +19,14 @@ GRADPROJ_PRAGMA_OF(clang attribute push(__attribute__((target(GRADPROJ_TARGET)))
 GRADPROJ_PRAGMA_OF(GCC target(GRADPROJ_TARGET))
 #endif
 
+namespace gradproj::cpu::GRADPROJ_ISA {
+namespace {
+
 #include "vector.h"
 
 #include "combine_kernel.h"
 #include "convert_kernel.h"
 #include "gram_kernel.h"
-
-namespace gradproj::cpu::GRADPROJ_ISA {
-namespace {
 
 template <typename T, typename G, typename S>
 constexpr RowKernels row_kernels() {

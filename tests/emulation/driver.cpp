@@ -88,7 +88,7 @@ struct Case {
     std::vector<double> scratch(static_cast<size_t>(cuda::gram_scratch(device, plan)), std::nan(""));
     const double* known = gram_dd.empty() ? nullptr : gram_dd.data();
     if (operation == kGram) cuda::launch_gram(device, plan, known, scratch.data(), gram.data());
-    if (operation == kCombine) cuda::launch_combine(device, plan, weights.data());
+    if (operation == kCombine) cuda::launch_combine(device, plan, {weights.data()});
     if (operation == kProject) cuda::launch_project(device, plan, rule, known, scratch.data(), gram.data(), weights.data());
   }
 
