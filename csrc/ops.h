@@ -27,8 +27,8 @@ inline Tensor new_doubles(Place place, const std::vector<int64_t>& shape) {
 inline const double* doubles(const Tensor& t, Place place, int64_t numel, const char* name) {
   if (place_of(t.get()) != place || t.scalar_type() != torch::headeronly::ScalarType::Double || t.numel() != numel ||
       !t.is_contiguous())
-    throw PlanError(std::string("gradproj: ") + name + " must be a contiguous float64 tensor of " + std::to_string(numel) +
-                    " elements on the device of the buffers");
+    throw PlanError(std::string("gradproj: ") + name + " must be a contiguous float64 tensor of " +
+                    std::to_string(numel) + " elements on the device of the buffers");
   return static_cast<const double*>(t.const_data_ptr());
 }
 
@@ -49,7 +49,8 @@ template <typename Context>
 struct Ops {
   using Parts = std::vector<int64_t>;
 
-  static Tensor gram(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, Parts parts, int64_t num_parts) {
+  static Tensor gram(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, Parts parts,
+                     int64_t num_parts) {
     const Rows rows(list, num_rows, std::move(parts), num_parts);
     const Plan plan = rows.plan_to_read();
     const Context context(rows.place());
@@ -65,11 +66,13 @@ struct Ops {
     const int64_t parts = ndim == 3 ? gram.size(0) : 1;
     const Rule rule = parse_rule(method, gamma, eps);
     const Context context(place);
+    const double* elements = doubles(gram, place, parts * rows * rows, "gram");
     Tensor weights = ndim == 3 ? new_doubles(place, {parts, rows}) : new_doubles(place, {rows});
-    context.weights(rule, doubles(gram, place, parts * rows * rows, "gram"), parts, static_cast<int>(rows), data(weights));
+    context.weights(rule, elements, parts, static_cast<int>(rows), data(weights));
     return weights;
   }
-  static void combine(StableListHandle grads, StableListHandle directions, Tensor weights, Parts parts, int64_t num_parts) {
+  static void combine(StableListHandle grads, StableListHandle directions, Tensor weights, Parts parts,
+                      int64_t num_parts) {
     const Rows rows(grads, directions, std::move(parts), num_parts);
     const Plan plan = rows.plan_to_write();
     const Context context(rows.place());

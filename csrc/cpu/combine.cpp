@@ -41,17 +41,10 @@ void combine_task(const Plan& plan, const Chunks& chunks, int64_t task, const do
   });
 }
 
-bool all_leave_row_0(const Plan& plan, const double* weights) {
-  for (int64_t i = 0; i < int64_t{plan.parts} * plan.rows; ++i)
-    if (weights[i] != (i % plan.rows == 0 ? 1.0 : 0.0)) return false;
-  return true;
-}
-
 }  // namespace
 
 // Walks backwards: the tail of what a Gram pass has read is still in cache.
 void Context::combine(const Plan& plan, const double* weights) {
-  if (all_leave_row_0(plan, weights)) return;
   const Chunks chunks(plan, 0);
   parallel(chunks.tasks(), [&](int64_t i) {
     const int64_t task = chunks.tasks() - 1 - i;

@@ -12,7 +12,7 @@
 namespace gradproj::cpu {
 namespace {
 
-// Adds up lists of `count` numbers in the order of a binary tree over their ascending indices; a missing index counts as
+// Adds up lists of `count` numbers in the order of a binary tree over their ascending indices; a missing one counts as
 // zeros. 2^k aligned neighbours may be added up first, by a tree of their own.
 class TreeSum {
  public:
@@ -89,7 +89,8 @@ TaskSums gram_task(const Plan& plan, const Chunks& chunks, int64_t task, bool ro
       for (int64_t done = 0; done < s.n;) {
         const int64_t n = whole ? s.n : std::min<int64_t>(kTile, s.n - done);
         for (int r : all)
-          rows[r] = stored ? reader.stored(s.segment, r, s.start + done, n) : reader.read(s.segment, r, s.start + done, n);
+          rows[r] = stored ? reader.stored(s.segment, r, s.start + done, n)
+                           : reader.read(s.segment, r, s.start + done, n);
         (stored ? *stored : reader.kernels_of_t()).gram(rows.data(), plan.rows, n, row_only, sums.data());
         done += n;
       }

@@ -45,7 +45,8 @@ inline void block(const void* const* x_rows, const void* const* y_rows, int64_t 
       GRADPROJ_UNROLL for (int a = 0; a < kX; ++a) vx[a] = First::load(x[a] + at, v);
       GRADPROJ_UNROLL for (int b = kFirstLoaded; b < kY; ++b) vy[b] = Other::load(y[b] + at, v);
       GRADPROJ_UNROLL for (int a = 0; a < kX; ++a)
-        GRADPROJ_UNROLL for (int b = kOwn ? a : 0; b < kY; ++b) sums[a][b] += vx[a] * (b < kFirstLoaded ? vx[b] : vy[b]);
+        GRADPROJ_UNROLL for (int b = kOwn ? a : 0; b < kY; ++b)
+          sums[a][b] += vx[a] * (b < kFirstLoaded ? vx[b] : vy[b]);
     }
   };
   int64_t at = begin;

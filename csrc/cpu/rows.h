@@ -46,20 +46,20 @@ template <bool kToTile, typename U>
 void move_elements(const Plan& plan, const Segment& segment, int row, int64_t start, int64_t n, U* memory, U* tile) {
   const int64_t *sizes = plan.sizes(segment), *strides = plan.strides(segment, row);
   const int inner = segment.ndim - 1;
-  const int64_t stride = strides[inner];
   for (int64_t done = 0; done < n;) {
     int64_t index = (start + done) / sizes[inner];
     const int64_t at = (start + done) % sizes[inner], count = std::min(n - done, sizes[inner] - at);
-    U* run = memory + at * stride;
+    int64_t offset = at * strides[inner];
     for (int d = inner - 1; d >= 0; --d) {
-      run += index % sizes[d] * strides[d];
+      offset += index % sizes[d] * strides[d];
       index /= sizes[d];
     }
+    U *run = memory + offset, *in_tile = tile + done;
     for (int64_t i = 0; i < count; ++i)
       if constexpr (kToTile)
-        tile[done + i] = run[i * stride];
+        in_tile[i] = run[i * strides[inner]];
       else
-        run[i * stride] = tile[done + i];
+        run[i * strides[inner]] = in_tile[i];
     done += count;
   }
 }

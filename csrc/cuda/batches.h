@@ -1,5 +1,4 @@
-// From a plan to launches: sorts its segments by the kernel instance that takes them and fills kernel parameters. Host
-// code.
+// From a plan to launches, on the host: sorts its segments by kernel instance and fills kernel parameters.
 #pragma once
 
 #include <algorithm>
@@ -127,10 +126,11 @@ inline StridedSegment make_strided(const Plan& plan, size_t s, const Pass& pass)
   return p;
 }
 
-// Calls dense(Types<G, D>, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, always in the
-// same order.
+// Calls dense(Types<G, D>, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, in a fixed
+// order.
 template <typename Dense, typename Strided>
-void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense, const Strided& strided) {
+void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense,
+                     const Strided& strided) {
   std::vector<int> pairs;
   int64_t elements = 0;
   for (size_t s = 0; s < plan.segments.size(); ++s) {

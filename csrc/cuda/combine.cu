@@ -11,7 +11,9 @@ void launch_combine(const Device& device, const Plan& plan, const WeightSource& 
   };
   for_each_launch(
       device, plan, row_0_and(1, plan.rows, true),
-      [&]<typename G, typename D>(Types<G, D>, const Segments& p, int64_t blocks) { run(combine_dense<G, D>, blocks, p); },
+      [&]<typename G, typename D>(Types<G, D>, const Segments& p, int64_t blocks) {
+        run(combine_dense<G, D>, blocks, p);
+      },
       [&](const StridedSegment& p, int64_t blocks) { run(combine_strided, blocks, p); });
 }
 

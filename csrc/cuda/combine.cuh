@@ -1,4 +1,4 @@
-// Row 0 <- sum_r weights[r] row r, and, in front of it at K = 1, the weights themselves.
+// Row 0 <- sum_r weights[r] row r, and, for K = 1, the weights themselves before that.
 #pragma once
 
 #include "batches.h"
@@ -220,7 +220,8 @@ void combine_dense(const __grid_constant__ Segments p, WeightSource source) {
 }
 
 // The same for one strided segment, an element per thread, in double.
-__global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
+__global__ __launch_bounds__(kThreads, 4)
+void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
   __shared__ double solved[2];
   wait_for_last_kernel();
   const double* weights = find_weights(source, solved) + int64_t{p.part} * p.rows;

@@ -86,8 +86,8 @@ int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratc
   return launch_one_part(device, plan, all_rows(plan), scratch);
 }
 
-// Up to nine rows in one pass. More: every half pass of rows with every later one, R^2 / 8 reads of N in all. With known
-// products of the directions: row 0 with eight others at a time.
+// Up to nine rows in one pass. More: every half pass of rows with every later one, R^2 / 8 reads of N in all. With
+// known products of the directions: row 0 with eight others at a time.
 void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, double* scratch, double* gram) {
   check_launchable(plan);
   const int R = plan.rows;
@@ -102,8 +102,8 @@ void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, 
   else
     for (int first = 0; first + kHalfPass < R; first += kHalfPass)
       for (int second = first + kHalfPass; second < R; second += kHalfPass)
-        launch_pass(device, plan, {first, kHalfPass, second, kHalfPass + std::min(R - second, kHalfPass), false}, scratch,
-                    target);
+        launch_pass(device, plan, {first, kHalfPass, second, kHalfPass + std::min(R - second, kHalfPass), false},
+                    scratch, target);
 }
 
 }  // namespace gradproj::cuda

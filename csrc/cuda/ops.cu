@@ -1,32 +1,22 @@
 // The CUDA side of ../ops.h: the buffers' device, its current stream, and scratch.
 #include "../ops.h"
-
-#include <mutex>
-
 #include "launch.h"
 
 namespace gradproj::cuda {
 namespace {
 
-// What kernels have to know of a device, but for the stream; refuses one that they do not run on. Asked once.
-Device properties_of(int index) {
-  static std::mutex mutex;
-  static std::vector<Device> found;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (found.size() <= static_cast<size_t>(index)) found.resize(index + 1, Device{});
-  Device& device = found[index];
-  if (device.most_blocks == 0) {
-    int processors = 0, major = 0, driver = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
-    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-    if (major < 7 || driver < 12010)
-      throw PlanError("gradproj: the CUDA kernels need compute capability 7.0 and a driver for CUDA 12.1 or later");
-    // Four blocks of 256 threads fill a multiprocessor to the half that the kernels are compiled for.
-    device.most_blocks = std::min<int64_t>(kMaxBlocks, 4 * processors);
-    device.starts_early = major >= 9 && driver >= 12030;  // 12.3: in a captured graph too
-  }
-  return device;
+// What kernels have to know of a device; refuses one that they do not run on.
+Device device_of(int index, void* stream) {
+  int processors = 0, major = 0, driver = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (major < 7 || driver < 12010)
+    throw PlanError("gradproj: the CUDA kernels need compute capability 7.0 and a driver for CUDA 12.1 or later");
+  // Four blocks of 256 threads fill a multiprocessor to the half that the kernels are compiled for. Programmatic
+  // dependent launch: 12.3, for it to work in a captured graph too.
+  const int64_t blocks = std::min<int64_t>(kMaxBlocks, 4 * processors);
+  return {static_cast<cudaStream_t>(stream), blocks, major >= 9 && driver >= 12030};
 }
 
 // The device is current for as long as this lives.
@@ -37,8 +27,7 @@ class Context {
       throw PlanError("gradproj: the first buffer is not on a CUDA device");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
-    device_ = properties_of(place.index);
-    device_.stream = static_cast<cudaStream_t>(stream);
+    device_ = device_of(place.index, stream);
   }
   void gram(const Plan& plan, const double* gram_dd, double* gram) const {
     launch_gram(device_, plan, gram_dd, data(scratch(plan)), gram);

@@ -74,14 +74,15 @@ struct Case {
     layout.part = in.words(in.word());
     weights = in.doubles();
     gram_dd = in.doubles();
-    gram.assign(static_cast<size_t>(layout.parts * layout.rows * layout.rows), std::nan(""));  // what is not written shows
+    gram.assign(layout.parts * layout.rows * layout.rows, std::nan(""));  // what is not written shows
   }
 
   void run() {
     if (operation == kWeights) {  // of the Grams in buffer 1 into buffer 0
       const Buffer &out = buffers[0], &grams = buffers[1];
+      double* weights = reinterpret_cast<double*>(const_cast<char*>(out.data));
       return cuda::launch_weights(device, rule, reinterpret_cast<const double*>(grams.data), grams.sizes[0],
-                                  static_cast<int>(grams.sizes[1]), reinterpret_cast<double*>(const_cast<char*>(out.data)));
+                                  static_cast<int>(grams.sizes[1]), weights);
     }
     const Plan plan = make_plan(buffers, layout);
     if (operation == kCombine || operation == kProject) check_writable(buffers, layout.rows);
@@ -89,7 +90,8 @@ struct Case {
     const double* known = gram_dd.empty() ? nullptr : gram_dd.data();
     if (operation == kGram) cuda::launch_gram(device, plan, known, scratch.data(), gram.data());
     if (operation == kCombine) cuda::launch_combine(device, plan, {weights.data()});
-    if (operation == kProject) cuda::launch_project(device, plan, rule, known, scratch.data(), gram.data(), weights.data());
+    if (operation == kProject)
+      cuda::launch_project(device, plan, rule, known, scratch.data(), gram.data(), weights.data());
   }
 
  private:
