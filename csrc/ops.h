@@ -47,11 +47,11 @@ inline Rule parse_rule(const std::string& method, double gamma, double eps) {
 
 template <typename Context>
 struct Ops {
-  using Parts = std::vector<int64_t>;
+  using Numbers = std::vector<int64_t>;  // the schema's `parts`: the part of every column
 
-  static Tensor gram(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, Parts parts,
-                     int64_t num_parts) {
-    const Rows rows(list, num_rows, std::move(parts), num_parts);
+  static Tensor gram(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, Numbers part,
+                     int64_t parts) {
+    const Rows rows(list, num_rows, std::move(part), parts);
     const Plan plan = rows.plan_to_read();
     const Context context(rows.place());
     Tensor gram = new_doubles(rows.place(), rows.shape(2));
@@ -71,17 +71,17 @@ struct Ops {
     context.weights(rule, elements, parts, static_cast<int>(rows), data(weights));
     return weights;
   }
-  static void combine(StableListHandle grads, StableListHandle directions, Tensor weights, Parts parts,
-                      int64_t num_parts) {
-    const Rows rows(grads, directions, std::move(parts), num_parts);
+  static void combine(StableListHandle grads, StableListHandle directions, Tensor weights, Numbers part,
+                      int64_t parts) {
+    const Rows rows(grads, directions, std::move(part), parts);
     const Plan plan = rows.plan_to_write();
     const Context context(rows.place());
     context.combine(plan, doubles(weights, rows.place(), int64_t{plan.parts} * plan.rows, "weights"));
   }
   static std::tuple<Tensor, Tensor> project(StableListHandle grads, StableListHandle directions, std::string method,
-                                            double gamma, double eps, std::optional<Tensor> gram_dd, Parts parts,
-                                            int64_t num_parts) {
-    const Rows rows(grads, directions, std::move(parts), num_parts);
+                                            double gamma, double eps, std::optional<Tensor> gram_dd, Numbers part,
+                                            int64_t parts) {
+    const Rows rows(grads, directions, std::move(part), parts);
     const Rule rule = parse_rule(method, gamma, eps);
     const Plan plan = rows.plan_to_write();
     const Context context(rows.place());

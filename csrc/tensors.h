@@ -75,19 +75,19 @@ inline Buffer buffer_of(AtenTensorHandle h, size_t number) {
   return b;
 }
 
-// The rows of one op call. Owns the tensors. parts, num_parts: python/gradproj/kernels/ops.py.
+// The rows of one op call. Owns the tensors. part: of every column, below parts; none where there is one part.
 class Rows {
  public:
   // Of an op that reads all rows, which come as one list.
-  Rows(StableListHandle rows, int64_t num_rows, std::vector<int64_t> parts, int64_t num_parts) {
+  Rows(StableListHandle rows, int64_t num_rows, std::vector<int64_t> part, int64_t parts) {
     add(rows, true);
-    set_layout(num_rows, std::move(parts), num_parts);
+    set_layout(num_rows, std::move(part), parts);
   }
   // Of an op that writes the gradients.
-  Rows(StableListHandle grads, StableListHandle directions, std::vector<int64_t> parts, int64_t num_parts) {
+  Rows(StableListHandle grads, StableListHandle directions, std::vector<int64_t> part, int64_t parts) {
     const size_t n = add(grads, false), rest = add(directions, true);
     if (n == 0 || rest % n != 0) throw PlanError("gradproj: rows of different length");
-    set_layout(1 + static_cast<int64_t>(rest / n), std::move(parts), num_parts);
+    set_layout(1 + static_cast<int64_t>(rest / n), std::move(part), parts);
   }
   Place place() const { return place_; }
   Plan plan_to_read() const { return make_plan(buffers_, layout_); }
@@ -129,10 +129,10 @@ class Rows {
     }
     return size;
   }
-  void set_layout(int64_t num_rows, std::vector<int64_t> parts, int64_t num_parts) {
-    if (num_parts < 0 || num_parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
-    if ((num_parts > 0) == parts.empty()) throw PlanError("gradproj: parts and num_parts go together");
-    layout_ = {num_rows, std::move(parts), num_parts > 0 ? static_cast<int>(num_parts) : 1};
+  void set_layout(int64_t num_rows, std::vector<int64_t> part, int64_t parts) {
+    if (parts < 0 || parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
+    if ((parts > 0) == part.empty()) throw PlanError("gradproj: parts and num_parts go together");
+    layout_ = {num_rows, std::move(part), std::max(1, static_cast<int>(parts))};
   }
 
   References references_;

@@ -173,7 +173,7 @@ GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* 
   team.sync();
 }
 
-// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. One thread
+// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. A thread
 // has row i: P[j R + i] is its inner product with row j as it stands until j's turn, then what it took from row j.
 template <typename Team>
 GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double eps, double* w, double* P) {

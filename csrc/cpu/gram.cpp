@@ -44,7 +44,7 @@ class TreeSum {
 
 // What a task has of the parts that it meets, in their order.
 struct TaskSums {
-  std::vector<int> parts;
+  std::vector<int> part;
   std::vector<double> sums;  // `pairs` per part
 };
 
@@ -69,7 +69,7 @@ TaskSums gram_task(const Plan& plan, const Chunks& chunks, int64_t task, bool ro
   };
   int part = -1;
   auto finish_part = [&] {
-    found.parts.push_back(part);
+    found.part.push_back(part);
     found.sums.resize(found.sums.size() + pairs);
     tree.finish(found.sums.data() + found.sums.size() - pairs);
   };
@@ -121,8 +121,8 @@ void Context::gram(const Plan& plan, const double* gram_dd, double* gram) {
   for (int64_t part = 0; part < plan.parts; ++part, gram += int64_t{R} * R) {
     for (; task < chunks.tasks(); ++task, place = 0) {
       const TaskSums& found = of_task[task];
-      if (found.parts[place] == part) tree.add(task, &found.sums[place++ * pairs]);
-      if (place < found.parts.size()) break;  // the rest is of later parts
+      if (found.part[place] == part) tree.add(task, &found.sums[place++ * pairs]);
+      if (place < found.part.size()) break;  // the rest is of later parts
     }
     std::vector<double> sums(pairs);
     tree.finish(sums.data());
