@@ -52,15 +52,18 @@ GRADPROJ_HD inline void solve_weights_k1(Rule rule, double gg, double gd, double
   w[0] = 1.0;
   w[1] = 0.0;
   if (!std::isfinite(gg) || !std::isfinite(gd) || !std::isfinite(dd)) return;
-  const double length2 = dd + rule.eps;
   if (rule.method == Method::mix) {
     w[1] = rule.gamma;
-  } else if (rule.method == Method::pcgrad) {
-    w[0] = gd < 0.0 ? 1.0 - gd / (gg + rule.eps) : 1.0;
-    w[1] = gd < 0.0 ? 1.0 - gd / length2 : 1.0;
-  } else if (length2 > 0.0 && !(rule.method == Method::conflict && gd >= 0.0)) {
-    w[1] = -gd / length2;
+    return;
   }
+  if (rule.method == Method::pcgrad) {
+    w[0] = gd < 0.0 ? 1.0 - gd / (gg + rule.eps) : 1.0;
+    w[1] = gd < 0.0 ? 1.0 - gd / (dd + rule.eps) : 1.0;
+    return;
+  }
+  double length2 = dd + rule.eps;
+  if (length2 <= 0.0 || (rule.method == Method::conflict && gd >= 0.0)) return;
+  w[1] = -gd / length2;
 }
 
 namespace detail {
@@ -231,11 +234,10 @@ GRADPROJ_HD inline void solve_weights(const Team& team, Rule rule, const double*
   }
   if (rule.method == Method::pcgrad) return detail::pcgrad(team, G, R, rule.eps, w, T);
 
-  for (int i = team.row; i < R - 1; i += team.rows) {
-    const double* row = G + (i + 1) * R;
+  for (int i = team.row; i < R - 1; i += team.rows)
     for (int j = team.column; j < R; j += team.columns)
-      T[i * R + j] = j == R - 1 ? -row[0] * s[i] : (row[j + 1] + (i == j ? rule.eps : 0.0)) * s[i] * s[j];
-  }
+      T[i * R + j] = j == R - 1 ? -G[(i + 1) * R] * s[i]
+                                : (G[(i + 1) * R + j + 1] + (i == j ? rule.eps : 0.0)) * s[i] * s[j];
   team.sync();
   bool solved = true;
   if (rule.method == Method::orthogonal)
