@@ -4,13 +4,11 @@
 // every row. Columns belong to parts, each with a Gram of its own (one part unless told otherwise). A plan turns
 // columns into segments, one per column that holds anything. A dense segment is a run of elements that every row holds
 // gap-free and in the same order, so that one flat loop walks it whatever its shape. What has no such run (a transposed
-// g against a contiguous d, a sliced view) is a strided segment with sizes and strides of its own, coalesced and
-// ordered by the first row that is present.
-// An absent buffer counts as zeros and is a null pointer.
+// g against a contiguous d, a sliced view) is a strided segment with sizes and strides of its own, merged where
+// possible and ordered by the first row that is present. An absent buffer counts as zeros and is a null pointer.
 //
-// Nothing in a plan but the addresses depends on where buffers lie: sums that follow it have the same bits for any
-// placement.
-// So columns that touch in memory stay segments of their own.
+// Only the addresses in a plan depend on where buffers lie, so sums that follow it have the same bits for any
+// placement. For that reason columns that touch in memory stay separate segments.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +24,7 @@ enum class DType : uint8_t { f32, f64, f16, bf16 };
 
 constexpr int64_t element_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-// What the host knows of one tensor. data == nullptr with numel > 0 never happens; present == false is an absent row.
+// What the host knows of one tensor. data is null only if numel is 0 or the buffer is absent.
 struct Buffer {
   const char* data = nullptr;
   const int64_t* sizes = nullptr;
@@ -60,12 +58,19 @@ struct Plan {
   int parts = 1;
   std::vector<Segment> segments;
   std::vector<RowView> views;  // rows per segment, in the order of segments
-  std::vector<int64_t> dims;   // per strided segment: ndim sizes, then ndim strides of every row (zeros for absent rows)
+  std::vector<int64_t> dims;   // per strided segment: ndim sizes, then ndim strides of every row (0: absent)
   bool any_f64 = false;        // then products and coefficients are float64
 
-  const RowView* row_views(size_t segment) const { return &views[segment * static_cast<size_t>(rows)]; }
-  const int64_t* sizes(const Segment& s) const { return &dims[static_cast<size_t>(s.dims)]; }
+  const RowView* row_views(size_t segment) const { return &views[segment * rows]; }
+  const int64_t* sizes(const Segment& s) const { return &dims[s.dims]; }
   const int64_t* strides(const Segment& s, int row) const { return sizes(s) + (1 + row) * s.ndim; }
+};
+
+// The shape of a call beyond its buffers.
+struct Layout {
+  int64_t rows;
+  std::vector<int64_t> part = {};  // of each column; empty: there is one part
+  int parts = 1;
 };
 
 namespace detail {
@@ -74,130 +79,84 @@ namespace detail {
   throw PlanError("gradproj: row " + std::to_string(row) + ", buffer " + std::to_string(column) + ": " + what);
 }
 
-// Can a column's elements repeat? Sizes and strides sorted by stride must nest: each stride clears what lies inside it.
-inline bool nested(const Buffer& b) {
-  if (b.contiguous || b.numel <= 1) return true;
+// The dimensions of more than one element, the largest stride first.
+inline std::vector<int> by_stride(const Buffer& b) {
   std::vector<int> order;
   for (int d = 0; d < b.ndim; ++d)
     if (b.sizes[d] > 1) order.push_back(d);
-  std::sort(order.begin(), order.end(), [&](int x, int y) { return b.strides[x] < b.strides[y]; });
-  int64_t extent = 1;
-  for (int d : order) {
-    if (b.strides[d] < extent) return false;
-    extent = b.strides[d] * (b.sizes[d] - 1) + extent;
-  }
-  return true;
+  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return b.strides[x] > b.strides[y]; });
+  return order;
 }
 
-// The bytes from a buffer's first to past its last element.
-inline int64_t extent_bytes(const Buffer& b) {
-  if (b.contiguous) return b.numel * element_size(b.dtype);
-  int64_t last = 0;
-  for (int d = 0; d < b.ndim; ++d) last += (b.sizes[d] - 1) * b.strides[d];
-  return (last + 1) * element_size(b.dtype);
-}
-
-// Coalesced sizes and strides of one column over its present rows, outermost first in the order of the leading row's
-// strides. Returns true if one dimension of stride 1 in every present row (a dense run) is what remains.
-inline bool coalesce(const Buffer* column, int rows, int64_t stride_between_rows, int leader, std::vector<int64_t>& sizes,
-                     std::vector<std::vector<int64_t>>& strides) {
-  const Buffer& first = column[leader * stride_between_rows];
-  std::vector<int> order;
-  for (int d = 0; d < first.ndim; ++d)
-    if (first.sizes[d] > 1) order.push_back(d);
-  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return first.strides[x] > first.strides[y]; });
-  sizes.clear();
-  strides.assign(static_cast<size_t>(rows), {});
-  for (int d : order) {
-    bool fold = !sizes.empty();
-    for (int r = 0; r < rows && fold; ++r) {
-      const Buffer& b = column[r * stride_between_rows];
-      if (b.present) fold = strides[static_cast<size_t>(r)].back() == b.strides[d] * b.sizes[d];
-    }
-    if (fold)
-      sizes.back() *= first.sizes[d];
-    else
-      sizes.push_back(first.sizes[d]);
+// One column, merged over its present rows: of every dimension that remains the size, then the stride of every row (0
+// for absent rows); outermost first in the order of the strides of `first`, a present row.
+inline std::vector<int64_t> merged_dims(const Buffer* column, int rows, size_t next_row, const Buffer& first) {
+  std::vector<int64_t> dims, dim(1 + rows);
+  for (int d : by_stride(first)) {
+    const size_t outer = dims.size() - dim.size();
+    bool fold = !dims.empty();
+    dim[0] = first.sizes[d];
     for (int r = 0; r < rows; ++r) {
-      const Buffer& b = column[r * stride_between_rows];
-      auto& s = strides[static_cast<size_t>(r)];
-      int64_t value = b.present ? b.strides[d] : 0;
-      if (fold)
-        s.back() = value;
-      else
-        s.push_back(value);
+      const Buffer& b = column[r * next_row];
+      dim[1 + r] = b.present ? b.strides[d] : 0;
+      fold = fold && dims[outer + 1 + r] == dim[1 + r] * first.sizes[d];
     }
+    if (fold) {
+      dim[0] *= dims[outer];
+      dims.resize(outer);
+    }
+    dims.insert(dims.end(), dim.begin(), dim.end());
   }
-  if (sizes.empty()) return true;  // one element
-  if (sizes.size() > 1) return false;
-  for (int r = 0; r < rows; ++r)
-    if (column[r * stride_between_rows].present && strides[static_cast<size_t>(r)][0] != 1) return false;
-  return true;
+  return dims;
 }
 
 }  // namespace detail
 
-// What is asked of a plan beyond the buffers. part: of each column, or empty for one part.
-struct Layout {
-  int rows;
-  std::vector<int32_t> part = {};
-  int parts = 1;
-};
-
 // Refuses rows whose shapes differ within a column. buffers: rows x n, row-major.
 inline Plan make_plan(const std::vector<Buffer>& buffers, const Layout& layout) {
-  const int rows = layout.rows;
-  if (rows < 1 || buffers.size() % static_cast<size_t>(rows) != 0)
-    throw PlanError("gradproj: rows of different length");
-  const int64_t n = static_cast<int64_t>(buffers.size()) / rows;
-  if (!layout.part.empty() && static_cast<int64_t>(layout.part.size()) != n)
-    throw PlanError("gradproj: parts: one number per buffer");
-  for (int32_t p : layout.part)
-    if (p < 0 || p >= layout.parts) throw PlanError("gradproj: parts: a number is not below the number of parts");
-  std::vector<int64_t> order;  // of the columns: by part
-  if (!std::is_sorted(layout.part.begin(), layout.part.end())) {
-    order.resize(static_cast<size_t>(n));
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
-      return layout.part[static_cast<size_t>(x)] < layout.part[static_cast<size_t>(y)];
-    });
-  }
+  if (layout.rows < 1 || buffers.size() % layout.rows != 0) throw PlanError("gradproj: rows of different length");
+  const int rows = static_cast<int>(layout.rows);
+  const size_t n = buffers.size() / rows;
+  if (!layout.part.empty() && layout.part.size() != n) throw PlanError("gradproj: parts: one number per buffer");
+  for (int64_t p : layout.part)
+    if (p < 0 || p >= layout.parts) throw PlanError("gradproj: parts: a number is not below num_parts");
+  std::vector<size_t> order(n);  // of the columns: by part
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (!layout.part.empty())
+    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return layout.part[x] < layout.part[y]; });
   Plan plan;
   plan.rows = rows;
   plan.parts = layout.parts;
-  plan.segments.reserve(static_cast<size_t>(n));
+  plan.segments.reserve(n);
   plan.views.reserve(buffers.size());
-  std::vector<int64_t> sizes;
-  std::vector<std::vector<int64_t>> strides;
 
-  for (int64_t k = 0; k < n; ++k) {
-    const int64_t i = order.empty() ? k : order[static_cast<size_t>(k)];
-    const int32_t part = layout.part.empty() ? 0 : layout.part[static_cast<size_t>(i)];
-    const Buffer* column = &buffers[static_cast<size_t>(i)];
-    int leader = -1;
-    bool flat = true;  // every present row contiguous: no need to look at strides
+  for (size_t i : order) {
+    const Buffer* column = &buffers[i];
+    const Buffer* first = nullptr;  // of the rows that are present
+    bool dense = true;
     for (int r = 0; r < rows; ++r) {
       const Buffer& b = column[r * n];
       if (!b.present) continue;
-      if (leader < 0) leader = r;
-      const Buffer& first = column[leader * n];
-      if (b.ndim != first.ndim || !std::equal(b.sizes, b.sizes + b.ndim, first.sizes)) detail::refuse("shape differs", r, i);
-      flat = flat && b.contiguous;
+      if (!first) first = &b;
+      if (b.ndim != first->ndim || !std::equal(b.sizes, b.sizes + b.ndim, first->sizes))
+        detail::refuse("shape differs", r, i);
+      dense = dense && b.contiguous;
       plan.any_f64 = plan.any_f64 || b.dtype == DType::f64;
     }
-    if (leader < 0 || column[leader * n].numel == 0) continue;
-    const bool dense = flat || detail::coalesce(column, rows, n, leader, sizes, strides);
-
-    plan.segments.push_back(
-        {column[leader * n].numel, static_cast<int64_t>(plan.dims.size()), dense ? 0 : static_cast<int32_t>(sizes.size()), part});
-    for (int r = 0; r < rows; ++r) {
-      const Buffer& b = column[r * n];
-      plan.views.push_back({b.present ? b.data : nullptr, b.dtype});
-    }
+    if (!first || first->numel == 0) continue;
+    const int32_t part = layout.part.empty() ? 0 : static_cast<int32_t>(layout.part[i]);
+    Segment segment{first->numel, static_cast<int64_t>(plan.dims.size()), 0, part};
+    for (int r = 0; r < rows; ++r) plan.views.push_back({column[r * n].data, column[r * n].dtype});
     if (!dense) {
-      plan.dims.insert(plan.dims.end(), sizes.begin(), sizes.end());
-      for (const auto& s : strides) plan.dims.insert(plan.dims.end(), s.begin(), s.end());
+      const std::vector<int64_t> dims = detail::merged_dims(column, rows, n, *first);
+      const size_t width = 1 + rows;
+      dense = dims.empty() || dims.size() == width;  // one element, or one dimension
+      for (int r = 0; r < rows && !dims.empty(); ++r) dense = dense && (!column[r * n].present || dims[1 + r] == 1);
+      if (!dense) segment.ndim = static_cast<int32_t>(dims.size() / width);
+      for (size_t k = 0; k < width * segment.ndim; ++k)
+        plan.dims.push_back(dims[k % segment.ndim * width + k / segment.ndim]);
     }
+    plan.segments.push_back(segment);
   }
   return plan;
 }

@@ -1,8 +1,7 @@
 // Gram -> weights, for host and device alike: step 3 of the algorithm, a few thousand numbers.
 //
 // G is the R x R float64 Gram of row 0 (the gradient g) and rows 1..R-1 (the directions d_k). w[0] scales g, w[k]
-// scales d_k.
-// A non-finite G gives exactly (1, 0, .., 0), which combine leaves bitwise untouched.
+// scales d_k. A non-finite G gives exactly (1, 0, .., 0), with which combine leaves g bitwise untouched.
 //
 // "orthogonal" and "conflict" work on cosines, C = S G_dd S with S = diag(G_dd)^-1/2, so the length of a direction
 // changes nothing; a direction of length 0 gets weight 0. Both keep one symmetric tableau and sweep it (Goodnight 1979;
@@ -13,8 +12,8 @@
 //     [       .       C_NN - C_NP inv(C_PP) C_PN           b_N - C_NP x, what is left of b         ]
 //
 // so its diagonal says who is in P (there it is <= -1) and what the others have outside the span of P (squared sines,
-// >= 0), and its last column holds the solution on P and the residual elsewhere. A squared sine of at most
-// kRankTolerance is dependent: the float32 products in G cannot resolve less.
+// >= 0), and its last column holds the solution on P and the residual elsewhere. A direction with a squared sine of at
+// most kRankTolerance counts as dependent: the float32 products in G cannot resolve less.
 // python/gradproj/kernels/methods.py and triton_kernels/weights.py hold the same rules.
 #pragma once
 
@@ -75,12 +74,11 @@ GRADPROJ_HD inline void each(const Team& team, int n, const F& f) {
   for (int i = team.row * team.columns + team.column; i < n; i += team.rows * team.columns) f(i);
 }
 
-// A direction of the tableau: in the active set, or how much of it is outside the span of that set.
+// Whether direction k is in the active set.
 GRADPROJ_HD inline bool swept(const double* T, int R, int k) { return T[k * R + k] < -0.5; }
 
 // Takes p into the active set or out of it. T: the first R - 1 rows of the tableau. With row and column p of T set to 0
-// and -+1 in place of the pivot, every entry of the result is the same T_ij - v_i v_j / pivot, which is symmetric to
-// the bit.
+// and -+1 in place of the pivot, every entry of the result is T_ij - v_i v_j / pivot, which is symmetric to the bit.
 // On entry no thread may still be reading T; on return all of it is written.
 template <typename Team>
 GRADPROJ_HD inline void sweep(const Team& team, double* T, int R, int p, double* v) {
@@ -100,7 +98,7 @@ GRADPROJ_HD inline void sweep(const Team& team, double* T, int R, int p, double*
   team.sync();
 }
 
-// y of "orthogonal": all directions enter, the one that has most outside the span of those before it first.
+// y of "orthogonal": all independent directions enter, the one that has most outside the span of the others first.
 template <typename Team>
 GRADPROJ_HD inline void solve_all(const Team& team, double* T, int R, double* v, double* y) {
   for (;;) {
@@ -118,12 +116,11 @@ GRADPROJ_HD inline void solve_all(const Team& team, double* T, int R, double* v,
   team.sync();
 }
 
-// y of "conflict": argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep a step.
-// Whether it got there. y is the best feasible point so far. While some x_k <= 0 in the active set, y moves towards x
-// until its first component reaches 0, and that direction leaves; otherwise y = x, and the most violated direction
-// enters.
-// In exact arithmetic y > 0 on the active set whenever a direction enters, so each entry lowers the objective and no
-// active set comes twice. Rounding cannot loop either: after 10 R steps it stops, and y is feasible at every step.
+// y of "conflict": argmin over y >= 0 of y' C y / 2 - b' y (Lawson & Hanson 1974, chapter 23), one sweep a step. While
+// some x_k <= 0 in the active set, y moves towards x until its first component reaches 0, and that direction leaves;
+// otherwise y = x, and the most violated direction enters. In exact arithmetic y > 0 on the active set whenever a
+// direction enters, so each entry lowers the objective and no active set comes twice. Rounding cannot loop either:
+// after 10 R steps it returns false; y is feasible at every step.
 template <typename Team>
 GRADPROJ_HD inline bool solve_nonnegative(const Team& team, double* T, int R, double slack, double* v, double* y) {
   each(team, R - 1, [&](int k) { y[k] = 0.0; });
@@ -179,9 +176,8 @@ GRADPROJ_HD inline void refine(const Team& team, const double* G, const double* 
   team.sync();
 }
 
-// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. Row i is
-// a thread's: P[j R + i] is its inner product with row j as it stands, until j's turn, and then what it took from row
-// j.
+// Every row is projected off the rows that it conflicts with, in ascending order, and the results are summed. A thread
+// has row i: P[j R + i] is its inner product with row j as it stands until j's turn, then what it took from row j.
 template <typename Team>
 GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double eps, double* w, double* P) {
   each(team, R, [&](int i) {
@@ -206,10 +202,9 @@ GRADPROJ_HD inline void pcgrad(const Team& team, const double* G, int R, double 
 }  // namespace detail
 
 // w: R doubles. scratch: weights_scratch(R) doubles, in shared memory on a device. Called by every thread of the team.
-// orthogonal: w_d = -pinv(G_dd) G_dg on the independent directions.
-// conflict: nearest g' with <g', d_k> >= 0 for all k; w_d >= 0 minimises |g + sum_k w_k d_k| (Lopez-Paz & Ranzato 2017,
-// GEM).
-// pcgrad: gradient surgery between all rows (Yu et al. 2020), the inner loop in ascending order.
+//   orthogonal  w_d = -pinv(G_dd) G_dg on the independent directions
+//   conflict    w_d >= 0 minimises |g + sum_k w_k d_k|: nearest g' with <g', d_k> >= 0 (GEM; Lopez-Paz, Ranzato 2017)
+//   pcgrad      gradient surgery between all rows (Yu et al. 2020), the inner loop in ascending order
 // O(R^3) operations: a sweep is R (R - 1) of them, and there are at most 10 R, in practice fewer than 2 R.
 template <typename Team>
 GRADPROJ_HD inline void solve_weights(const Team& team, Rule rule, const double* G, int R, double* w, double* scratch) {
@@ -241,16 +236,17 @@ GRADPROJ_HD inline void solve_weights(const Team& team, Rule rule, const double*
 
   for (int i = team.row; i < R - 1; i += team.rows)
     for (int j = team.column; j < R; j += team.columns)
-      T[i * R + j] = j == R - 1 ? -G[(i + 1) * R] * s[i] : (G[(i + 1) * R + j + 1] + (i == j ? rule.eps : 0.0)) * s[i] * s[j];
+      T[i * R + j] = j == R - 1 ? -G[(i + 1) * R] * s[i]
+                                : (G[(i + 1) * R + j + 1] + (i == j ? rule.eps : 0.0)) * s[i] * s[j];
   team.sync();
-  bool settled = true;
+  bool solved = true;
   if (rule.method == Method::orthogonal)
     detail::solve_all(team, T, R, v, y);
   else
-    settled = detail::solve_nonnegative(team, T, R, 1e-12 * sqrt(G[0]), v, y);  // b is in units of |g|
+    solved = detail::solve_nonnegative(team, T, R, 1e-12 * sqrt(G[0]), v, y);  // b is in units of |g|
   detail::each(team, R, [&](int i) { w[i] = i == 0 ? 1.0 : y[i - 1] * s[i - 1]; });
   team.sync();
-  if (settled) detail::refine(team, G, T, R, rule.eps, s, v, w);
+  if (solved) detail::refine(team, G, T, R, rule.eps, s, v, w);
   if (rule.method == Method::conflict)
     detail::each(team, R, [&](int i) { w[i] = w[i] > 0.0 ? w[i] : 0.0; });
 }

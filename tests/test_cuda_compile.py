@@ -11,7 +11,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("gram", "combine", "weights", "project")  # the longest first
+SOURCES = ("gram", "combine", "ops", "weights", "project")  # the longest first
 ARCHITECTURES = ("80", "90", "100")
 # As mangled: what row 0 and the other rows store. Two rows of doubles take more registers.
 PAIRS = ("Iff", "I6__halfS2_", "I13__nv_bfloat16S2_", "If6__half", "If13__nv_bfloat16", "Idd")

@@ -125,15 +125,14 @@ def test_float64_is_rounded_to_16_bits_once(driver, tmp_path):
 
 
 def test_a_model_is_two_launches(driver, tmp_path):
-    """At K = 1: one Gram and one combine. What does not fit the parameters of one launch needs more, and gives the same
-    sums."""
+    """At K = 1: one Gram and one combine. What does not fit one launch's parameters needs more, and sums alike."""
     one, many = (Case(PROJECT, dense_rows(2, [1 + i % 5 for i in range(n)])) for n in (SEGMENTS, 2 * SEGMENTS + 1))
     results = verified(driver, [one, many], tmp_path)
     assert [r.launches for r in results] == [2, 6]
 
 
 def test_a_part_for_every_tensor_is_one_launch_a_pass(driver, tmp_path):
-    """Gram, in front of it zeros, behind it adding up; the weights of all parts; combine."""
+    """Zeros, Gram, adding up; the weights of all parts; combine."""
     rows = dense_rows(2, [1 + i % 5 for i in range(SEGMENTS)])
     for row in rows:
         row[7].mul_(3)
@@ -142,8 +141,7 @@ def test_a_part_for_every_tensor_is_one_launch_a_pass(driver, tmp_path):
 
 
 def test_parts_meet_blocks_and_launches_anyhow(driver, tmp_path):
-    """A part of several blocks, several parts in one block, parts without a buffer, parts that several launches
-    share."""
+    """A part of several blocks, several parts in one block, parts without a buffer, parts that launches share."""
     rows = dense_rows(3, [70, 5, 1900, 64, 3, 2000])
     cases = [
         Case(GRAM, rows, blocks=8, parts=[0, 300, 3, 3, 255, 256]),
@@ -158,8 +156,7 @@ def test_parts_meet_blocks_and_launches_anyhow(driver, tmp_path):
 
 
 def test_64_directions_read_the_gradient_once_per_group(driver, tmp_path):
-    """65 rows do not fit one pass. With the directions' own products known, 8 passes take row 0 against 8 others
-    each."""
+    """65 rows do not fit one pass. With the directions' products known, 8 passes take row 0 against 8 others each."""
     rows = dense_rows(65, [70, 9, 1200])
     weights = [1.0] + [(-0.5) ** (k % 7) for k in range(64)]
     cases = [Case(GRAM, rows, gram_dd=np.arange(64.0 * 64).reshape(1, 64, 64)), Case(COMBINE, rows, weights)]
@@ -192,8 +189,7 @@ def test_many_rows_without_known_products(driver, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_many_parts(driver, tmp_path, method):
-    """A block per part, all its threads at one tableau: K = 1, K larger than a warp, dependent directions, a part of
-    NaN."""
+    """A block per part, all its threads at one tableau: K = 1, K above a warp, dependent directions, a part of NaN."""
     rng = np.random.default_rng(0)
     cases, expected = [], []
     for k in (1, 2, 7, 40):
@@ -344,7 +340,7 @@ def test_the_harness_sees_a_read_past_the_end(builds, tmp_path, operation):
 
 
 def test_the_harness_sees_a_misaligned_vector(builds, tmp_path):
-    """Rows that begin 2 bytes behind a multiple of 4, which torch never does: UBSan must stop."""
+    """Rows that begin 2 bytes past a multiple of 4, which torch never does: UBSan must stop."""
     g, d = (torch.zeros(1001)[1:] for _ in range(2))
     words = np.frombuffer(serialise([Case(GRAM, [[g], [d]])]), np.int64).copy()
     words[words == 4] = 2  # the two offsets

@@ -13,7 +13,7 @@ def test_plan(tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-array-bounds"]
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-array-bounds"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     binary = tmp_path / "test_plan"
     source = ROOT / "tests" / "native" / "test_plan.cpp"

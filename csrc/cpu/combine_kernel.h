@@ -1,10 +1,6 @@
-// Weighted sums of rows. Part of kernels_impl.h.
+// Weighted sums of rows. Included by kernels_impl.h.
 
-namespace gradproj::cpu::GRADPROJ_ISA {
-namespace {
-
-// Weights and pointers in locals: what lies in memory could be what out points to, and would be read again after every
-// store.
+// Weights and pointers are copied to locals: in memory they could alias out, and would be read again after every store.
 template <typename T, typename G, typename S, int kRows>
 void combine_rows(G* out, const void* const* rows, const double* weights, int64_t n) {
   using First = Step<T, G, !std::is_same_v<G, S>>;
@@ -69,9 +65,7 @@ void combine(void* to, const void* const* rows, const double* weights, int num_r
   G* out = static_cast<G*>(to);
   if (num_rows > kMost) return combine_tiles<T, G, S>(out, rows, weights, num_rows, n);
   if (num_rows > 0)
-    return with_count<kMost>(num_rows, [&](auto k) { combine_rows<T, G, S, decltype(k)::value>(out, rows, weights, n); });
+    return with_count<kMost>(num_rows,
+                             [&](auto k) { combine_rows<T, G, S, decltype(k)::value>(out, rows, weights, n); });
   for (int64_t i = 0; i < n; ++i) encode(T(0), out[i]);
 }
-
-}  // namespace
-}  // namespace gradproj::cpu::GRADPROJ_ISA

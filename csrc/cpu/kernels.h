@@ -30,7 +30,8 @@ struct F16 {
 // tenth of the time.
 inline int pair_place(int block, int num_rows, int i, int j) {
   const int top = i / block * block, left = j / block * block, height = std::min(block, num_rows - top);
-  const int before = top * num_rows - top * (top - 1) / 2, diagonal = height * (height + 1) / 2, a = i - top, b = j - left;
+  const int before = top * num_rows - top * (top - 1) / 2, diagonal = height * (height + 1) / 2;
+  const int a = i - top, b = j - left;
   if (top == left) return before + a * height - a * (a - 1) / 2 + b - a;
   return before + diagonal + height * (left - top - block) + a * std::min(block, num_rows - left) + b;
 }
@@ -55,18 +56,22 @@ struct Converters {
 
 struct Kernels {
   RowKernels f32, f64;
-  RowKernels bf16;                         // in registers: half the bytes are only worth something if nothing else is moved
+  RowKernels bf16;                         // decoded in registers: copies to tiles would cost what it saves
   RowKernels f32_with_bf16, f32_with_f16;  // directions decoded in registers
   Converters<float> to_f32;
   Converters<double> to_f64;
   int block;  // see pair_place
 };
 
-const Kernels& portable_kernels();
-#if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-#endif
+namespace portable {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
 
 // The best that this processor runs. GRADPROJ_CPU=portable|avx2|avx512 asks for another.
 const Kernels& kernels();

@@ -1,19 +1,32 @@
-// Included by kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp, each under its own target and with its own
-// GRADPROJ_ISA and GRADPROJ_VECTOR_BYTES. Vectors are the compiler's vector extension, so one source serves every
-// processor.
-// Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on telling so by __F16C__ inside a
-// pragma.
-// No header that defines inline functions may be included from here: the linker would keep one instruction set's copy
-// for all.
+// Included by kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp, each with its own GRADPROJ_ISA,
+// GRADPROJ_VECTOR_BYTES and, on x86, GRADPROJ_TARGET. Vectors are the compiler's vector extension, so one source serves
+// every processor. Beyond 16 bytes they are x86's, with f16c's conversions; compilers do not agree on defining __F16C__
+// inside a pragma. After that pragma nothing may be included that defines inline functions: the linker would keep one
+// instruction set's copy for all.
+
+#ifdef GRADPROJ_TARGET
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define GRADPROJ_PRAGMA(text) _Pragma(#text)
+#define GRADPROJ_PRAGMA_OF(text) GRADPROJ_PRAGMA(text)
+#if defined(GRADPROJ_TARGET) && defined(__clang__)
+GRADPROJ_PRAGMA_OF(clang attribute push(__attribute__((target(GRADPROJ_TARGET))), apply_to = function))
+#elif defined(GRADPROJ_TARGET)
+#pragma GCC push_options
+GRADPROJ_PRAGMA_OF(GCC target(GRADPROJ_TARGET))
+#endif
+
+namespace gradproj::cpu::GRADPROJ_ISA {
+namespace {
 
 #include "vector.h"
 
 #include "combine_kernel.h"
 #include "convert_kernel.h"
 #include "gram_kernel.h"
-
-namespace gradproj::cpu::GRADPROJ_ISA {
-namespace {
 
 template <typename T, typename G, typename S>
 constexpr RowKernels row_kernels() {
@@ -32,4 +45,13 @@ constexpr Kernels table = {
 };
 
 }  // namespace
+
+const Kernels& kernels() { return table; }
+
 }  // namespace gradproj::cpu::GRADPROJ_ISA
+
+#if defined(GRADPROJ_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#elif defined(GRADPROJ_TARGET)
+#pragma GCC pop_options
+#endif

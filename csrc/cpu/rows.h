@@ -16,77 +16,65 @@ inline const RowKernels* row_kernels(DType gradient, DType direction) {
   return nullptr;
 }
 
-// The kernels that read all rows of a segment as they are stored, absent ones aside; null: there are none.
-inline const RowKernels* stored_kernels(const Plan& plan, size_t segment, bool row_only) {
+// The kernels that read the rows `which` (ascending) of a segment as they are stored, absent ones aside; null: there
+// are none.
+inline const RowKernels* stored_kernels(const Plan& plan, size_t segment, const std::vector<int>& which) {
   const RowView* views = plan.row_views(segment);
-  const RowView* other = nullptr;  // the first direction that is present
-  for (int r = 1; r < plan.rows; ++r) {
-    if (!views[r].data) continue;
-    if (!other) other = &views[r];
-    if (views[r].dtype != other->dtype) return nullptr;
+  const RowView* direction = nullptr;  // the first that is present
+  for (int r : which) {
+    if (r == 0 || !views[r].data) continue;
+    if (!direction) direction = &views[r];
+    if (views[r].dtype != direction->dtype) return nullptr;
   }
-  const DType gradient = (views[0].data ? views[0] : *other).dtype;
-  if (plan.any_f64 && gradient != DType::f64) return nullptr;
-  const RowKernels* found = row_kernels(gradient, other ? other->dtype : gradient);
-  return found && (row_only || !found->mixed) ? found : nullptr;
+  const RowView* gradient = views[0].data ? &views[0] : direction;
+  if (!direction) direction = gradient;
+  if (plan.any_f64 && gradient->dtype != DType::f64) return nullptr;
+  const bool read = !which.empty() && which[0] == 0;  // else a direction is the first row that the kernels see
+  return read || direction->dtype == gradient->dtype ? row_kernels(gradient->dtype, direction->dtype) : nullptr;
 }
 
 // Whether no row of a segment is absent or strided.
 inline bool all_in_memory(const Plan& plan, size_t segment) {
   const RowView* views = plan.row_views(segment);
-  return plan.segments[segment].ndim == 0 && std::all_of(views, views + plan.rows, [](const RowView& v) { return v.data; });
-}
-
-// The kernels that read the rows `which` (ascending) of a slice where they lie, and the addresses of those rows. Null
-// if a row is absent or strided, or there are no such kernels: then a buffer has to do.
-inline const RowKernels* in_place(const Plan& plan, const Slice& s, const std::vector<int>& which,
-                                  std::vector<const void*>& rows) {
-  const RowView* views = plan.row_views(s.segment);
-  const DType gradient = views[0].dtype;
-  const bool reads_gradient = !which.empty() && which[0] == 0;
-  const DType direction = which.size() > reads_gradient ? views[which[reads_gradient]].dtype : gradient;
-  if (plan.segments[s.segment].ndim > 0 || (plan.any_f64 && gradient != DType::f64)) return nullptr;
-  if (!reads_gradient && direction != gradient) return nullptr;  // kernels take row 0 for one of the gradient's dtype
-  rows.clear();
-  for (int r : which) {
-    if (!views[r].data || (r > 0 && views[r].dtype != direction)) return nullptr;
-    rows.push_back(views[r].data + s.start * element_size(views[r].dtype));
-  }
-  return row_kernels(gradient, direction);
+  auto present = [](const RowView& view) { return view.data != nullptr; };
+  return plan.segments[segment].ndim == 0 && std::all_of(views, views + plan.rows, present);
 }
 
 // Copies n elements of a row of a strided segment, from linear index `start`, between memory and a contiguous tile, run
 // by run of the innermost dimension.
-template <typename U, bool kToTile>
-void move_elements(const Plan& plan, const Segment& segment, int row, int64_t start, int64_t n, char* memory, char* tile) {
+template <bool kToTile, typename U>
+void move_elements(const Plan& plan, const Segment& segment, int row, int64_t start, int64_t n, U* memory, U* tile) {
   const int64_t *sizes = plan.sizes(segment), *strides = plan.strides(segment, row);
   const int inner = segment.ndim - 1;
   for (int64_t done = 0; done < n;) {
-    int64_t index = (start + done) / sizes[inner], offset = (start + done) % sizes[inner] * strides[inner];
-    const int64_t count = std::min(n - done, sizes[inner] - (start + done) % sizes[inner]);
+    int64_t index = (start + done) / sizes[inner];
+    const int64_t at = (start + done) % sizes[inner], count = std::min(n - done, sizes[inner] - at);
+    int64_t offset = at * strides[inner];
     for (int d = inner - 1; d >= 0; --d) {
       offset += index % sizes[d] * strides[d];
       index /= sizes[d];
     }
-    U *from = reinterpret_cast<U*>(memory) + offset, *to = reinterpret_cast<U*>(tile) + done;
+    U *run = memory + offset, *in_tile = tile + done;
     for (int64_t i = 0; i < count; ++i)
       if constexpr (kToTile)
-        to[i] = from[i * strides[inner]];
+        in_tile[i] = run[i * strides[inner]];
       else
-        from[i * strides[inner]] = to[i];
+        run[i * strides[inner]] = in_tile[i];
     done += count;
   }
 }
 
 template <bool kToTile>
-void move_tile(const Plan& plan, size_t segment, int row, int64_t start, int64_t n, char* tile) {
+void move_tile(const Plan& plan, size_t segment, int row, int64_t start, int64_t n, void* tile) {
   const RowView& view = plan.row_views(segment)[row];
-  const Segment& s = plan.segments[segment];
-  char* memory = const_cast<char*>(view.data);
+  auto move = [&]<typename U>(U* to) {
+    U* memory = reinterpret_cast<U*>(const_cast<char*>(view.data));
+    move_elements<kToTile>(plan, plan.segments[segment], row, start, n, memory, to);
+  };
   switch (element_size(view.dtype)) {
-    case 2: return move_elements<uint16_t, kToTile>(plan, s, row, start, n, memory, tile);
-    case 4: return move_elements<uint32_t, kToTile>(plan, s, row, start, n, memory, tile);
-    default: return move_elements<uint64_t, kToTile>(plan, s, row, start, n, memory, tile);
+    case 2: return move(static_cast<uint16_t*>(tile));
+    case 4: return move(static_cast<uint32_t*>(tile));
+    default: return move(static_cast<uint64_t*>(tile));
   }
 }
 
@@ -94,36 +82,29 @@ void move_tile(const Plan& plan, size_t segment, int row, int64_t start, int64_t
 template <typename T>
 class TileReader {
  public:
-  explicit TileReader(const Plan& plan) : plan_(plan), buffers_(static_cast<size_t>(plan.rows)) {}
+  explicit TileReader(const Plan& plan) : plan_(plan), buffers_(plan.rows) {}
 
   // n elements of a row from `start` of the segment; zeros for an absent row.
   const T* read(size_t segment, int row, int64_t start, int64_t n) {
     const RowView& view = plan_.row_views(segment)[row];
-    T* out = buffer(row);
-    if (!view.data) {
-      std::fill_n(out, n, T(0));
-      return out;
-    }
+    if (!view.data || view.dtype == kDType) return static_cast<const T*>(stored(segment, row, start, n));
     const char* from = view.data + start * element_size(view.dtype);
     if (plan_.segments[segment].ndim > 0) {
       move_tile<true>(plan_, segment, row, start, n, stored_);
       from = stored_;
-    } else if (view.dtype == kDType) {
-      return reinterpret_cast<const T*>(from);
     }
-    converters().load(from, view.dtype, out, n);
-    return out;
+    converters().load(from, view.dtype, buffer(row), n);
+    return buffer(row);
   }
 
   // The same in the dtype of the row.
   const void* stored(size_t segment, int row, int64_t start, int64_t n) {
     const RowView& view = plan_.row_views(segment)[row];
-    if (!view.data) {
+    if (view.data && plan_.segments[segment].ndim == 0) return view.data + start * element_size(view.dtype);
+    if (view.data)
+      move_tile<true>(plan_, segment, row, start, n, buffer(row));
+    else
       std::fill_n(buffer(row), n, T(0));
-      return buffer(row);
-    }
-    if (plan_.segments[segment].ndim == 0) return view.data + start * element_size(view.dtype);
-    move_tile<true>(plan_, segment, row, start, n, reinterpret_cast<char*>(buffer(row)));
     return buffer(row);
   }
 
@@ -137,9 +118,8 @@ class TileReader {
   }
 
   T* buffer(int row) {
-    auto& b = buffers_[static_cast<size_t>(row)];
-    b.resize(kTile);
-    return b.data();
+    buffers_[row].resize(kTile);
+    return buffers_[row].data();
   }
 
   // For tiles.

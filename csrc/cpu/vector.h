@@ -1,15 +1,12 @@
-// Vectors, and the steps in which kernels take a row. Part of kernels_impl.h.
+// Vectors, and the steps in which kernels take a row. Included by kernels_impl.h.
 
-// Before loops of constant length over arrays that are to live in registers: gcc leaves an array in memory if it keeps
-// one loop.
+// For loops of constant length over arrays that are to live in registers: gcc leaves an array in memory if one such
+// loop remains.
 #if defined(__clang__)
 #define GRADPROJ_UNROLL _Pragma("unroll")
 #else
 #define GRADPROJ_UNROLL _Pragma("GCC unroll 16")
 #endif
-
-namespace gradproj::cpu::GRADPROJ_ISA {
-namespace {
 
 template <typename T>
 struct Vector {
@@ -40,8 +37,7 @@ inline void encode(float x, BF16& out) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x);
   out.bits = static_cast<uint16_t>((x != x ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
-// Overflow gives infinity. Adding 0.5 to what is below the normal float16 puts the units of a subnormal in the last
-// bits.
+// Overflow gives infinity. Below the normal float16, adding 0.5 puts the units of a subnormal in the last bits.
 inline void encode(float x, F16& out) {
   const uint32_t u = __builtin_bit_cast(uint32_t, x), magnitude = u & 0x7fffffffu;
   const uint32_t subnormal = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;
@@ -93,7 +89,8 @@ typedef uint16_t halves __attribute__((vector_size(GRADPROJ_VECTOR_BYTES / 2), a
 template <>
 struct Step<float, BF16, true> : Step<float, float, true> {
   static inline V load(const BF16* p, int) {
-    return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type) << 16);
+    const auto bits = __builtin_convertvector(*reinterpret_cast<const halves*>(p), Vector<uint32_t>::type);
+    return reinterpret_cast<V>(bits << 16);
   }
 };
 
@@ -118,7 +115,8 @@ inline void widen(typename Vector<T>::type v, PairSum& sum) {
 #if GRADPROJ_VECTOR_BYTES == 64  // of __builtin_convertvector gcc makes twice as many instructions
   if constexpr (sizeof(T) == sizeof(float)) {
     const __m512 x = reinterpret_cast<__m512>(v);
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
     *reinterpret_cast<__m512d*>(sum.lanes) = *reinterpret_cast<const __m512d*>(sum.lanes) + low + high;
     return;
   }
@@ -138,16 +136,9 @@ inline void prefetch(const S* p) {
 }
 
 // Calls f with n, 1 to kMost, as a compile-time count.
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
 template <int kMost, typename F>
 inline void with_count(int n, const F& f) {
   if constexpr (kMost > 1)
     if (n < kMost) return with_count<kMost - 1>(n, f);
-  f(Count<kMost>{});
+  f(std::integral_constant<int, kMost>{});
 }
-
-}  // namespace
-}  // namespace gradproj::cpu::GRADPROJ_ISA

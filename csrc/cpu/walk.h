@@ -63,8 +63,6 @@ class Chunks {
   // Chunks [begin, end) of a task.
   int64_t begin(int64_t task) const { return task * per_task_; }
   int64_t end(int64_t task) const { return std::min(begin(task + 1), count_); }
-  int64_t first_task_of(size_t segment) const { return starts_[segment] / kChunk / per_task_; }
-  int64_t last_task_of(size_t segment) const { return (starts_[segment + 1] - 1) / kChunk / per_task_; }
 
   // Calls f(slice) for what chunks [begin, end) have of every segment.
   template <typename F>

@@ -1,5 +1,4 @@
-// From a plan to launches: sorts its segments by the kernel instance that takes them and fills kernel parameters. Host
-// code.
+// From a plan to launches, on the host: sorts its segments by kernel instance and fills kernel parameters.
 #pragma once
 
 #include <algorithm>
@@ -22,45 +21,31 @@ struct Pass {
 // Row 0 and `count` - 1 others.
 inline Pass row_0_and(int32_t second, int32_t count, bool needs_first) { return {0, 1, second, count, needs_first}; }
 
-// What a segment's rows store: row 0 of the pass, and all others. Whatever has no pair goes element by element.
-enum class Kind : uint8_t { absent, f32, f64, f16, bf16, f32_f16, f32_bf16, elementwise };
-constexpr Kind kDense[] = {Kind::f32, Kind::f64, Kind::f16, Kind::bf16, Kind::f32_f16, Kind::f32_bf16};
+// The pairs of types that kernels are compiled for: what row 0 of a pass stores, and what all its other rows store.
+constexpr DType kPairs[][2] = {{DType::f32, DType::f32},   {DType::f64, DType::f64}, {DType::f16, DType::f16},
+                               {DType::bf16, DType::bf16}, {DType::f32, DType::f16}, {DType::f32, DType::bf16}};
+constexpr int kElementwise = std::size(kPairs), kAbsent = -1;  // instead of the number of a pair
 
-template <typename Row0, typename Others>
-struct Types {
-  using G = Row0;
-  using D = Others;
-};
+template <typename G, typename D>
+struct Types {};
 
-// f(Types<G, D>) for a kind that has a pair.
+// f(Types<G, D>) for a pair.
 template <typename F>
-void with_types(Kind kind, const F& f) {
-  switch (kind) {
-    case Kind::f32: return f(Types<float, float>{});
-    case Kind::f64: return f(Types<double, double>{});
-    case Kind::f16: return f(Types<__half, __half>{});
-    case Kind::bf16: return f(Types<__nv_bfloat16, __nv_bfloat16>{});
-    case Kind::f32_f16: return f(Types<float, __half>{});
-    case Kind::f32_bf16: return f(Types<float, __nv_bfloat16>{});
-    default: break;
+void with_types(int pair, const F& f) {
+  switch (pair) {
+    case 0: return f(Types<float, float>{});
+    case 1: return f(Types<double, double>{});
+    case 2: return f(Types<__half, __half>{});
+    case 3: return f(Types<__nv_bfloat16, __nv_bfloat16>{});
+    case 4: return f(Types<float, __half>{});
+    case 5: return f(Types<float, __nv_bfloat16>{});
   }
 }
 
-inline Kind kind_of(DType g, DType d) {
-  const bool same = g == d;
-  switch (d) {
-    case DType::f64: return same ? Kind::f64 : Kind::elementwise;
-    case DType::f32: return same ? Kind::f32 : Kind::elementwise;
-    case DType::f16: return same ? Kind::f16 : g == DType::f32 ? Kind::f32_f16 : Kind::elementwise;
-    default: return same ? Kind::bf16 : g == DType::f32 ? Kind::f32_bf16 : Kind::elementwise;
-  }
-}
-
-inline Kind kind_of(const Plan& plan, size_t segment, const Pass& pass) {
+// The pair that the rows of a segment are, or one of the two numbers instead.
+inline int pair_of_segment(const Plan& plan, size_t segment, const Pass& pass) {
   const RowView* views = plan.row_views(segment);
-  const RowView& leading = views[pass.first];
-  if (!leading.data && pass.needs_first) return Kind::absent;
-  const RowView* other = nullptr;  // the first that is there
+  const RowView *first = &views[pass.first], *other = nullptr;  // other: the first one present after it
   bool mixed = plan.segments[segment].ndim > 0;
   for (int r = 1; r < pass.count; ++r) {
     const RowView& view = views[pass.row(r)];
@@ -68,16 +53,17 @@ inline Kind kind_of(const Plan& plan, size_t segment, const Pass& pass) {
     if (!other) other = &view;
     mixed = mixed || view.dtype != other->dtype;
   }
-  if (!leading.data && !other) return Kind::absent;
-  if (mixed) return Kind::elementwise;
-  return kind_of((leading.data ? leading : *other).dtype, (other ? *other : leading).dtype);
+  if (!first->data && (pass.needs_first || !other)) return kAbsent;
+  if (!first->data) first = other;
+  if (!other) other = first;
+  for (int pair = 0; pair < kElementwise && !mixed; ++pair)
+    if (kPairs[pair][0] == first->dtype && kPairs[pair][1] == other->dtype) return pair;
+  return kElementwise;
 }
 
 // Refuses what no kernel takes.
 inline void check_launchable(const Plan& plan) {
-  if (plan.rows > kMaxRows)
-    throw PlanError("gradproj: " + std::to_string(plan.rows - 1) + " directions; the CUDA kernels take up to " +
-                    std::to_string(kMaxRows - 1));
+  check_rows(plan.rows);
   for (const auto& segment : plan.segments)
     if (segment.ndim > kMaxDims)
       throw PlanError("gradproj: a buffer of " + std::to_string(segment.numel) + " elements needs " +
@@ -140,35 +126,37 @@ inline StridedSegment make_strided(const Plan& plan, size_t s, const Pass& pass)
   return p;
 }
 
-// Calls dense(kind, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, always in the same
+// Calls dense(Types<G, D>, Segments, blocks) or strided(StridedSegment, blocks) for every launch of a pass, in a fixed
 // order.
 template <typename Dense, typename Strided>
-void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense, const Strided& strided) {
-  std::vector<Kind> kinds;
-  kinds.reserve(plan.segments.size());
+void for_each_launch(const Device& device, const Plan& plan, const Pass& pass, const Dense& dense,
+                     const Strided& strided) {
+  std::vector<int> pairs;
   int64_t elements = 0;
   for (size_t s = 0; s < plan.segments.size(); ++s) {
-    kinds.push_back(kind_of(plan, s, pass));
-    if (kinds.back() != Kind::elementwise) elements += plan.segments[s].numel;
+    pairs.push_back(pair_of_segment(plan, s, pass));
+    if (pairs.back() != kElementwise) elements += plan.segments[s].numel;
   }
   Segments p;  // filled for one launch after the other
   p.rows = pass.count;
   p.chunk = chunk_for(device, elements);
-  for (Kind kind : kDense) {
+  for (int pair = 0; pair < kElementwise; ++pair) {
     p.count = 0;
     auto launch_these = [&] {
-      if (p.count > 0) dense(kind, p, divide(p, device, plan.parts > 1));
+      if (p.count == 0) return;
+      const int64_t blocks = divide(p, device, plan.parts > 1);
+      with_types(pair, [&](auto types) { dense(types, p, blocks); });
       p.count = 0;
     };
-    for (size_t s = 0; s < kinds.size(); ++s) {
-      if (kinds[s] != kind) continue;
+    for (size_t s = 0; s < pairs.size(); ++s) {
+      if (pairs[s] != pair) continue;
       if (full(p)) launch_these();
       append(p, plan, s, pass);
     }
     launch_these();
   }
-  for (size_t s = 0; s < kinds.size(); ++s) {
-    if (kinds[s] != Kind::elementwise) continue;
+  for (size_t s = 0; s < pairs.size(); ++s) {
+    if (pairs[s] != kElementwise) continue;
     const int64_t each = 4 * kThreads;  // elements of a block, while the grid is not full
     strided(make_strided(plan, s, pass), std::min(device.most_blocks, (plan.segments[s].numel + each - 1) / each));
   }

@@ -1,23 +1,10 @@
-// Row 0 <- sum_r weights[r] row r, and, in front of it at K = 1, the weights themselves.
+// Row 0 <- sum_r weights[r] row r, and, for K = 1, the weights themselves before that.
 #pragma once
 
-#include "../weights.h"
 #include "batches.h"
 #include "slots.cuh"
 
 namespace gradproj::cuda {
-
-// Where a combine kernel finds its weights. count == 0: in `weights` [parts, R]. Otherwise there are two rows and one
-// part, and a Gram pass has just left `count` slots of partial sums: every block adds them up for itself (a few
-// thousand doubles out of L2) and applies the rule, so that nothing has to run between the two passes; block 0 also
-// writes the results down.
-struct WeightSource {
-  double* weights;
-  const double* slots;
-  double* gram;
-  Rule rule;
-  int32_t count;
-};
 
 // The weights of part 0. solved: of the block's shared memory. By every thread of the block.
 __device__ inline const double* find_weights(const WeightSource& source, double (&solved)[2]) {
@@ -233,7 +220,8 @@ void combine_dense(const __grid_constant__ Segments p, WeightSource source) {
 }
 
 // The same for one strided segment, an element per thread, in double.
-__global__ __launch_bounds__(kThreads, 4) void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
+__global__ __launch_bounds__(kThreads, 4)
+void combine_strided(const __grid_constant__ StridedSegment p, WeightSource source) {
   __shared__ double solved[2];
   wait_for_last_kernel();
   const double* weights = find_weights(source, solved) + int64_t{p.part} * p.rows;

@@ -12,24 +12,10 @@ namespace gradproj::cuda {
 template <typename G>
 using Compute = std::conditional_t<std::is_same_v<G, double>, double, float>;
 
-template <typename T>
-struct PairOf;
-template <>
-struct PairOf<float> {
-  using Type = float2;
-};
-template <>
-struct PairOf<double> {
-  using Type = double2;
-};
-template <>
-struct PairOf<__half> {
-  using Type = __half2;
-};
-template <>
-struct PairOf<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
+float2 pair_of(float);  // declared for the types alone
+double2 pair_of(double);
+__half2 pair_of(__half);
+__nv_bfloat162 pair_of(__nv_bfloat16);
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -56,7 +42,7 @@ __device__ inline void narrow(float2 x, __nv_bfloat162& out) { out = __float22bf
 // kCount elements of up to 16 bytes together, moved by one instruction.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
-  using Pair = typename PairOf<T>::Type;
+  using Pair = decltype(pair_of(T{}));
   uint32_t word[sizeof(T) * kCount / 4];
 
   __device__ Pair pair(int e) const {

@@ -1,4 +1,4 @@
-// gram: chooses and launches the instances of gram.cuh, and the op.
+// gram: chooses and launches the instances of gram.cuh.
 #include "gram.cuh"
 
 namespace gradproj::cuda {
@@ -8,69 +8,69 @@ int32_t pairs_of(const Pass& pass) { return pass.needs_first ? pass.count : pass
 
 Pass all_rows(const Plan& plan) { return row_0_and(1, plan.rows, false); }
 
-constexpr int kGroup = kPassRows / 2;  // of more rows than a pass takes, so many at a time: two groups a pass
+constexpr int kHalfPass = kPassRows / 2;  // of more rows than a pass takes, so many at a time: two halves a pass
+
+template <typename... Arguments>
+void run(const Device& device, void (*kernel)(Arguments...), int64_t blocks, const Arguments&... arguments) {
+  launch("launch of gram", kernel, blocks, device, false, arguments...);
+}
 
 template <typename G, typename D>
-void launch_dense(const Device& device, const Segments& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device, false, p, slots); };
-  if (pass.count <= 2) return run(gram_dense<G, D, 2, false>);  // the pairs of a row with one other come first
-  if (pass.needs_first) return run(gram_dense<G, D, kPassRows, true>);
+auto choose_dense(const Pass& pass) {
+  if (pass.count <= 2) return gram_dense<G, D, 2, false>;  // the pairs of a row with one other come first
+  if (pass.needs_first) return gram_dense<G, D, kPassRows, true>;
   if constexpr (sizeof(G) < 8)
-    if (pass.count <= 5) return run(gram_dense<G, D, 5, false>);
-  run(gram_dense<G, D, kPassRows, false>);
+    if (pass.count <= 5) return gram_dense<G, D, 5, false>;
+  return gram_dense<G, D, kPassRows, false>;
 }
 
-void launch_strided(const Device& device, const StridedSegment& p, const Pass& pass, const Slots& slots, int64_t blocks) {
-  auto run = [&](auto kernel) { launch("launch of gram", kernel, blocks, device, false, p, slots); };
-  if (pass.count <= 2) return run(gram_strided<2, false>);
-  if (pass.needs_first) return run(gram_strided<kPassRows, true>);
-  run(gram_strided<kPassRows, false>);
+auto choose_strided(const Pass& pass) {
+  if (pass.count <= 2) return gram_strided<2, false>;
+  return pass.needs_first ? gram_strided<kPassRows, true> : gram_strided<kPassRows, false>;
 }
 
-// The slots of all launches of a pass, of a plan with one part. Returns how many there are.
-int32_t launch_slots(const Device& device, const Plan& plan, const Pass& pass, double* scratch) {
-  Slots slots{scratch, pairs_of(pass), 0};
-  auto launched = [&](int64_t blocks) { slots.written = std::max(slots.written, static_cast<int32_t>(blocks)); };
+// The slots of all launches of a pass; done(parameters, blocks) follows each.
+template <typename Done>
+void launch_slots(const Device& device, const Plan& plan, const Pass& pass, const Slots& slots, const Done& done) {
   for_each_launch(
       device, plan, pass,
-      [&](Kind kind, const Segments& p, int64_t blocks) {
-        with_types(kind, [&]<typename G, typename D>(Types<G, D>) { launch_dense<G, D>(device, p, pass, slots, blocks); });
-        launched(blocks);
+      [&]<typename G, typename D>(Types<G, D>, const Segments& p, int64_t blocks) {
+        run(device, choose_dense<G, D>(pass), blocks, p, slots);
+        done(p, blocks);
       },
       [&](const StridedSegment& p, int64_t blocks) {
-        launch_strided(device, p, pass, slots, blocks);
-        launched(blocks);
+        run(device, choose_strided(pass), blocks, p, slots);
+        done(p, blocks);
       });
+}
+
+// A plan of one part: all launches share the slots. Returns how many there are.
+int32_t launch_one_part(const Device& device, const Plan& plan, const Pass& pass, double* scratch) {
+  Slots slots{scratch, pairs_of(pass), 0};
+  launch_slots(device, plan, pass, slots, [&](const auto&, int64_t blocks) {
+    slots.written = std::max(slots.written, static_cast<int32_t>(blocks));
+  });
   return slots.written;
 }
 
-// The same for several parts. The slots of a launch are added to the Gram before the next launch writes its own.
+// Several parts: the slots of a launch are added to the Gram before the next launch writes its own.
 void launch_parts(const Device& device, const Plan& plan, const Pass& pass, double* scratch, Target target) {
   const Slots slots{scratch, pairs_of(pass), 0};
-  auto finish = [&](int32_t count, int32_t part, int64_t parts) {
-    launch("launch of gram", gram_finish, parts, device, false, slots, count, pass, target, part);
-  };
-  finish(0, 0, plan.parts);  // zeros, and gram_dd
+  run(device, gram_finish, plan.parts, slots, 0, pass, target, 0);  // zeros, and gram_dd
   target.gram_dd = nullptr;
   target.add = true;
-  for_each_launch(
-      device, plan, pass,
-      [&](Kind kind, const Segments& p, int64_t blocks) {
-        with_types(kind, [&]<typename G, typename D>(Types<G, D>) { launch_dense<G, D>(device, p, pass, slots, blocks); });
-        const int64_t parts = int64_t{p.part[p.count - 1]} - p.part[0] + 1;
-        launch("launch of gram", gram_finish_parts, parts, device, false, p, slots, pass, target);
-      },
-      [&](const StridedSegment& p, int64_t blocks) {
-        launch_strided(device, p, pass, slots, blocks);
-        finish(static_cast<int32_t>(blocks), p.part, 1);
-      });
+  launch_slots(device, plan, pass, slots, [&]<typename P>(const P& p, int64_t blocks) {
+    if constexpr (std::is_same_v<P, StridedSegment>)
+      run(device, gram_finish, 1, slots, static_cast<int32_t>(blocks), pass, target, p.part);
+    else
+      run(device, gram_finish_parts, int64_t{p.part[p.count - 1]} - p.part[0] + 1, p, slots, pass, target);
+  });
 }
 
 void launch_pass(const Device& device, const Plan& plan, const Pass& pass, double* scratch, const Target& target) {
   if (plan.parts != 1) return launch_parts(device, plan, pass, scratch, target);
-  const int32_t count = launch_slots(device, plan, pass, scratch);
-  const Slots slots{scratch, pairs_of(pass), count};
-  launch("launch of gram", gram_finish, 1, device, false, slots, count, pass, target, 0);
+  const int32_t count = launch_one_part(device, plan, pass, scratch);
+  run(device, gram_finish, 1, Slots{scratch, pairs_of(pass), count}, count, pass, target, 0);
 }
 
 }  // namespace
@@ -83,11 +83,11 @@ int64_t gram_scratch(const Device& device, const Plan& plan) {
 
 int32_t launch_gram_slots(const Device& device, const Plan& plan, double* scratch) {
   check_launchable(plan);
-  return launch_slots(device, plan, all_rows(plan), scratch);
+  return launch_one_part(device, plan, all_rows(plan), scratch);
 }
 
-// Up to nine rows in one pass. More: every group of rows with every later group, R^2 / 8 reads of N in all. With known
-// products of the directions: row 0 with eight others at a time.
+// Up to nine rows in one pass. More: every half pass of rows with every later one, R^2 / 8 reads of N in all. With
+// known products of the directions: row 0 with eight others at a time.
 void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, double* scratch, double* gram) {
   check_launchable(plan);
   const int R = plan.rows;
@@ -100,31 +100,10 @@ void launch_gram(const Device& device, const Plan& plan, const double* gram_dd, 
   else if (R <= kPassRows)
     launch_pass(device, plan, all_rows(plan), scratch, target);
   else
-    for (int first = 0; first + kGroup < R; first += kGroup)
-      for (int second = first + kGroup; second < R; second += kGroup)
-        launch_pass(device, plan, {first, kGroup, second, kGroup + std::min(R - second, kGroup), false}, scratch, target);
+    for (int first = 0; first + kHalfPass < R; first += kHalfPass)
+      for (int second = first + kHalfPass; second < R; second += kHalfPass)
+        launch_pass(device, plan, {first, kHalfPass, second, kHalfPass + std::min(R - second, kHalfPass), false},
+                    scratch, target);
 }
 
 }  // namespace gradproj::cuda
-
-#ifndef GRADPROJ_EMULATION
-#include "context.h"
-
-namespace gradproj::cuda {
-namespace {
-
-Tensor gram_op(StableListHandle list, int64_t num_rows, std::optional<Tensor> gram_dd, StableListHandle parts,
-               int64_t num_parts) {
-  const Rows rows(list, num_rows, {parts, num_parts});
-  const Plan plan = make_plan(rows.buffers(), rows.layout());
-  const Context context(rows.where());
-  Tensor gram = context.doubles(rows.shape(2)), scratch = context.doubles({gram_scratch(context.device, plan)});
-  launch_gram(context.device, plan, context.gram_dd(gram_dd, plan), data(scratch), data(gram));
-  return gram;
-}
-
-}  // namespace
-}  // namespace gradproj::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(gradproj, CUDA, m) { m.impl("gram", TORCH_BOX(&gradproj::cuda::gram_op)); }
-#endif

@@ -1,5 +1,5 @@
 // The Gram of up to nine rows in one pass, of more in several: every block leaves float64 sums of its products in
-// slots, a second kernel adds the slots up. No kernel here knows of torch.
+// slots, a second kernel adds the slots up.
 #pragma once
 
 #include "batches.h"
@@ -79,7 +79,7 @@ class ChunkRows {
       sums.add(column);
     }
   }
-  // Whole steps from position `first` on, as many as fit in front of `last`; returns where they end. All loads of
+  // Whole steps from position `first` on, as many as fit before `last`; returns where they end. All loads of
   // kUnroll steps are issued before the first product.
   template <int kUnroll, bool kAllPresent, typename S>
   __device__ int add_steps(S& sums, int first, int last) const {
@@ -188,8 +188,7 @@ struct Target {
   bool add;  // to what is there
 };
 
-// Adds up slots first, first + 1, .. into one part of the Gram. Reads count * pairs doubles. By every thread of one
-// block.
+// Adds up slots first, first + 1, .. into one part of the Gram, with a whole block. Reads count * pairs doubles.
 __device__ inline void add_up(const Slots& slots, int64_t first, int32_t count, const Pass& pass, const Target& target,
                               int64_t part) {
   const int R = target.R, K = R - 1;
@@ -212,13 +211,14 @@ __device__ inline void add_up(const Slots& slots, int64_t first, int32_t count, 
 }
 
 // Slots 0..count-1 into each of parts `part`, `part` + 1, .., a block for each.
-__global__ __launch_bounds__(kThreads) void gram_finish(Slots slots, int32_t count, Pass pass, Target target, int32_t part) {
+__global__ __launch_bounds__(kThreads)
+void gram_finish(Slots slots, int32_t count, Pass pass, Target target, int32_t part) {
   add_up(slots, 0, count, pass, target, int64_t{part} + blockIdx.x);
 }
 
 // The slots of a launch over several parts, a block for each part from that of the first segment on.
-__global__ __launch_bounds__(kThreads) void gram_finish_parts(const __grid_constant__ Segments p, Slots slots, Pass pass,
-                                                               Target target) {
+__global__ __launch_bounds__(kThreads)
+void gram_finish_parts(const __grid_constant__ Segments p, Slots slots, Pass pass, Target target) {
   const int32_t part = p.part[0] + static_cast<int32_t>(blockIdx.x);
   const int s = p.first_of_part(part), next = p.first_of_part(part + 1);
   if (s == next) return;  // the launch has nothing of this part

@@ -1,5 +1,5 @@
-// The one door to the CUDA runtime: what the kernels use of it, and how they are launched. A test may put its own
-// runtime in front (GRADPROJ_EMULATION names a header) and run the same kernels on the CPU.
+// What the kernels use of the CUDA runtime, and how they are launched. A test may bring its own runtime
+// (GRADPROJ_EMULATION names a header) and run the same kernels on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +40,8 @@ struct Device {
   bool starts_early;    // has programmatic dependent launch
 };
 
-// Programmatic dependent launch: blocks of the next kernel start while the last ones of this kernel run, and wait for
-// its end in front of everything that one of the two writes. Without it, or between kernels that were not launched so,
-// both do nothing.
+// Programmatic dependent launch: blocks of the next kernel start while the last ones of this kernel run, and must wait
+// for its end before touching memory that either kernel writes. Elsewhere both functions do nothing.
 __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -54,8 +53,7 @@ __device__ inline void wait_for_last_kernel() {
 #endif
 }
 
-// early: may start before the last kernel on the stream has ended, for which it waits by itself. what: for the error
-// message.
+// early: may start before the last kernel on the stream has ended, for which it waits by itself. what: for the error.
 // The arguments are copied once, by the driver: they may be 32 KB.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, const Device& device, bool early,

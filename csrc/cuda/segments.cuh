@@ -9,7 +9,7 @@
 //
 //   block     per_block neighbouring chunks, of one segment or of several
 //   chunk     `chunk` positions of every row; a warp takes one at a time
-//   lane      16 bytes of the narrowest row at a time; element by element in front of the boundary and at the end
+//   lane      16 bytes of row 0 at a time, and as many elements of the others; one by one at both ends of a segment
 #pragma once
 
 #include "../plan.h"
@@ -24,12 +24,12 @@ __host__ __device__ inline int lead_of(const char* address, int64_t element_byte
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16 / static_cast<unsigned>(element_bytes));
 }
 
-// Dense segments. Each is cut into chunks at multiples of `chunk` positions, counted from the 16-byte boundary of row 0
-// in front of its first element; chunks are numbered through the launch. A block takes `per_block` neighbouring chunks.
+// Dense segments. Each is cut into chunks at multiples of `chunk` positions, counted from the last 16-byte boundary of
+// row 0 before its first element; chunks are numbered through the launch. A block takes `per_block` adjacent ones.
 struct Segments {
   int64_t numel[kMostSegments];
   const char* address[kMostAddresses];  // `rows` to a segment; null: the row is absent there and counts as zeros
-  int32_t end[kMostSegments];           // chunks of a segment and of all in front of it
+  int32_t end[kMostSegments];           // chunks of a segment and of all before it
   int32_t part[kMostSegments];          // ascending
   int32_t count;
   int32_t rows;
@@ -57,7 +57,7 @@ struct Segments {
 
 // What a warp takes at a time: positions [from, to) of a segment.
 struct Chunk {
-  int64_t start;  // the element at position 0; negative in front of the first
+  int64_t start;  // the element at position 0; negative before the first
   int from, to;
 };
 
@@ -92,8 +92,7 @@ constexpr size_t kOtherParameters = 100;  // bytes, of any kernel that takes seg
 static_assert(sizeof(Segments) + kOtherParameters <= 32764 && sizeof(StridedSegment) + kOtherParameters <= 32764);
 #endif
 
-// Where one element of a strided segment lies. Its index is below 2^52: a product with the inverse is off by one at
-// most.
+// Where an element of a strided segment lies. Its index is below 2^52: a product with the inverse is off by at most 1.
 class Element {
  public:
   __device__ Element(const StridedSegment& p, int64_t i) : p_(p) {

@@ -7,9 +7,8 @@
 
 namespace gradproj::cuda {
 
-// A block leaves the sums of one part in the slot numbered block + part. Blocks and parts both ascend along a launch,
-// so no two sums share a slot. Slots in front of `written` hold sums of an earlier launch, to which those of this one
-// are added.
+// A block leaves the sums of one part in slot block + part, which is unique because both ascend along a launch. Slots
+// below `written` hold sums of an earlier launch, to which those of this one are added.
 struct Slots {
   double* sums;  // `pairs` doubles to a slot
   int32_t pairs;

@@ -13,10 +13,8 @@ struct WholeBlock {
   __device__ void sync() const { __syncthreads(); }
 };
 
-// gram [parts, R, R] -> weights [parts, R]. Reads the Gram about twice; the tableau, up to 35 KiB, stays in shared
-// memory.
-// Every thread makes the same decisions from the tableau's diagonal and last column, so a sweep needs three barriers
-// only.
+// gram [parts, R, R] -> weights [parts, R]. Reads the Gram about twice; the tableau, up to 35 KiB, is in shared memory.
+// Every thread makes the same decisions from its diagonal and last column, so a sweep needs only three barriers.
 __global__ __launch_bounds__(kThreads) void weights_kernel(Rule rule, const double* gram, int R, double* weights) {
   __shared__ double scratch[weights_scratch(kMaxRows)];
   const WholeBlock team{static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32};

@@ -100,8 +100,8 @@ inline void acquire(void* sync) {
 struct Barrier {
   int threads, arrived = 0;
   unsigned generation = 0;
-  char sync[2];       // by turns: who is a generation ahead does not order those behind it
-  double lanes[2][32];  // by turns: what the lanes of a warp put in
+  char sync[2];         // in turn: a thread one generation ahead does not order those that are not there yet
+  double lanes[2][32];  // in turn: what the lanes of a warp put in
 };
 
 class Worker {
@@ -329,13 +329,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
-// By way of the float that is not nearer to 0 and has its last bit set where it is not exact: then nothing rounds
-// twice.
+// By way of the float towards 0, with its last bit set where it is not exact: then nothing rounds twice.
 inline __nv_bfloat16 __double2bfloat16(double x) {
   const float f = static_cast<float>(x);
   if (x != x || static_cast<double>(f) == x) return __float2bfloat16_rn(f);
   uint32_t u = std::bit_cast<uint32_t>(f);
-  if (std::bit_cast<double>(std::bit_cast<uint64_t>(static_cast<double>(f)) & ~(uint64_t{1} << 63)) > (x < 0 ? -x : x)) --u;
+  if ((f < 0 ? -f : f) > (x < 0 ? -x : x)) --u;
   return __float2bfloat16_rn(std::bit_cast<float>(u | 1u));
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {__bfloat162float(b.x), __bfloat162float(b.y)}; }

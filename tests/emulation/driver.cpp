@@ -63,7 +63,7 @@ struct Case {
 
   explicit Case(Reader& in) {
     operation = static_cast<Operation>(in.word());
-    layout.rows = static_cast<int>(in.word());
+    layout.rows = in.word();
     layout.parts = static_cast<int>(in.word());
     device = {nullptr, in.word(), false};
     rule = {static_cast<Method>(in.word()), 0.25, 0.0};
@@ -71,25 +71,27 @@ struct Case {
     const int64_t count = in.word();
     shapes.reserve(static_cast<size_t>(2 * count));
     for (int64_t b = 0; b < count; ++b) buffers.push_back(read_buffer(in));
-    for (int64_t part : in.words(in.word())) layout.part.push_back(static_cast<int32_t>(part));
+    layout.part = in.words(in.word());
     weights = in.doubles();
     gram_dd = in.doubles();
-    gram.assign(static_cast<size_t>(layout.parts * layout.rows * layout.rows), std::nan(""));  // what is not written shows
+    gram.assign(layout.parts * layout.rows * layout.rows, std::nan(""));  // what is not written shows
   }
 
   void run() {
     if (operation == kWeights) {  // of the Grams in buffer 1 into buffer 0
       const Buffer &out = buffers[0], &grams = buffers[1];
+      double* weights = reinterpret_cast<double*>(const_cast<char*>(out.data));
       return cuda::launch_weights(device, rule, reinterpret_cast<const double*>(grams.data), grams.sizes[0],
-                                  static_cast<int>(grams.sizes[1]), reinterpret_cast<double*>(const_cast<char*>(out.data)));
+                                  static_cast<int>(grams.sizes[1]), weights);
     }
     const Plan plan = make_plan(buffers, layout);
     if (operation == kCombine || operation == kProject) check_writable(buffers, layout.rows);
     std::vector<double> scratch(static_cast<size_t>(cuda::gram_scratch(device, plan)), std::nan(""));
     const double* known = gram_dd.empty() ? nullptr : gram_dd.data();
     if (operation == kGram) cuda::launch_gram(device, plan, known, scratch.data(), gram.data());
-    if (operation == kCombine) cuda::launch_combine(device, plan, weights.data());
-    if (operation == kProject) cuda::launch_project(device, plan, rule, known, scratch.data(), gram.data(), weights.data());
+    if (operation == kCombine) cuda::launch_combine(device, plan, {weights.data()});
+    if (operation == kProject)
+      cuda::launch_project(device, plan, rule, known, scratch.data(), gram.data(), weights.data());
   }
 
  private:
