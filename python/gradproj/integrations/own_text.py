@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,12 +68,12 @@ def own_text(
     _check(tokenizer, sequences, tokens, temperature, chat)
     seed = secrets.randbits(62) if seed is None else seed + _rank()
     device = next(model.parameters()).device
-    with _seeded(seed, model):
+    with random_states(model, seed):
         start, dialogue = _start(model, tokenizer, sequences, tokens, chat)
         settings = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=tokens - start.shape[1]
         )
-        with _unchanged(model):
+        with evaluating(model), _generating(model):
             rows = _write(model, start.to(device), settings, dialogue, progress and _rank() == 0)
     _check_written(rows[:, start.shape[1] :], tokenizer)
     return rows
@@ -237,38 +238,66 @@ def _write(
     return torch.cat(rows)
 
 
+def own_batches(rows: Tensor) -> list[dict[str, Tensor]]:
+    """What :func:`own_text` returned, as a causal language model takes it."""
+    return [{"input_ids": batch, "labels": batch} for batch in rows.split(8)]
+
+
+def warn_of_few_tokens(protection: Any) -> None:
+    """Inputs of n tokens span n dimensions at most; directions that they do not reach are not protected."""
+    if not protection.bases:
+        return
+    tokens = max(basis.tokens for basis in protection.bases.values())
+    widest = max(protection.layers, key=lambda layer: layer.shape[1])
+    if 8 * tokens < widest.shape[1]:
+        warnings.warn(
+            f"gradproj: {tokens} tokens were captured, fewer than an eighth of the {widest.shape[1]} inputs of layer "
+            f"{widest.name}: most of what it computes is not protected; capture more",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without the defaults of generation_config, eager, and under FSDP2 with gathered weights."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; every module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = [(m, c) for m in model.modules() if (c := vars(m).get("generation_config")) is not None]
-    own_generate = vars(model).get("generate")
     try:
         model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def random_states(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """What is drawn on the CPU or on the model's GPUs leaves no trace. Their generators start from ``seed``."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next((d.type for d in devices), "cuda")
+    with torch.random.fork_rng([d.index for d in devices], device_type=kind):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.get_device_module(kind).default_generators[device.index].manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _generating(model: nn.Module) -> Iterator[None]:
+    """Without the defaults of generation_config, not compiled, and under FSDP2 with the root's weights gathered."""
+    configs = [(m, c) for m in model.modules() if (c := vars(m).get("generation_config")) is not None]
+    own_method = vars(model).get("generate")
+    try:
         for module, _ in configs:
             module.generation_config = GenerationConfig()  # type: ignore[assignment]
         register_fsdp_forward_method(model, "generate")
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for module, config in configs:
             module.generation_config = config
         if isinstance(model, FSDPModule):
-            if own_generate is None:
-                del model.generate
-            else:
-                model.generate = own_generate
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, model: nn.Module) -> Iterator[None]:
-    """The random generators of the CPU and of the model's GPUs, and of no others, start from ``seed``."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next((d.type for d in devices), "cuda")
-    with torch.random.fork_rng([d.index for d in devices], device_type=kind):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.get_device_module(kind).default_generators[device.index].manual_seed(seed)
-        yield
+            del model.generate
+            if own_method is not None:
+                model.generate = own_method
