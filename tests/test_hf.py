@@ -159,6 +159,15 @@ def test_data_and_own_text_are_mixed(tmp_path):
         assert_kept(model, batch["input_ids"], wide_model())
 
 
+def test_a_trainer_that_makes_the_model(tmp_path):
+    """Then the null space is made of what is trained, and needs no name before."""
+    model, tokenizer = wide_model(), character_tokenizer()
+    callback = gradproj.hf.Protect(lambda model: gradproj.NullSpace(model, share=0.9), own=1)
+    trainer(model, tmp_path, callback, tokenizer=tokenizer).train()
+    assert callback.protection.model is model
+    assert_kept(model, captured_text(tokenizer, 1), wide_model())
+
+
 def retention(made):
     return [entry for entry in made.state.log_history if "gradproj/retention" in entry]
 
@@ -359,6 +368,8 @@ def test_bad_arguments(tmp_path):
             gradproj.hf.Protect(gradproj.NullSpace(language_model()), **settings)
     with pytest.raises(ValueError, match="own= is for a NullSpace"):
         gradproj.hf.Protect(protection, data, own=8)
+    with pytest.raises(ValueError, match="loss= is of data"):
+        gradproj.hf.Protect(protection, loss=lambda model, batch: 0)
     model = language_model()
     with pytest.raises(ValueError, match="needs a tokenizer: pass processing_class=tokenizer to the trainer"):
         trainer(model, tmp_path, gradproj.hf.Protect(gradproj.NullSpace(model))).train()

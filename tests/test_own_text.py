@@ -210,7 +210,13 @@ def test_every_rank_writes_its_own(pool, way):
 
 
 @pytest.mark.slow
-def test_in_a_capture_of_ones_own(tmp_path):
+def test_protected_under_fsdp2(pool):
+    """What each rank has written is kept, and retention is measured by all of them on the same text."""
+    pool(2, own_text_checks.protects)
+
+
+@pytest.mark.slow
+def test_in_a_capture_of_ones_own():
     """The recipe for plain PyTorch: what was written stays, what was not moves."""
     model, tokenizer = language_model(), character_tokenizer()
     rows = own_text(model, tokenizer, 2, 8, seed=0)

@@ -47,7 +47,8 @@ class ProtectCallback(TrainerCallback):
     ``trainer.callback_handler.callbacks``.
 
     Args:
-        protection: a NullSpace of the model that is trained (after adapters were added), or Directions.
+        protection: a NullSpace of the model that is trained (after adapters were added), or Directions. Where the
+            trainer makes the model, what makes a NullSpace of it: ``gradproj.NullSpace`` itself, or a function.
         data: batches as the model takes them, with labels: a list, or a ``DataLoader``, which is gone through again and
             again. None: the model's own text, for which the trainer needs a tokenizer as its ``processing_class``.
         loss: ``(model, batch) -> scalar``, of ``data``; None is ``model(**batch).loss``.
@@ -72,7 +73,7 @@ class ProtectCallback(TrainerCallback):
 
     def __init__(
         self,
-        protection: Protection,
+        protection: Protection | Callable[[nn.Module], Protection],
         data: Iterable[Any] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         every: int | None = None,
@@ -80,7 +81,7 @@ class ProtectCallback(TrainerCallback):
         own: int | None = None,
         retention: bool = True,
     ):
-        if not isinstance(protection, Protection):
+        if not (isinstance(protection, Protection) or callable(protection)):
             raise TypeError(
                 f"ProtectCallback: protection must be a NullSpace or Directions, got {type(protection).__name__}"
             )
@@ -89,19 +90,21 @@ class ProtectCallback(TrainerCallback):
                 f"ProtectCallback: data must be a list of batches or a DataLoader, which can be gone through again, "
                 f"got {type(data).__name__}"
             )
-        if protection.captures_once and every is not None:
-            raise ValueError(
-                f"ProtectCallback: a {type(protection).__name__} is captured once; every= is for Directions"
-            )
+        once = not isinstance(protection, Protection) or protection.captures_once
+        if once and every is not None:
+            raise ValueError("ProtectCallback: a NullSpace is captured once; every= is for Directions")
         if every is not None and every < 1:
             raise ValueError(f"ProtectCallback: every must be >= 1, got {every}")
-        if own is not None and not protection.captures_once:
+        if own is not None and not once:
             raise ValueError("ProtectCallback: own= is for a NullSpace; Directions take data, or own text without data")
         if own is not None and own < (data is None):
             raise ValueError(f"ProtectCallback: own must be >= {int(data is None)}, got {own}")
-        self.protection, self.data, self.loss, self.every = protection, data, loss or _model_loss, every or 1
+        if loss is not None and data is None:
+            raise ValueError("ProtectCallback: loss= is of data; the loss of own text is the model's own")
+        self.protection: Any = protection
+        self.data, self.loss, self.every = data, loss or _model_loss, every or 1
         if own is None:
-            own = 0 if data is not None else 128 if protection.captures_once else 8
+            own = 0 if data is not None else 128 if once else 8
         self.own, self.retention = own, retention
         self._attached: Attached | None = None
         self._batches: Iterator[Any] = iter(())
@@ -110,6 +113,8 @@ class ProtectCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, processing_class=None, **_):
         inner = inner_optimizer("ProtectCallback", optimizer)
+        if not isinstance(self.protection, Protection):
+            self.protection = self.protection(model)
         if self._attached is None or getattr(inner, "_gradproj", None) is not self._attached._hooks:
             if self._attached is not None:
                 self._attached.detach()

@@ -243,6 +243,13 @@ def own_batches(rows: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": batch, "labels": batch} for batch in rows.split(8)]
 
 
+def backward_own_text(model: nn.Module, tokenizer: Any, sequences: int) -> None:
+    """Backward passes over own text, for a capture outside of a Trainer. The text follows from ``torch.manual_seed``."""
+    seed = torch.initial_seed() % 2**62  # which may be any 64 bits, and takes the rank in addition
+    for batch in own_batches(own_text(model, tokenizer, sequences, seed=seed)):
+        model(**batch).loss.backward()
+
+
 def warn_of_few_tokens(protection: Any) -> None:
     """Inputs of n tokens span n dimensions at most; directions that they do not reach are not protected."""
     if not protection.bases:
