@@ -306,27 +306,34 @@ def test_trl(tmp_path, kind, own):
     assert len(retention(made)) == 2
 
 
-def test_a_trainer_that_drops_its_callbacks(tmp_path, recwarn):
-    """Nothing was protected, and nobody said so."""
-    protection = gradproj.NullSpace(language_model(), share=0.3)
-    protect, directions = (
-        gradproj.hf.Protect(protection, batches(2, seed=2)),
-        gradproj.hf.Protect(gradproj.Directions(), []),
-    )
-    del directions  # one that nobody holds says nothing
-    other = torch.nn.Linear(2, 2)
-    for model, told in ((other, 0), (protection.model, 1), (protection.model, 0)):
+def test_a_trainer_that_drops_its_callbacks():
+    """Nothing was protected, and nobody said so. It may have freed them too."""
+
+    def told(model, protection=None):
         opt = torch.optim.SGD(model.parameters())
-        recwarn.clear()
-        opt.step()
-        assert [str(w.message)[:18] for w in recwarn if "has stepped" in str(w.message)] == [
-            "gradproj.hf.Protec"
-        ] * told
-    again = gradproj.hf.Protect(gradproj.NullSpace(protection.model, share=0.3), batches(2, seed=2))
+        if protection is not None:
+            gradproj.attach(opt, protection)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt.step()
+        return sum("has stepped, but no trainer" in str(w.message) for w in caught)
+
+    model = language_model()
+    gradproj.hf.Protect(gradproj.NullSpace(model, share=0.3), batches(2, seed=2))
+    gradproj.hf.Protect(gradproj.Directions(), [])  # of nobody knows which model: freed, it says nothing
+    protection = gradproj.NullSpace(model, share=0.3)
+    assert told(torch.nn.Linear(2, 2)) == 0 and told(model, protection) == 0
+    assert told(model) == 1 and told(model) == 0
+    directions = gradproj.hf.Protect(gradproj.Directions(), [])
+    assert told(model) == 1 and directions is not None
+
+
+def test_ordinary_use_warns_of_nothing(tmp_path, recwarn):
+    model, tokenizer = language_model(), character_tokenizer()
+    made = trainer(model, tmp_path, gradproj.hf.Protect(gradproj.NullSpace(model, share=0.3)), tokenizer=tokenizer)
     recwarn.clear()
-    trainer(protection.model, tmp_path, again).train()
-    assert not [w for w in recwarn if "gradproj" in str(w.message)]
-    assert protect is not None
+    made.train()
+    assert not [w for w in recwarn if "gradproj" in f"{w.message} {w.filename}"]
 
 
 def test_a_capture_of_few_tokens_is_told(tmp_path):

@@ -239,18 +239,20 @@ def _hold_out(data: Iterable[Any] | None) -> tuple[Any, Iterator[Any]]:
 
 
 def _warn_of_steps(callback: ProtectCallback) -> RemovableHandle:
-    """Warns at the first step of the protected model, unless the handle has been removed before."""
-    seen = weakref.ref(callback)
+    """Warns at the first unprotected step of the model, unless the handle has been removed before.
+
+    A trainer that drops its callbacks may have freed this one, so what is watched is the model, where it is known.
+    """
+    watched = weakref.ref(getattr(callback.protection, "model", callback))
     told = False
 
     def stepped(optimizer: Optimizer, *_) -> None:
         nonlocal told
-        callback = seen()
-        if told or callback is None:
+        alive: Any = watched()
+        if told or alive is None or hasattr(optimizer, "_gradproj"):
             return
-        model = getattr(callback.protection, "model", None)
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if model is not None and not any(id(p) in stepped for p in model.parameters()):
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if isinstance(alive, nn.Module) and not any(id(p) in parameters for p in alive.parameters()):
             return
         told = True
         warnings.warn(
