@@ -174,12 +174,13 @@ def retention(made):
 
 @pytest.mark.parametrize("own", [0, 1])
 def test_retention_is_in_the_log(tmp_path, own):
-    """Before training, at every evaluation and at the end; of a batch that was not captured."""
-    model, tokenizer, data = wide_model(), character_tokenizer(), batches(3, seed=2)
+    """Before training, at every evaluation and at the end; of a batch that was not captured, and without dropout."""
+    model, tokenizer, data = wide_model(attention_dropout=0.5), character_tokenizer(), batches(3, seed=2)
     callback = gradproj.hf.Protect(gradproj.NullSpace(model, share=0.5), data, own=own)
     held_out = own_text(model, tokenizer, 16 + own, seed=42)[:16] if own else data[0]["input_ids"]
 
     def measured():
+        model.eval()
         with torch.no_grad():
             return model(input_ids=held_out, labels=held_out).loss.item()
 
@@ -196,12 +197,17 @@ def test_retention_is_in_the_log(tmp_path, own):
 
 
 def test_retention_does_not_disturb_training(tmp_path):
-    """With dropout, whose masks it would move if it drew from the random state or trained in evaluation mode."""
+    """With dropout, whose masks would be others if it drew, and which would end if evaluation mode stayed."""
     trained = []
     for measures in (True, False):
         model, data = language_model(attention_dropout=0.5), batches(3, seed=2)
+
+        def loss(model, batch):
+            torch.rand(1)
+            return model(**batch).loss
+
         callback = gradproj.hf.Protect(
-            gradproj.NullSpace(model, share=0.3), data[0 if measures else 1 :], retention=measures
+            gradproj.NullSpace(model, share=0.3), data[0 if measures else 1 :], loss, retention=measures
         )
         made = trainer(model, tmp_path, callback, eval_strategy="steps", eval_steps=2)
         made.train()
@@ -295,8 +301,8 @@ def test_trl(tmp_path, kind, own):
     made = getattr(trl, f"{kind}Trainer")(
         model,
         args=config(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=1, use_cpu=True,
-            bf16=False, report_to=[], save_strategy="no", **arguments,
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=1,
+            use_cpu=True, bf16=False, report_to=[], save_strategy="no", **arguments,
         ),
         train_dataset=datasets.Dataset.from_dict(examples), processing_class=tokenizer, callbacks=[protect], **more,
     )  # fmt: skip

@@ -112,7 +112,7 @@ def test_bad_protection():
     with pytest.raises(TypeError, match="must be a NullSpace, got Directions.*on_train_batch_start"):
         ProtectCallback(gradproj.Directions(), [], None)
     protection = gradproj.NullSpace(Module().net)
-    with pytest.raises(TypeError, match="needs a tokenizer: pass tokenizer="):
+    with pytest.raises(TypeError, match="needs the model's tokenizer: pass tokenizer="):
         ProtectCallback(protection)
     with pytest.raises(TypeError, match="data need a loss"):
         ProtectCallback(protection, [FEW])

@@ -13,11 +13,12 @@ from gradproj.rows import functional
 
 
 def protect(protection: NullSpace, tokenizer: Any = None) -> list[RemovableHandle]:
-    """Project each layer's gradient, G <- G - (G U) U^T: no change of the outputs on the protected inputs is left in it.
+    """Take out of each layer's gradient what would change the layer's outputs on the protected inputs.
 
-    DeepSpeed steps copies of the weights, in pieces, so that there is no weight to pin. But the projection is linear,
-    and each rank has whole gradients before the engine reduces them: projected there, on every backward pass, their sum
-    over micro-batches and ranks is projected too. There is no collective, and nothing to wrap around the engine.
+    That is G <- G - (G U) U^T. DeepSpeed steps copies of the weights, in pieces, so that there is no weight to pin. But
+    the projection is linear, and each rank has whole gradients before the engine reduces them: projected there, on
+    every backward pass, their sum over micro-batches and ranks is projected too. There is no collective, and nothing to
+    wrap around the engine.
 
     All ranks must hold the same bases: capture the same batches on every rank before ``torch.distributed`` is
     initialised, or each its own afterwards under ``NullSpace(group=torch.distributed.group.WORLD)``, which sums them.

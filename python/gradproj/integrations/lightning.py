@@ -48,14 +48,12 @@ class ProtectCallback(lightning.Callback):
     ):
         if not isinstance(protection, Protection) or not protection.captures_once:
             raise TypeError(
-                f"ProtectCallback: protection must be a NullSpace, got {type(protection).__name__}; for Directions call "
-                f"protect() in on_train_batch_start()"
+                f"ProtectCallback: protection must be a NullSpace, got {type(protection).__name__}; for Directions "
+                f"call protect() in on_train_batch_start()"
             )
         self.own = own if own is not None else 128 if data is None else 0
         if self.own and tokenizer is None:
-            raise TypeError(
-                "ProtectCallback: the model's own text needs a tokenizer: pass tokenizer=, or data and loss"
-            )
+            raise TypeError("ProtectCallback: own text needs the model's tokenizer: pass tokenizer=, or data, loss")
         if data is not None and loss is None:
             raise TypeError("ProtectCallback: data need a loss: pass loss=lambda module, batch: ..")
         self.protection, self.data, self.loss, self.tokenizer = protection, data, loss, tokenizer

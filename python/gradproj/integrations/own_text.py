@@ -16,7 +16,6 @@ from transformers.utils.logging import tqdm
 
 AT_ONCE = 4096  # tokens written together, so that their keys and values take less than a batch's activations
 CHATS = (None, False, True, "turn", "dialogue")
-Rows = list[list[int]]
 
 
 def own_text(
@@ -81,8 +80,8 @@ def own_text(
 
 def _writer(model: nn.Module) -> nn.Module:
     """The module whose ``generate`` is used, or an error that names what has none."""
-    while isinstance(model, DistributedDataParallel | DataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    while isinstance(model, DistributedDataParallel | DataParallel) or "_orig_mod" in model._modules:
+        model = next(model.children())
     name, config = type(model).__name__, getattr(model, "config", None)
     if isinstance(model, FullyShardedDataParallel):
         raise NotImplementedError(
@@ -158,7 +157,7 @@ def _first(model: nn.Module, tokenizer: Any, sequences: int) -> Tensor:
     return torch.randint(known, (sequences, 1))
 
 
-def _template(tokenizer: Any) -> Rows:
+def _template(tokenizer: Any) -> list[list[int]]:
     """The tokens that the chat template puts before a user's words, and between them and the assistant's."""
     words = "@@words@@"
     text = tokenizer.apply_chat_template(
@@ -244,7 +243,7 @@ def own_batches(rows: Tensor) -> list[dict[str, Tensor]]:
 
 
 def backward_own_text(model: nn.Module, tokenizer: Any, sequences: int) -> None:
-    """Backward passes over own text, for a capture outside of a Trainer. The text follows from ``torch.manual_seed``."""
+    """Backward passes over own text, for a capture outside of a Trainer; what it is follows from torch.manual_seed."""
     seed = torch.initial_seed() % 2**62  # which may be any 64 bits, and takes the rank in addition
     for batch in own_batches(own_text(model, tokenizer, sequences, seed=seed)):
         model(**batch).loss.backward()
@@ -305,6 +304,6 @@ def _generating(model: nn.Module) -> Iterator[None]:
         for module, config in configs:
             module.generation_config = config
         if isinstance(model, FSDPModule):
-            del model.generate
+            vars(model).pop("generate", None)
             if own_method is not None:
                 model.generate = own_method

@@ -1,4 +1,4 @@
-"""How much of what a model could do it still can: the loss of a few sequences that nothing was captured or trained on."""
+"""How much of what a model could do it still can: the loss of a few sequences that were held out."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
