@@ -32,11 +32,11 @@ class ProtectCallback(TrainerCallback):
     """Protects what a model can do while a ``Trainer`` trains it: attaches to whatever optimizer the Trainer has made.
 
     A :class:`gradproj.NullSpace` is captured once, when training begins: on the batches of ``data``, or, without data,
-    on what the model itself writes (:func:`gradproj.hf.own_text`). It is saved with every checkpoint and taken from
-    there when training resumes. :class:`gradproj.Directions` get a fresh direction before every ``every``-th step, from
-    the next batch of ``data`` or from eight sequences that the model then writes; they are in the optimizer's state.
-    Batches go to the model's device. Under DDP a direction is averaged over the ranks, and what a null space has
-    gathered is summed.
+    on what the model itself writes (:func:`gradproj.hf.own_text`, from the trainer's ``seed``). It is saved with every
+    checkpoint and taken from there when training resumes. :class:`gradproj.Directions` get a fresh direction before
+    every ``every``-th step, from the next batch of ``data`` or from eight sequences that the model then writes; they
+    are in the optimizer's state. Batches go to the model's device. Under DDP a direction is averaged over the ranks,
+    and what a null space has gathered is summed.
 
     In the Trainer's log are ``gradproj/removed`` and ``gradproj/cosine_min`` (of the directions), or
     ``gradproj/moved``, how far the last step had moved the protected products. Before training, at every evaluation and
