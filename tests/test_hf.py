@@ -182,13 +182,15 @@ def test_retention_is_in_the_log(tmp_path, own):
     def measured():
         model.eval()
         with torch.no_grad():
-            return model(input_ids=held_out, labels=held_out).loss.item()
+            loss = model(input_ids=held_out, labels=held_out).loss.item()
+        model.train()
+        return loss
 
     before = measured()
-    made = trainer(model, tmp_path, callback, tokenizer=tokenizer, eval_strategy="steps", eval_steps=3)
+    made = trainer(model, tmp_path, callback, tokenizer=tokenizer, eval_strategy="steps", eval_steps=4)
     made.train()
     entries = retention(made)
-    assert [entry["step"] for entry in entries] == [0, 3, 6, 6]
+    assert [entry["step"] for entry in entries] == [0, 4, 6, 6]
     assert ["eval_loss" in entry for entry in entries] == [False, True, True, False] and "train_loss" in entries[-1]
     first, *_, last = entries
     assert first["gradproj/retention"] == pytest.approx(before, abs=1e-5) and first["gradproj/retention_change"] == 0
