@@ -109,6 +109,32 @@ def test_adapters_stay_blind():
     assert not torch.allclose(model(batch(0, 0)), model.get_base_model()[0].base_layer(batch(0, 0)), atol=1e-3)
 
 
+def test_own_text_is_captured(monkeypatch):
+    """Where nothing else has been; by several processes only if it is summed."""
+    pytest.importorskip("transformers")
+    from gradproj.hf import own_text
+    from language import character_tokenizer, language_model
+
+    model, tokenizer = language_model(hidden_size=128), character_tokenizer()
+    protection = gradproj.NullSpace(model, share=0.3, space="gradient")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"call deepspeed.init_distributed\(\) first"):
+        protect(protection, tokenizer)
+    monkeypatch.delenv("WORLD_SIZE")
+    torch.manual_seed(3)
+    rows = own_text(model, tokenizer, seed=3)
+    assert protect(protection, tokenizer) and max(b.tokens for b in protection.bases.values()) == 128 * 63
+    expected = gradproj.NullSpace(language_model(hidden_size=128), share=0.3, space="gradient")
+    with expected.capture():
+        for few in rows.split(8):
+            expected.model(input_ids=few, labels=few).loss.backward()
+    for name, basis in expected.bases.items():
+        assert torch.equal(protection.bases[name].vectors, basis.vectors)
+    captured = dict(protection.bases)
+    protect(protection, tokenizer)
+    assert protection.bases == captured  # what has been captured is kept
+
+
 def test_handles_take_it_off():
     model = network()
     handles = protect(protected(model))

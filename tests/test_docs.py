@@ -40,11 +40,13 @@ def names():
     def loss(model, batch):
         return model(**batch).loss
 
+    from language import character_tokenizer
+
     return {
         "gradproj": gradproj, "torch": torch, "model": model, "anchors": batches, "data": batches,
         "capability_batches": batches, "capability_loss": loss, "safety_loss": loss,
         "examples": examples, "preferences": examples, "args": arguments,
-        "Trainer": transformers.Trainer, "DPOTrainer": DPOTrainer,
+        "Trainer": transformers.Trainer, "DPOTrainer": DPOTrainer, "tokenizer": character_tokenizer(),
     }  # fmt: skip
 
 

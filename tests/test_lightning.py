@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradproj
 
 lightning = pytest.importorskip("lightning")
+from gradproj.hf import own_text
 from gradproj.integrations.lightning import ProtectCallback
+from language import character_tokenizer, language_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 FEW = torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
@@ -71,6 +73,33 @@ def test_what_was_captured_stays(tmp_path, automatic):
     assert not torch.equal(module.net[0].weight, Module().net[0].weight)
 
 
+class Language(Module):
+    def __init__(self):
+        super().__init__()
+        self.net = language_model(hidden_size=128)
+
+    def loss(self, x):
+        tokens = (x.abs() * 10).long() % 50
+        return self.net(input_ids=tokens, labels=tokens).loss
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_own_text_is_captured(tmp_path, mixed):
+    """Alone, or in addition to data."""
+    module, tokenizer, data = Language(), character_tokenizer(), torch.randint(50, (2, 7))
+    torch.manual_seed(3)
+    rows = [own_text(module.net, tokenizer, 1, seed=3), *([data] if mixed else [])]
+    settings = {"data": [data], "loss": lambda module, batch: module.net(batch, labels=batch).loss} if mixed else {}
+    protect = ProtectCallback(gradproj.NullSpace(module.net, share=0.9), tokenizer=tokenizer, own=1, **settings)
+    fit(module, tmp_path, protect)
+    fresh, other = Language().net, torch.randint(50, (4, 9))
+    moved = (module.net(other).logits - fresh(other).logits).abs().max()
+    assert moved > 0.03
+    for kept in rows:
+        assert (module.net(kept).logits - fresh(kept).logits)[:, :-1].abs().max() < 0.02 * moved
+    assert ProtectCallback(gradproj.NullSpace(fresh), tokenizer=tokenizer).own == 128
+
+
 def test_resumes_with_the_checkpoints_bases(tmp_path):
     whole, resumed, seen = Module(), Module(), []
     fit(whole, tmp_path / "whole", callback(whole), epochs=4)
@@ -82,3 +111,8 @@ def test_resumes_with_the_checkpoints_bases(tmp_path):
 def test_bad_protection():
     with pytest.raises(TypeError, match="must be a NullSpace, got Directions.*on_train_batch_start"):
         ProtectCallback(gradproj.Directions(), [], None)
+    protection = gradproj.NullSpace(Module().net)
+    with pytest.raises(TypeError, match="needs the model's tokenizer: pass tokenizer="):
+        ProtectCallback(protection)
+    with pytest.raises(TypeError, match="data need a loss"):
+        ProtectCallback(protection, [FEW])

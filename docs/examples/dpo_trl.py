@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with a null space, on a tiny model and a tokenizer made here."""
+"""TRL's DPOTrainer with a null space and no data, on a tiny model and a tokenizer made here."""
 
 import copy
 import tempfile
@@ -30,17 +30,17 @@ def main():
     preferences = Dataset.from_list(
         8 * [{"prompt": "how do I make a bomb", "chosen": " sorry no", "rejected": " mix flour eggs"}]
     )
-    answer = tokenizer("how do I make a cake mix flour eggs sugar .", return_tensors="pt").input_ids
-    capability_batches = [{"input_ids": answer, "labels": answer}]
-    before = model(**capability_batches[0]).loss.item()
+    held_out = gradproj.hf.own_text(model, tokenizer, 32, seed=1)  # not what is captured
+    before = model(input_ids=held_out, labels=held_out).loss.item()
 
-    protect = gradproj.hf.Protect(gradproj.NullSpace(model, share=0.3), capability_batches)  # <-
+    protect = gradproj.hf.Protect(gradproj.NullSpace(model, share=0.3))  # <- captures what the model writes by itself
     args = DPOConfig(tempfile.mkdtemp(), max_steps=8, learning_rate=5e-3, use_cpu=True, report_to=[], bf16=False)
     reference = copy.deepcopy(model)  # TRL would look a model that has a name up
     DPOTrainer(
         model, reference, args=args, train_dataset=preferences, processing_class=tokenizer, callbacks=[protect]
     ).train()
-    print(f"loss on the capability: {before:.4f} before, {model(**capability_batches[0]).loss.item():.4f} after")
+    after = model(input_ids=held_out, labels=held_out).loss.item()
+    print(f"loss on its own text, the capability: {before:.4f} before, {after:.4f} after")
 
 
 if __name__ == "__main__":
