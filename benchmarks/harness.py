@@ -192,9 +192,12 @@ def project_op(
     gram_dd: Tensor | None = None, parts: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """The op itself, for what the functions do not take: the directions' own Gram, columns in parts."""
-    op = gradproj.backends()[backend].op("project_")
+    chosen = gradproj.backends()[backend]
+    if chosen.reason:  # asking loads it
+        raise RuntimeError(f"{backend}: {chosen.reason}")
+    op = chosen.op("project_")
     flat = [t for d in directions for t in d]
-    op(grads, flat, method, 0.0, 0.0, gram_dd, parts=list(parts), num_parts=max(parts) + 1 if parts else 0)
+    op(grads, flat, method, 0.0, 0.0, gram_dd, part=list(parts), num_parts=max(parts) + 1 if parts else 0)
 
 
 def fused_for(case: Case, directions: Lists, backend: str | None) -> Callable:

@@ -57,5 +57,84 @@ def test_an_adapter_goes_on_where_it_was(few, tmp_path):
     assert (again(few) - before).abs().max() < 1e-4
     step_away(again, ProjectedOptimizer(torch.optim.SGD(again.parameters(), lr=0.05), loaded))
     assert (again(few) - before).abs().max() < 1e-4
-    with pytest.raises(NotImplementedError, match="has been trained already.*merge it first"), loaded.capture():
-        again(few).sum().backward()
+
+
+@pytest.mark.parametrize("start", ["trained", "pissa", "olora", "gaussian"])
+def test_an_adapter_that_does_not_start_at_zero_keeps_what_it_adds(start, few):
+    """lora_B would go on to change what lora_A makes of protected inputs: both are matrices then. It was refused."""
+    model = adapted() if start == "trained" else adapted(init_lora_weights=start)
+    if start == "trained":
+        opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for seed in range(3):
+            opt.zero_grad()
+            (model(torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))) - 1).square().mean().backward()
+            opt.step()
+    protection, opt, before = protecting(model, few[:2])
+    both = any("lora_B" in name for name in protection.bases)
+    assert both == (start != "gaussian")  # gaussian's lora_B is zero
+    weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    step_away(model, opt, steps=10)
+    assert (model(few[:2]) - before).abs().max() < 1e-4
+    assert any(
+        (p - w).abs().max() > 1e-3
+        for p, w in zip([p for p in model.parameters() if p.requires_grad], weights, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "VeRA", "LoHa"])
+def test_adapters_of_other_kinds_are_refused_by_name(kind):
+    peft = package("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 24))
+    settings = {"IA3": {"feedforward_modules": []}, "OFT": {"oft_block_size": 4}}.get(kind, {"r": 4})
+    name = {"IA3": "IA3Config", "OFT": "OFTConfig", "VeRA": "VeraConfig", "LoHa": "LoHaConfig"}[kind]
+    model = peft.get_peft_model(model, getattr(peft, name)(target_modules=["2"], **settings))
+    with pytest.raises(NotImplementedError, match=rf"2: {kind.lower()}'s .* does not add B A x.*plain LoRA"):
+        NullSpace(model)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_adapters_of_convolutions(dims):
+    peft = package("peft")
+    torch.manual_seed(0)
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    model = nn.Sequential(conv(4, 8, 3, padding=1, stride=2), nn.Tanh(), conv(8, 4, 1))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"], use_rslora=True))
+    x = torch.randn(1, 4, *[4] * dims)
+    protection, opt, before = protecting(model, x)
+    assert all(basis.target is None for basis in protection.bases.values()) and protection.coverage.held == 0
+    step_away(model, opt, shape=(8, 4, *[4] * dims))
+    assert (model(x) - before).abs().max() < 1e-4
+    assert any(p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_an_adapter_of_an_embedding_is_held(few):
+    """Its lora_A is looked up, not multiplied by."""
+    peft = package("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 5))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    tokens = torch.tensor([1, 2, 3])
+    with pytest.warns(RuntimeWarning, match="lora_embedding_A"):
+        _, opt, before = protecting(model, tokens)
+    for _ in range(5):
+        opt.zero_grad()
+        (model(torch.arange(9)) - 1).square().mean().backward()
+        opt.step()
+    assert (model(tokens) - before).abs().max() < 1e-4
+
+
+def test_adapters_of_a_base_in_four_bits():
+    """QLoRA: what multiplies by the base layer is an operation of bitsandbytes'."""
+    peft, bitsandbytes = package("peft"), package("bitsandbytes")
+    torch.manual_seed(0)
+    settings = {"bias": False, "compute_dtype": torch.float32, "quant_type": "nf4"}
+    layers = bitsandbytes.nn.Linear4bit(64, 128, **settings), bitsandbytes.nn.Linear4bit(128, 32, **settings)
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).to("cpu")
+    x = torch.randn(8, 64)
+    model(x)  # quantises
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
+    protection, opt, before = protecting(model, x, share=0.5)
+    assert len(protection) == 2
+    step_away(model, opt, shape=(64, 64))
+    assert (model(x) - before).abs().max() < 1e-4

@@ -99,6 +99,11 @@ def test_experts_that_ranks_call_in_other_orders_or_not_at_all(pool, world):
     pool(world, nullspace_checks.experts, nullspace_checks.experts_alone(world))
 
 
+def test_experts_as_slices_of_a_sharded_parameter(pool, world, tmp_path):
+    expected = nullspace_checks.stacked_alone(world)
+    pool(world, nullspace_checks.stacked_experts, str(tmp_path / "bases.safetensors"), expected)
+
+
 def test_ranks_that_hold_several_models_are_not_mixed(pool):
     pool(4, nullspace_checks.runs_apart)
 

@@ -113,7 +113,7 @@ def test_the_same_share_of_every_layer():
     with train.same_share_in_each_layer(), protection.capture():
         train.Capability(model, pupil, "code", 0).backward(1)
     assert {name: basis.rank for name, basis in protection.bases.items()} == {
-        layer.name: int(0.3 * layer.shape[1]) for layer in protection.layers
+        layer.name: int(0.3 * layer.shape[1]) for layer in protection.matrices
     }
 
 

@@ -77,11 +77,11 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
         assert (products @ vectors.T - target @ basis.T).norm() < exact * target.norm()
         assert mine.left == pytest.approx(left, rel=max(exact, 1e-6) * 10)
 
-    left = [naive[layer.name].left for layer in protection.layers]
-    weights = [layer.numel for layer in protection.layers]
+    left = [naive[layer.name].left for layer in protection.matrices]
+    weights = [layer.numel for layer in protection.matrices]
     rates = reference.damped_rates(left, weights, 0.3)
     assert sum((1 - r) * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3)
-    expected = {id(layer.weight): 0.1 * rate for layer, rate in zip(protection.layers, rates, strict=True)}
+    expected = {id(layer.weight): 0.1 * rate for layer, rate in zip(protection.matrices, rates, strict=True)}
     for group in protection.param_groups(lr=0.1, damping=0.3):
         for p in group["params"]:  # each group has the mean rate of its layers
             if id(p) in expected:

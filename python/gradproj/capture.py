@@ -18,8 +18,9 @@ Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that 
 
 
 DEEPSPEED = (
-    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; protect with "
-    "gradproj.integrations.deepspeed.protect(), or shard with fully_shard (FSDP2) and pass a torch optimizer"
+    "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; "
+    "protect with gradproj.integrations.deepspeed.protect(), or shard with fully_shard (FSDP2) and pass a torch "
+    "optimizer"
 )
 
 
@@ -48,12 +49,13 @@ class Aside:
             return DEEPSPEED
         if self._watch is None:
             return (
-                f"none of the optimizer's {count} parameters requires a gradient: they were frozen after the optimizer was made, "
-                f"or it was made from another model"
+                f"none of the optimizer's {count} parameters requires a gradient: they were frozen after the optimizer "
+                "was made, or it was made from another model"
             )
         return (
-            f"none of the optimizer's {count} parameters received a gradient: call loss.backward() inside the block, on the "
-            f"model whose parameters these are (adapters added after the optimizer was made, and copies, are others)"
+            f"none of the optimizer's {count} parameters received a gradient: call loss.backward() inside the block, "
+            "on the model whose parameters these are (adapters added after the optimizer was made, and copies, are "
+            "others)"
         )
 
 
@@ -165,9 +167,9 @@ def _watch(parameters: list[Tensor]) -> list[RemovableHandle]:
 
 def _stepped(i: int, p: Tensor) -> RuntimeError:
     return RuntimeError(
-        f"protect(): parameter {i} with shape {tuple(p.shape)} is stepped, or its gradient freed, during the backward pass "
-        f"(optimizer-in-backward); a projection needs the gradients of all parameters at once: remove that hook and call "
-        f"step() after backward()"
+        f"protect(): parameter {i} with shape {tuple(p.shape)} is stepped, or its gradient freed, during the backward "
+        "pass (optimizer-in-backward); a projection needs the gradients of all parameters at once: remove that hook "
+        "and call step() after backward()"
     )
 
 

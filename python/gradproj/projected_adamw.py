@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.nullspace import NullSpace, files
-from gradproj.nullspace.layers import without_wrappers
+from gradproj.nullspace import NullSpace
+from gradproj.nullspace.matrices import without_wrappers
 from gradproj.optim import attach
 
 
@@ -61,27 +61,20 @@ class ProjectedAdamW(torch.optim.AdamW):
                 "model.named_parameters(); where only parameters can be passed: "
                 "gradproj.attach(optimizer, NullSpace.load(path, model))"
             )
-        covered = _layers_by_name(named, files.kinds(protection)) if model is None else model
+        covered = _modules_of(named) if model is None else model
         self.protection = NullSpace.load(protection, covered, every=every, space=space, rest=rest)
         attach(self, self.protection)
 
 
-def _layers_by_name(named: Mapping[str, Tensor], kinds: Mapping[str, str]) -> nn.Module:
-    """Modules with the names of the file's layers and the given parameters: all that a null space needs of a model."""
+def _modules_of(named: Mapping[str, Tensor]) -> nn.Module:
+    """Modules with the given parameters under their names: all that a null space needs of a model that is captured."""
     root = nn.Module()
-    for name, kind in kinds.items():
-        if kind not in ("Linear", "Conv2d"):
-            why = "which its parameters' names do not describe; pass the model"
-            raise NotImplementedError(f"ProjectedAdamW: layer {name!r} is a {kind}, {why}")
-        if f"{name}.weight" not in named:
-            raise ValueError(f"ProjectedAdamW: no parameter is named {name}.weight, for which there is a basis")
-        layer = nn.Linear(1, 1, device="meta") if kind == "Linear" else nn.Conv2d(1, 1, 1, device="meta")
-        layer.weight, layer.bias = named[f"{name}.weight"], named.get(f"{name}.bias")  # type: ignore[assignment]
+    for name, p in named.items():
         *path, last = name.split(".")
         parent = root
-        for step in path:
-            if not hasattr(parent, step):
-                parent.add_module(step, nn.Module())
-            parent = getattr(parent, step)
-        parent.add_module(last, layer)
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.register_parameter(last, p)  # type: ignore[arg-type]
     return root

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradproj.nullspace import NullSpace
-from gradproj.nullspace.layers import Layer, matrix
+from gradproj.nullspace.matrices import Matrix
 from gradproj.rows import functional
 
 
@@ -66,18 +66,18 @@ def protect(protection: NullSpace, tokenizer: Any = None) -> list[RemovableHandl
         raise RuntimeError(
             "deepspeed.protect(): nothing has been captured yet: run capture() first, or pass the model's tokenizer"
         )
-    for layer in protection.layers:
-        if layer.bias is not None:
+    for matrix in protection.matrices:
+        if matrix.bias_at is not None:
             raise ValueError(
-                f"deepspeed.protect(): the bias of layer {layer.name} trains, and its gradient arrives apart from the "
+                f"deepspeed.protect(): the bias of layer {matrix.name} trains, and its gradient arrives apart from the "
                 f"weight's; freeze it before the capture: bias.requires_grad_(False)"
             )
     if protection.rest == "hold":
-        covered = {id(p) for layer in protection.layers for p in layer.parameters}
+        covered = {id(p) for matrix in protection.matrices for p in matrix.parameters}
         for p in protection.model.parameters():
             if id(p) not in covered:
                 p.requires_grad_(False)
-    return [layer.weight.register_hook(_projection(layer, protection)) for layer in protection.layers]
+    return [matrix.weight.register_hook(_projection(matrix, protection)) for matrix in protection.matrices]
 
 
 def _capture_own_text(protection: NullSpace, tokenizer: Any) -> None:
@@ -93,11 +93,11 @@ def _capture_own_text(protection: NullSpace, tokenizer: Any) -> None:
     warn_of_few_tokens(protection)
 
 
-def _projection(layer: Layer, protection: NullSpace):
+def _projection(matrix: Matrix, protection: NullSpace):
     def project(gradient: Tensor) -> Tensor:
-        vectors = protection.bases[layer.name].vectors.to(gradient.device)  # the engine may have moved the model
+        vectors = protection.bases[matrix.name].vectors.to(gradient.device)  # the engine may have moved the model
         projected = gradient.clone()  # autograd may still need the one that it gave
-        functional.pin_([matrix(layer.owner, projected)], [vectors])
+        functional.pin_([matrix.region.matrix(projected)], [vectors])
         return projected
 
     return project

@@ -254,7 +254,7 @@ def warn_of_few_tokens(protection: Any) -> None:
     if not protection.bases:
         return
     tokens = max(basis.tokens for basis in protection.bases.values())
-    widest = max(protection.layers, key=lambda layer: layer.shape[1])
+    widest = max(protection.matrices, key=lambda matrix: matrix.shape[1])
     if 8 * tokens < widest.shape[1]:
         warnings.warn(
             f"gradproj: {tokens} tokens were captured, fewer than an eighth of the {widest.shape[1]} inputs of layer "

@@ -67,6 +67,20 @@ def rates(left: Sequence[float], weights: Sequence[int], damping: float) -> list
     return _grouped([c / (x + c) for x in left], weights)
 
 
+def factors(matrices: Sequence[Any], bases: Mapping[str, Any], damping: float) -> dict[int, float]:
+    """Of the learning rate, by the identities of the matrices' parameters. Slices of one parameter learn at one rate,
+    by the mean of what is left in them."""
+    left: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for matrix in matrices:
+        name = matrix.slot.name
+        weights[name] = weights.get(name, 0) + matrix.numel
+        left[name] = left.get(name, 0.0) + matrix.numel * bases[matrix.name].left
+    means = [left[name] / weights[name] for name in left]
+    rate_of = dict(zip(left, rates(means, list(weights.values()), damping), strict=True))
+    return {id(p): rate_of[matrix.slot.name] for matrix in matrices for p in matrix.parameters}
+
+
 def _grouped(factors: list[float], weights: Sequence[int]) -> list[float]:
     """Each factor becomes the mean of its bin, of STEPS bins of equal width in the logarithm."""
     logs = [math.log(f) for f in factors]

@@ -1,5 +1,6 @@
-"""What a null space holds of a layer, and how that is made of what a capture gathered."""
+"""What a null space holds of a matrix, and how that is made of what a capture gathered."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,17 +9,17 @@ from torch import Tensor
 
 from gradproj.nullspace import allocation
 from gradproj.nullspace.allocation import Curvature
-from gradproj.nullspace.layers import Layer, is_conv1d, matrix
-from gradproj.nullspace.moments import Gather, Moment
-from gradproj.rows.sharding import local_tensors
+from gradproj.nullspace.gather import Gather
+from gradproj.nullspace.matrices import Matrix
+from gradproj.nullspace.moments import Moment
 
 
 class Basis(NamedTuple):
-    """What a layer keeps.
+    """What a matrix keeps.
 
     Attributes:
-        vectors: U [inputs, r], orthonormal; with a bias the last input is its 1. Layers with the same inputs share
-            memory.
+        vectors: U [inputs, r], orthonormal; with a bias the last input is its 1. Matrices with the same inputs
+            share memory.
         target: B = W U [outputs, r] of this rank's rows of the weight; None for zeros.
         curvature: what the rank was chosen by.
         tokens: how many were captured.
@@ -35,7 +36,7 @@ class Basis(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """The part of the layer's curvature that is kept, between 0 and 1."""
+        """The part of the matrix's curvature that is kept, between 0 and 1."""
         return float(self.curvature.values[: self.rank].sum()) / self.curvature.trace if self.curvature.trace else 0.0
 
     @property
@@ -46,47 +47,48 @@ class Basis(NamedTuple):
 
     @property
     def memory(self) -> tuple[int, int, int]:
-        """Equal for layers whose vectors are leading columns of one matrix. Vectors of rank 0 have no memory: there the
-        eigenvalues tell layers apart."""
+        """Equal if vectors are leading columns of the same ones. Those of rank 0 have no memory: then the eigenvalues
+        tell them apart."""
         vectors, values = self.vectors.untyped_storage(), self.curvature.values.untyped_storage()
         return vectors.data_ptr(), values.data_ptr(), self.vectors.shape[0]
 
 
-def regroup(gather: Gather, layers: Sequence[Layer], keys: Sequence[Hashable]) -> None:
-    """Make exactly the layers of the same key share a moment. A layer whose key is None has none."""
+def regroup(gather: Gather, keys: Sequence[Hashable]) -> None:
+    """Matrices of the same key share a moment, and no others do. A matrix whose key is None has none."""
     moments: list[Moment] = []
     new: dict[Hashable, int] = {}
     used: set[int] = set()
-    for l, key in enumerate(keys):
+    for m, key in enumerate(keys):
         if key is None:
             continue
-        old = gather.moment_of[l]
+        old = gather.moment_of[m]
         if key not in new:
             new[key] = len(moments)
             if old is None:
-                moments.append(gather.new_moment(l, layers[l].weight.device, layers[l].weight.dtype))
+                weight = gather.matrices[m].weight
+                moments.append(gather.new_moment(m, weight.device, weight.dtype))
             else:
                 moments.append(gather.moments[old].copy() if old in used else gather.moments[old])
                 used.add(old)
-        gather.moment_of[l] = new[key]
+        gather.moment_of[m] = new[key]
     gather.moments = moments
 
 
-def add_earlier(gather: Gather, layers: Sequence[Layer], bases: Mapping[str, Basis]) -> None:
+def add_earlier(gather: Gather, bases: Mapping[str, Basis]) -> None:
     """Add the kept eigenpairs of an earlier capture, which are what was protected.
 
-    Layers that share a moment now, but had bases of their own, part: each goes on with what it had.
+    Matrices that share a moment now, but had bases of their own, part: each goes on with what it had.
     """
-    earlier = {l: basis for l, layer in enumerate(layers) if (basis := bases.get(layer.name)) and basis.tokens}
+    earlier = {m: b for m, matrix in enumerate(gather.matrices) if (b := bases.get(matrix.name)) and b.tokens}
     keys: list[Hashable] = list(gather.moment_of)
-    for l, basis in earlier.items():
-        keys[l] = gather.moment_of[l], basis.memory
-        gather.squares[l] = gather.squares[l] + basis.curvature.scale * basis.tokens
-        gather.tokens[l] += basis.tokens
-    regroup(gather, layers, keys)
+    for m, basis in earlier.items():
+        keys[m] = gather.moment_of[m], basis.memory
+        gather.squares[m] = gather.squares[m] + basis.curvature.scale * basis.tokens
+        gather.tokens[m] += basis.tokens
+    regroup(gather, keys)
     widest: dict[int | None, Basis] = {}
-    for l, basis in earlier.items():
-        number = gather.moment_of[l]
+    for m, basis in earlier.items():
+        number = gather.moment_of[m]
         widest[number] = max(widest.get(number, basis), basis, key=lambda basis: basis.rank)
     for number, basis in widest.items():
         moment = gather.moments[number]  # type: ignore[index]
@@ -94,80 +96,90 @@ def add_earlier(gather: Gather, layers: Sequence[Layer], bases: Mapping[str, Bas
 
 
 @torch.no_grad()
-def make_bases(
-    gather: Gather, layers: Sequence[Layer], share: float, most: Callable[[Layer], int | None]
-) -> dict[str, Basis]:
-    """The bases of layers, of rank 0 where no token has reached a layer; ``most`` is the largest rank of a layer, None
-    for any.
+def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None]) -> dict[str, Basis]:
+    """Moments and output gradients become the matrices' bases. A matrix that no token has reached gets one of rank 0.
 
-    Moments are taken one at a time and freed, and of the eigenvectors no more are held than the share allows so far:
-    beside the bases this holds twice one moment.
+    Only leading eigenpairs are computed: twice as many as the share would be, and more where all are kept. Moments
+    are taken one at a time, so that beside them and the bases this holds twice one moment.
+
+    Args:
+        share: of all weights' dimensions that bases may fix.
+        most: matrix -> the largest rank that it may have; None for any.
+    Raises:
+        RuntimeError: inputs or gradients of a matrix were not finite.
+        NotImplementedError: a weight that is sharded over its inputs.
     """
-    numbers = [number if gather.tokens[l] else None for l, number in enumerate(gather.moment_of)]
-    for l, number in enumerate(numbers):
-        if number is not None and not (gather.moments[number].sum.isfinite().all() and gather.squares[l].isfinite()):
-            raise RuntimeError(
-                f"NullSpace: inputs or gradients of layer {layers[l].name} were not finite in the capture"
-            )
-    curvatures = [Curvature(0.0, torch.zeros(0, dtype=torch.float64), 0.0, *layer.shape) for layer in layers]
-    vectors: dict[int, Tensor] = {}  # by the moment's number: its layers use the leading columns
-    ranks = [0] * len(layers)
-    for number in sorted({n for n in numbers if n is not None}):
-        moment = gather.moments[number]
-        values, found = moment.eigen()
-        values, trace = values.cpu(), float(moment.trace) / max(1, moment.tokens)
-        vectors[number] = spaced(found.to(moment.sum.dtype))
-        moment.sum = moment.sum.new_empty(0)
-        for l in (l for l, n in enumerate(numbers) if n == number):
-            scale = float(gather.squares[l]) / gather.tokens[l]
-            curvatures[l] = Curvature(scale, values[: most(layers[l])], trace, *layers[l].shape)
-        ranks = allocation.ranks(curvatures, share)  # a later moment only lowers them
-        for n, held in vectors.items():
-            widest = max(rank for rank, of in zip(ranks, numbers, strict=True) if of == n)
-            if widest < held.shape[1]:
-                vectors[n] = spaced(held[:, :widest])
+    numbers = [number if gather.tokens[m] else None for m, number in enumerate(gather.moment_of)]
+    for matrix, number, squares in zip(gather.matrices, numbers, gather.squares, strict=True):
+        if number is not None and not (gather.moments[number].sum.isfinite().all() and squares.isfinite()):
+            raise RuntimeError(f"NullSpace: inputs or gradients of layer {matrix.name} were not finite in the capture")
+    users: dict[int, list[int]] = {}
+    for m, number in enumerate(numbers):
+        if number is not None:
+            users.setdefault(number, []).append(m)
+    curvatures = [Curvature(0.0, torch.zeros(0, dtype=torch.float64), 0.0, *matrix.shape) for matrix in gather.matrices]
+    counts = {number: max(16, math.ceil(2 * share * gather.moments[number].width)) for number in users}
+    again = set(users)
+    while again:
+        for number in again:
+            moment = gather.moments[number]
+            values = moment.eigenvalues(counts[number]).cpu()
+            for m in users[number]:
+                scale = float(gather.squares[m]) / gather.tokens[m]
+                kept = values[: most(gather.matrices[m])]
+                curvatures[m] = Curvature(scale, kept, moment.mean_trace, *gather.matrices[m].shape)
+        ranks = allocation.ranks(curvatures, share)
+        again = {n for n, mine in users.items() if counts[n] in (ranks[m] for m in mine) and gather.moments[n].has_more}
+        for number in again:
+            counts[number] *= 2
+    vectors = {n: spaced(gather.moments[n].eigenvectors(max(ranks[m] for m in mine))) for n, mine in users.items()}
     bases = {}
-    for layer, number, rank, curvature in zip(layers, numbers, ranks, curvatures, strict=True):
+    for matrix, number, rank, curvature in zip(gather.matrices, numbers, ranks, curvatures, strict=True):
         if number is None:
-            basis, tokens = torch.zeros(layer.shape[1], 0, device=layer.weight.device), 0
+            basis, tokens = torch.zeros(matrix.shape[1], 0, device=matrix.weight.device), 0
         else:
             basis, tokens = vectors[number][:, :rank], gather.moments[number].tokens
-        target = None if layer.to_zero else _product(layer, basis)
-        bases[layer.name] = Basis(basis, target, curvature, tokens)
+        bases[matrix.name] = Basis(basis, None if matrix.to_zero else _product(matrix, basis), curvature, tokens)
     return bases
 
 
 def spaced(vectors: Tensor) -> Tensor:
-    """A copy of [inputs, r], column after column in memory, so that leading columns lie as a matrix of their own would;
-    each starts on a 16-byte boundary."""
+    """A copy of [inputs, r] with the columns one after the other in memory, each from a 16-byte boundary on (inputs are
+    odd with a bias): so the leading columns of a shared matrix lie as a matrix of their own would."""
     inputs, rank = vectors.shape
     memory = vectors.new_zeros(rank, -(-inputs // 4) * 4)[:, :inputs].T
     return memory.copy_(vectors)
 
 
-def local_weight(layer: Layer, weight: Tensor) -> Tensor:
-    """[outputs, inputs] view of this rank's rows of a weight or its gradient. Refused if it is sharded over its inputs:
-    then W U would be a sum over ranks."""
-    outputs = 1 if is_conv1d(layer.owner) else 0
-    for placement in getattr(weight, "placements", ()):
-        if placement.is_partial() or (placement.is_shard() and placement.dim != outputs):
-            raise NotImplementedError(
-                f"NullSpace: the weight of {layer.name} is {placement} of a DTensor, that is, sharded over its inputs; "
-                "shard it over its outputs, or leave it out with modules="
-            )
-    return matrix(layer.owner, local_tensors([weight])[0])
-
-
-def local_bias(bias: Tensor | None) -> Tensor | None:
-    """This rank's part of a bias, or of its gradient."""
-    return None if bias is None else local_tensors([bias.detach()])[0]
-
-
-def _product(layer: Layer, basis: Tensor) -> Tensor:
-    """W U of this rank's rows, with the bias's column: in float64, which neither TF32 nor autocast touches."""
-    weight, bias = local_weight(layer, layer.weight.detach()), local_bias(layer.bias)
+def _product(matrix: Matrix, basis: Tensor) -> Tensor:
+    """W U of this rank's rows, the bias's column included: in float64, which neither TF32 nor autocast touches."""
+    weight, bias = matrix.rows().part, matrix.bias_rows()
     wide = basis.double()
     product = weight.to(wide) @ wide[: weight.shape[1]]
     if bias is not None:
         product.addr_(bias.to(wide), wide[-1])
     return product.to(basis)
+
+
+def report(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> str:
+    """A table in markdown, and a line of totals. Memory that layers share is counted once."""
+    lines = ["| matrix | outputs x inputs | rank | curvature kept | bytes |", "| --- | ---: | ---: | ---: | ---: |"]
+    shared: set[int] = set()
+    total = 0
+    for matrix in matrices:
+        basis = bases[matrix.name]
+        storage = basis.vectors.untyped_storage()
+        held = 0 if storage.data_ptr() in shared else storage.nbytes()
+        held += 0 if basis.target is None else basis.target.nbytes
+        shared.add(storage.data_ptr())
+        total += held
+        outputs, inputs = matrix.shape
+        kept = f"{basis.kept:.1%}" if basis.tokens else "no captured token reached it"
+        lines.append(f"| {matrix.name} | {outputs} x {inputs} | {basis.rank} | {kept} | {held:,} |")
+    weights = sum(matrix.numel for matrix in matrices)
+    fixed = sum(bases[matrix.name].rank * matrix.shape[0] for matrix in matrices) / weights
+    lines.append(
+        f"\n{len(matrices)} matrices, {fixed:.1%} of {weights:,} weights' dimensions fixed, {total / 2**20:.1f} MiB of "
+        "bases"
+    )
+    return "\n".join(lines)

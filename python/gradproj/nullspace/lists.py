@@ -1,4 +1,4 @@
-"""The lists that one ``pin_`` takes for the layers of a null space."""
+"""The lists that one ``pin_`` takes for the matrices of a null space."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradproj.nullspace.basis import Basis, local_bias, local_weight
-from gradproj.nullspace.layers import Layer
+from gradproj.nullspace.basis import Basis
+from gradproj.nullspace.matrices import Matrix, Slot
 from gradproj.rows import functional
 from gradproj.rows.results import Pin
 from gradproj.rows.sharding import Sharding, local_tensors
@@ -16,21 +16,19 @@ from gradproj.rows.sharding import Sharding, local_tensors
 class PinLists:
     """Weights, bases, targets and biases, made once: they hold for as long as the parameters stay where they are."""
 
-    def __init__(self, layers: Sequence[Layer], bases: Mapping[str, Basis]):
-        self.covered = {id(p) for layer in layers for p in layer.parameters}  # identities
+    def __init__(self, matrices: Sequence[Matrix], bases: Mapping[str, Basis]):
+        self.covered = {id(p) for matrix in matrices for p in matrix.parameters}  # identities
+        slots = {slot.name: slot for matrix in matrices for slot in matrix.slots}
         self._seen: list[tuple[dict, str, Tensor, Tensor, int, bool]] = []
-        for layer in layers:
-            for module in dict.fromkeys((layer.owner, layer.consumer or layer.owner)):
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        local = local_tensors([p])[0]
-                        self._seen.append((module._parameters, name, p, local, local.data_ptr(), p.requires_grad))
-        moving = movable(layers, bases)
-        self._names = tuple(layer.name for layer in moving)
-        self._weights = [local_weight(layer, layer.weight.detach()) for layer in moving]
+        for slot in slots.values():
+            p, local = slot.get(), local_tensors([slot.get()])[0]
+            self._seen.append((slot.module._parameters, slot.key, p, local, local.data_ptr(), p.requires_grad))
+        moving = movable(matrices, bases)
+        self._names = tuple(matrix.name for matrix in moving)
+        self._weights = [matrix.rows().part for matrix in moving]
         self._bases = [bases[name].vectors for name in self._names]
         self._targets = [bases[name].target for name in self._names]
-        self._biases = [local_bias(layer.bias) for layer in moving]
+        self._biases = [matrix.bias_rows() for matrix in moving]
 
     def current(self) -> bool:
         """Whether no parameter was replaced, moved, frozen or freed since."""
@@ -43,10 +41,10 @@ class PinLists:
         return Pin(self._names, functional.pin_(self._weights, self._bases, self._targets, self._biases))
 
 
-def refuse_optimizers(layers: Sequence[Layer], optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
-    """Refuse optimizers that step none of the layers, and shards whose rows nothing tells."""
+def refuse_optimizers(slots: Sequence[Slot], optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
+    """Refuse optimizers that step none of the parameters, and shards whose rows nothing tells."""
     stepped = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    if not any(id(layer.weight) in stepped for layer in layers):
+    if not any(id(slot.get()) in stepped for slot in slots):
         raise ValueError(
             "this NullSpace is of another model than the optimizer's: none of its layers' weights is among the "
             "optimizer's parameters; make both from the same model, the optimizer after adapters were added"
@@ -59,31 +57,29 @@ def refuse_optimizers(layers: Sequence[Layer], optimizers: Sequence[Optimizer], 
         )
 
 
-def movable(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> list[Layer]:
-    """The layers that have a basis and train. Refused if one trains other parameters than those that were captured."""
+def movable(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> list[Matrix]:
+    """The matrices that have a basis and train. Refused if one trains other parameters than when it was captured."""
     found = []
-    for layer in layers:
-        basis, frozen = bases[layer.name], not layer.weight.requires_grad
-        if frozen and layer.bias is None:
-            continue
-        if frozen or basis.vectors.shape[0] != layer.shape[1]:
+    for matrix in matrices:
+        trained = {p.requires_grad for p in (matrix.weight, matrix.bias) if p is not None}
+        if matrix.weight.shape != matrix.whole or len(trained) == 2:
             raise RuntimeError(
-                f"NullSpace: layer {layer.name} does not train what it trained when it was captured: its weight or "
+                f"NullSpace: layer {matrix.name} does not train what it trained when it was captured: its weight or "
                 "bias was frozen or freed since, or has another size; capture again"
             )
-        if basis.rank:
-            found.append(layer)
+        if trained == {True} and bases[matrix.name].rank:
+            found.append(matrix)
     return found
 
 
 @torch.no_grad()
-def project_gradients(layers: Sequence[Layer], bases: Mapping[str, Basis]) -> Pin:
-    """G <- G - (G U) U^T on the gradients of the layers that have one."""
-    moving = movable([layer for layer in layers if layer.weight.grad is not None], bases)
-    gradients = [local_weight(layer, layer.weight.grad) for layer in moving]  # type: ignore[arg-type]
-    biases = [None if layer.bias is None else local_bias(layer.bias.grad) for layer in moving]
-    spans = [bases[layer.name].vectors for layer in moving]
-    for l, layer in enumerate(moving):
-        if layer.bias is not None and biases[l] is None:
-            spans[l] = spans[l][:-1]  # such a bias does not move: it is no input
-    return Pin(tuple(layer.name for layer in moving), functional.pin_(gradients, spans, None, biases))
+def project_gradients(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> Pin:
+    """G <- G - (G U) U^T on the gradients of the matrices that have one."""
+    moving = movable([matrix for matrix in matrices if matrix.weight.grad is not None], bases)
+    gradients = [matrix.rows(gradient=True).part for matrix in moving]
+    biases = [matrix.bias_rows(gradient=True) for matrix in moving]
+    spans = [bases[matrix.name].vectors for matrix in moving]
+    for m, matrix in enumerate(moving):
+        if matrix.bias_at is not None and biases[m] is None:
+            spans[m] = spans[m][:-1]  # such a bias does not move: it is no input
+    return Pin(tuple(matrix.name for matrix in moving), functional.pin_(gradients, spans, None, biases))

@@ -1,8 +1,9 @@
 """NullSpace: every layer keeps computing what it computed on the inputs that a capability uses."""
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradproj.capture import CaptureBlock, gradients_aside
-from gradproj.nullspace import allocation, coverage, files, layers
+from gradproj.nullspace import adapters, allocation, coverage, files
 from gradproj.nullspace.allocation import NoDecay, is_vector
 from gradproj.nullspace.basis import Basis, add_earlier, make_bases
+from gradproj.nullspace.estimate import Estimate, estimate
+from gradproj.nullspace.gather import Gather
+from gradproj.nullspace.hearing import Hearing, experts
 from gradproj.nullspace.lists import PinLists, project_gradients, refuse_optimizers
-from gradproj.nullspace.moments import WIDE, Gather
+from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overlaps, unreached
+from gradproj.nullspace.moments import WIDE
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
 from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.proof import Proof
@@ -33,16 +38,17 @@ class NullSpace(Protection):
     B = W U is what the layer made of them then. This holds after every step of any optimizer; nothing accumulates, and
     no capability data are needed afterwards. What the capture did not see is not protected.
 
-    Covered: ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv2d`` (groups=1), each with its bias, and PEFT's LoRA
-    adapters, which become blind to the protected inputs. What else trains is held (embeddings, a head tied to one,
-    norms, matrices that no such module has); :attr:`coverage` counts it.
+    Covered is what the model multiplies inputs by, a parameter or a slice of one, whatever module holds it, with its
+    bias; PEFT's LoRA adapters become blind to the protected inputs. What else trains is held (embeddings, a head tied
+    to one, norms, weights that are computed); :attr:`coverage` counts it.
 
     Args:
-        model: whose layers are protected.
+        model: whose matrices are protected.
         share: part of the covered weights' dimensions that is kept for the capability, in (0, 1), where the curvature
             is. The bases take about three times that part of the weights' memory.
-        max_rank: of a layer, at most. Layers of more than 2,048 inputs are sketched and keep at most 512 without it.
-        modules: ``(name, module) -> bool``, which layers to cover; None covers all.
+        max_rank: of a matrix, at most. Those of more than 2,048 inputs, and experts of more than 512, are sketched and
+            keep at most 512, or twice their share, without it.
+        modules: ``(name, module) -> bool``, whose own parameters to cover; None covers all.
         space: ``"weights"`` pins after the step. ``"gradient"`` takes the part of the gradient in U out before it, for
             optimizers whose parameters are copies; Adam's scaling and weight decay then leak.
         rest: ``"hold"`` keeps all other trained parameters where they are, so that protected activations do not change
@@ -76,7 +82,7 @@ class NullSpace(Protection):
         *,
         share: float = 0.05,
         max_rank: int | None = None,
-        modules: layers.Wanted | None = None,
+        modules: Wanted | None = None,
         space: Literal["weights", "gradient"] = "weights",
         rest: Literal["hold", "train"] = "hold",
         every: int = 1,
@@ -96,26 +102,29 @@ class NullSpace(Protection):
         self._last: Pin | None = None
         self._told_of_nothing = False
         self._uncovered = Uncovered(model)
-        self._protect(layers.find(model, modules), {})
-        if rest == "hold" and (warning := coverage.warning(model, self.layers)):
-            warnings.warn(warning, RuntimeWarning, stacklevel=2)
+        adapted = adapters.trained_layers(model, modules)
+        self._slots = find_slots(model, modules)
+        self._adapters = adapters.find(adapted, self._slots)
+        self._protect([], {})
 
-    def _protect(self, layers: list[layers.Layer], bases: dict[str, Basis]) -> None:
-        self.layers, self.bases = layers, bases  # by the layers' names
+    def _protect(self, matrices: list[Matrix], bases: dict[str, Basis]) -> None:
+        self.matrices, self.bases = matrices, bases  # by the matrices' names
         self._lists: PinLists | None = None
         self._since_pin = 0
 
     def __len__(self) -> int:
+        """How many matrices are protected now."""
         return len(self.bases)
 
     def clear(self) -> None:
-        self._protect(self.layers, {})
+        self._protect([], {})
         self._told_of_nothing = True  # it is what the caller wants
 
     @property
     def coverage(self) -> coverage.Coverage:
-        """How many of the weights that train are covered, held, and reached by no captured token."""
-        return coverage.coverage(self.model, self.layers, self.bases)
+        """How many of the weights that train are covered, held, and reached by no captured token. Before a capture all
+        matrices count as covered."""
+        return coverage.coverage(self.model, self.matrices, self.bases, () if self.bases else self._slots)
 
     @property
     def last(self) -> Pin | None:
@@ -126,58 +135,99 @@ class NullSpace(Protection):
         return {} if self._last is None else {"moved": self._last.moved.norm().item()}
 
     def bind(self, optimizers: Sequence[Optimizer], sharding: sharding.Sharding | None) -> None:
-        refuse_optimizers(self.layers, optimizers, sharding)
+        refuse_optimizers(self._slots, optimizers, sharding)
         super().bind(optimizers, sharding)
 
     def capture(self) -> CaptureBlock:
-        """Context manager: the inputs of the layers in the backward passes inside are protected.
+        """Context manager: the inputs of the matrices in the backward passes inside are protected.
 
         Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
-        Needs no optimizer. A further block pins the weights and adds its tokens to the earlier ones. The rank is then
-        allocated anew: with the same ``share``, directions of least curvature of either capture are given up; raise
-        ``protection.share`` first to keep all.
+        Needs no optimizer. A further block pins the weights and adds to what was gathered, each token counting the
+        same. The rank is then allocated anew: with the same ``share``, directions of least curvature of either capture
+        are given up; raise ``protection.share`` first to keep all.
+
+        Every product of an input with a parameter that trains, or with a slice of one, is heard; that all were is
+        proved: in every backward pass the parameter's gradient is compared with the sum of y x^T over the products.
+        Not so where the parameter is sharded (tensor parallelism). A parameter that is multiplied by nowhere is held.
 
         Raises:
             RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
                 running statistics in training mode; ranks that hold different layers, or may.
-            NotImplementedError: an adapter that has been trained already.
+            NotImplementedError: a weight that is sharded over its inputs, or has no matrix in memory.
+        Warns:
+            RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
         """
         return CaptureBlock(self._capture())
 
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
-        layers.refuse_trained_adapters(self.layers)
         if moving := self._uncovered.moving_statistics():
             raise RuntimeError(moving)
         self.pin()
-        gather, proof = Gather(self.layers, self._sketch), Proof(self.layers)
-        with self._while_capturing(), gradients_aside(self._trained) as aside, gather.listening(), proof.listening():
-            yield
-            reached = any(p.grad is not None for p in self._trained())
+        blind = [adapter for adapter in self._adapters if adapter.starts_at_zero]
+        gather, proof = Gather(self._sketch, adapters.names(blind)), Proof()
+        for matrix in self.matrices:  # of earlier captures; an adapter that has learned since is a matrix like others
+            if self.bases[matrix.name].tokens:
+                gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
+        hearing = Hearing(self._slots, [proof, gather], adapters.folded(blind))
+        with self._while_capturing(), gradients_aside(self._trained) as aside:
+            with (
+                experts(self.model, "eager"),
+                torch.compiler.set_stance("force_eager"),
+                proof.listening(self._slots),
+                adapters.listening(blind, gather),
+                hearing,
+            ):
+                yield
+            reached = {slot.name for slot in self._slots if slot.get().grad is not None}
+            empty = all(p.grad is None for p in self._trained())
+        gather.end()
         group = group_of(self.model, self.group, self.sharding, gather.ddp)
-        sum_over_ranks(gather, self.layers, proof.silent, group)
+        sum_over_ranks(gather, self._slots, reached, group)
         if not any(gather.tokens):
-            others = "none of the layers that it covers received a gradient: give it batches that use them"
-            raise RuntimeError(f"NullSpace: {others if reached else aside.why_empty()}")
-        with without_autocast(self.layers[0].weight.device):
-            add_earlier(gather, self.layers, self.bases)
-            bases = make_bases(gather, self.layers, self.share, self._most)
-        silent = [self.layers[l] for l in sorted(proof.silent)]
-        if silent:
-            warnings.warn(coverage.silent(silent, self.rest), RuntimeWarning, stacklevel=4)
-        heard = [layer for layer in self.layers if layer not in silent]
-        self._protect(heard, {layer.name: bases[layer.name] for layer in heard})
-        # Adapters become blind at once; in other layers W U = B holds already.
-        PinLists([layer for layer in heard if layer.to_zero], self.bases).pin()
+            raise RuntimeError(f"NullSpace: {aside.why_empty() if empty else gather.why_nothing()}")
+        with without_autocast(self._slots[0].get().device):
+            add_earlier(gather, self.bases)
+            refuse_overlaps(gather.matrices)
+            # Held is what captured inputs were multiplied by without any gradient: it may be a router's, of which only
+            # the largest output counts.
+            silent = {m.slot.name for m in gather.matrices} - gather.names_with_tokens()
+            gather.order([m for m, matrix in enumerate(gather.matrices) if matrix.slot.name not in silent])
+            for matrix in unreached(gather.matrices, self._slots, reached | silent):
+                gather.number(matrix)
+            bases = make_bases(gather, self.share, self._most)
+        self._protect(gather.matrices, bases)
+        # Adapters become blind at once; elsewhere W U = B holds already.
+        PinLists([matrix for matrix in self.matrices if matrix.to_zero], self.bases).pin()
+        if self.rest == "hold" and (warning := coverage.warning(self.model, self.matrices)):
+            warnings.warn(warning, RuntimeWarning, stacklevel=4)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _sketch(self, layer: layers.Layer) -> int | None:
-        return 2 * (self.max_rank or SKETCH) if layer.shape[1] > WIDE else None
+    def _most(self, matrix: Matrix) -> int | None:
+        """The largest rank that a matrix may have; None for any."""
+        return self.max_rank or ((self._sketch(matrix) or 0) // 2 or None)
 
-    def _most(self, layer: layers.Layer) -> int | None:
-        return self.max_rank or (SKETCH if layer.shape[1] > WIDE else None)
+    def _sketch(self, matrix: Matrix) -> int | None:
+        """Columns of the sketch of a matrix's inputs; None for an exact moment. Twice the rank that it may have, which
+        for experts is twice their share: a layer of 128 would hold 128 exact moments."""
+        width = matrix.shape[1]
+        if matrix.is_one_of_many and width > WIDE // 4:
+            return 2 * (self.max_rank or math.ceil(2 * self.share * width))
+        return 2 * (self.max_rank or SKETCH) if width > WIDE else None
+
+    def estimate(self, run: Callable[[nn.Module], Any] | None = None) -> Estimate:
+        """What a capture and the pins would take, from shapes alone, for one device that holds the whole model; also of
+        a model on the meta device. Printed it is a table.
+
+        Takes the rank to be the same share of every matrix.
+
+        Args:
+            run: makes one forward pass, of any size; None passes eight ``input_ids``.
+        """
+        ids = torch.zeros(1, 8, dtype=torch.int64, device=self._slots[0].get().device)
+        return estimate(self.model, self._slots, self.share, self._sketch, run or (lambda model: model(input_ids=ids)))
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
@@ -216,7 +266,7 @@ class NullSpace(Protection):
 
     def _current_lists(self) -> PinLists:
         if self._lists is None or not self._lists.current():
-            self._lists = PinLists(self.layers, self.bases)
+            self._lists = PinLists(self.matrices, self.bases)
         return self._lists
 
     def project(self) -> Pin | None:
@@ -224,7 +274,7 @@ class NullSpace(Protection):
             super().project()  # refuses
         if not self.bases:
             return None
-        self._last = project_gradients(self.layers, self.bases)
+        self._last = project_gradients(self.matrices, self.bases)
         return self._last
 
     def param_groups(
@@ -246,16 +296,14 @@ class NullSpace(Protection):
         """
         if not self.bases:
             raise RuntimeError("param_groups(): nothing has been captured yet: run capture() first")
-        left = [self.bases[layer.name].left for layer in self.layers]
-        rates = allocation.rates(left, [layer.numel for layer in self.layers], damping)
-        factors = {id(p): rate for layer, rate in zip(self.layers, rates, strict=True) for p in layer.parameters}
+        factors = allocation.factors(self.matrices, self.bases, damping)
         free = self.rest == "train"
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and (free or id(p) in factors)]
         return allocation.groups(named, factors, lr, weight_decay, no_decay)
 
     def report(self) -> str:
         """A table: size, rank, part of the curvature that is kept, and bytes of each layer; and the coverage."""
-        return coverage.report(self.layers, self.bases, self.coverage, self.rest)
+        return coverage.report(self.matrices, self.bases, self.coverage, self.rest)
 
     def __repr__(self) -> str:
         settings = f"NullSpace(share={self.share}, space={self.space!r}, rest={self.rest!r}, every={self.every})"
@@ -266,25 +314,25 @@ class NullSpace(Protection):
         if not self.bases:
             raise RuntimeError("save(): nothing has been captured yet: run capture() first")
         self.pin()
-        files.save(path, self.layers, self.bases, self.share)
+        files.save(path, self.matrices, self.bases, self.share)
 
     @classmethod
     def load(cls, path, model: nn.Module, **settings) -> "NullSpace":
         """What :meth:`save` has written, for a model with the same layers; ``settings`` as of :class:`NullSpace`. A
         ValueError names a layer that is absent from the model, or has another size."""
-        bases, share = files.load(path)
+        found, share = files.load(path)
         protection = cls(model, **{"share": share, **settings})
-        protection._take(bases)
+        protection._take(found)
         return protection
 
-    def _take(self, bases: dict[str, Basis]) -> None:
-        found = files.matching(self.layers, bases)
-        self._protect(found, files.on_rank(found, bases))
+    @torch.no_grad()
+    def _take(self, found: files.Found) -> None:
+        self._protect(*files.on_rank(found, {slot.name: slot for slot in self._slots}))
 
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         if not self.bases:
             return state_dict
-        entry = {"steps_since_pin": self._since_pin, "bases": files.pack(self.layers, self.bases)}
+        entry = {"steps_since_pin": self._since_pin, "bases": files.pack(self.matrices, self.bases)}
         return {**state_dict, "null_space": entry}
 
     def strip(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What of a model no layer of a null space covers: held during a step, or let go with a warning."""
+"""What of a model no matrix of a null space covers: held during a step, or let go with a warning."""
 
 import warnings
 import weakref
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradproj.nullspace.layers import running_statistics
+from gradproj.nullspace.matrices import running_statistics
 
 SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 
 
 class Uncovered:
-    """The parameters that train and are in no layer, and the running statistics.
+    """The parameters that train and are in no matrix, and the running statistics.
 
     An optimizer leaves a parameter without a gradient alone, its weight decay included, so gradients are set aside
     during a step. Some optimizers write all the same (Muon's reference gives such a parameter a gradient of zeros), so
@@ -46,7 +46,7 @@ class Uncovered:
     def before_step(self, parameters: Sequence[Tensor], covered: Collection[int], rest: str) -> None:
         """May be called again in a step, for the gradients that a closure has made since.
 
-        ``parameters`` are the optimizers', ``covered`` the identities of those in a layer.
+        ``parameters`` are the optimizers', ``covered`` the identities of those in a matrix.
         """
         others = [p for p in parameters if p.requires_grad and id(p) not in covered]
         if rest == "hold":

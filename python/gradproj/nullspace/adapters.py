@@ -1,0 +1,144 @@
+"""PEFT's adapters: plain LoRA becomes blind to protected inputs; what does more is refused."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradproj.nullspace.hearing import Listener
+from gradproj.nullspace.matrices import Slot, Wanted, without_wrappers
+from gradproj.nullspace.products import READERS, At, Part
+from gradproj.nullspace.regions import whole
+
+
+class Adapter(NamedTuple):
+    """B A x beside a layer: the layer's module, and the slots of the two weights."""
+
+    module: Any
+    down: Slot
+    up: Slot
+
+    @property
+    def starts_at_zero(self) -> bool:
+        return not self.up.get().detach().any()
+
+    def parts(self, x: Tensor) -> list[Part]:
+        """The adapter's A, told by the inputs and the output gradients of its layer: its own are zero while B is."""
+        weight, down = self.down.get(), self.down.module
+        at = At(self.down, whole(weight.shape), self.up)
+        reader: Any = READERS[F.linear]
+        settings: tuple = ()
+        if isinstance(down, nn.modules.conv._ConvNd):
+            reader = READERS[getattr(F, f"conv{weight.dim() - 2}d")]
+            settings = None, down.stride, down.padding, down.dilation, down.groups
+        _, parts = reader(lambda *_: at, x, weight, *settings)
+        return parts
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """A layer under PEFT's LoRA: a frozen base layer and pairs of adapters."""
+    parts = (getattr(module, name, None) for name in ("base_layer", "lora_A", "lora_B"))
+    return all(isinstance(part, nn.Module) for part in parts)
+
+
+def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[tuple[str, Any]]:
+    """The layers, by their names, whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and
+    other kinds."""
+    found = []
+    for full_name, module in model.named_modules():
+        name = without_wrappers(full_name)
+        if not any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__) or (
+            wanted and not wanted(name, module)
+        ):
+            continue
+        if not any(p.requires_grad for key, p in module.named_parameters() if not key.startswith("base_layer.")):
+            continue
+        kind, advice = "", "train a plain LoRA"
+        if not is_adapted(module):
+            package = type(module).__module__.split(".")[-2]
+            kind = f"{package}'s {type(module).__name__} is an adapter that does not add B A x"
+        else:
+            for adapter in module.lora_A:
+                if adapter in module.lora_magnitude_vector or adapter in getattr(module, "lora_variant", {}):
+                    variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
+                    variant = "DoRA" if adapter in module.lora_magnitude_vector else variant
+                    kind = f"the adapter {adapter!r} is a {variant}, which does more than add B A x"
+                    advice = "train a plain LoRA (for DoRA use_dora=False)"
+        if kind:
+            raise NotImplementedError(
+                f"NullSpace: {name}: {kind}, so that it would change what the layer makes of protected inputs: "
+                f"{advice}, or leave the layer out with modules="
+            )
+        found.append((name, module))
+    return found
+
+
+def find(layers: Sequence[tuple[str, Any]], slots: Sequence[Slot]) -> list[Adapter]:
+    """The LoRA adapters of these layers that train."""
+    by_parameter = {id(slot.get()): slot for slot in slots}
+    pairs = [(m, m.lora_A[key].weight, m.lora_B[key].weight) for _, m in layers for key in m.lora_A]
+    return [
+        Adapter(module, by_parameter[id(down)], by_parameter[id(up)])
+        for module, down, up in pairs
+        if id(down) in by_parameter and id(up) in by_parameter
+    ]
+
+
+def names(blind: Sequence[Adapter]) -> set[str]:
+    """Of the parameters that are not matrices by themselves."""
+    return {slot.name for adapter in blind for slot in (adapter.down, adapter.up)}
+
+
+def folded(blind: Sequence[Adapter]) -> dict[str, Slot]:
+    """Of adapters that are added to a parameter, lora_B by the names of lora_A."""
+    return {adapter.down.name: adapter.up for adapter in blind if _is_folded(adapter.module)}
+
+
+def _is_folded(module: nn.Module) -> bool:
+    return type(module).__name__ == "ParamWrapper"
+
+
+@contextlib.contextmanager
+def listening(blind: Sequence[Adapter], listener: Listener) -> Iterator[None]:
+    """Tells of the calls of the layers beside which an adapter is."""
+    handles = []
+    try:
+        for adapter in blind:
+            if not _is_folded(adapter.module):
+                call = _Calls(adapter, listener)
+                handles.append(adapter.module.register_forward_pre_hook(call.before, with_kwargs=True))
+                handles.append(adapter.module.register_forward_hook(call.after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Calls:
+    def __init__(self, adapter: Adapter, listener: Listener):
+        self._adapter, self._listener = adapter, listener
+        self._heard: Any = None
+
+    def before(self, module, args, kwargs):
+        if not torch.is_grad_enabled():
+            return None
+        x, keyword = _input(module, args, kwargs)
+        tapped, self._heard = self._listener.before(x, self._adapter.parts(x))
+        return (args, {**kwargs, keyword: tapped}) if keyword else ((tapped, *args[1:]), kwargs)
+
+    def after(self, module, args, y):
+        if isinstance(y, Tensor) and y.requires_grad:
+            self._listener.after(self._heard, y)
+        self._heard = None
+
+
+def _input(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, str]:
+    """The input of a call, and its keyword, empty if it was given by position."""
+    if args:
+        return args[0], ""
+    name = next(iter(inspect.signature(module.forward).parameters))
+    return kwargs[name], name

@@ -1,0 +1,149 @@
+"""Hears every product of an input with a parameter that trains, in the forward passes of a capture."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gradproj.nullspace.matrices import Slot
+from gradproj.nullspace.products import CASTS, OPENED, READERS, At, Part
+from gradproj.nullspace.regions import Region, locate
+
+
+class Listener(Protocol):
+    def before(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Any]:
+        """What the call shall take in place of its input ``x``, and what :meth:`after` is to be given."""
+
+    def after(self, call: Any, y: Tensor) -> None:
+        """With what the call returned."""
+
+
+class Hearing(TorchFunctionMode):
+    """While it is on, calls of torch's functions that multiply by a parameter of ``slots`` are told to listeners.
+
+    A use of a parameter is recognised by its memory: an operand is a view of it, or a copy in another dtype. PEFT's
+    adapters of parameters add B A to them, for all experts at once: a product with that sum is one with A.
+
+    Args:
+        folded: slots of lora_A -> of lora_B, of such adapters.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], listeners: Sequence[Listener], folded: Mapping[str, Slot] = MappingProxyType({})
+    ):
+        super().__init__()
+        self._slots, self._listeners, self._folded = slots, listeners, folded
+        self._sums = WeakTensorKeyDictionary()  # W + B A -> A, the dimension of the sum that is its input, and B's slot
+        self._known: dict[int, tuple[Tensor, Slot | None]] = {}  # by identity, and alive, so that no other gets it
+        self._casts = WeakTensorKeyDictionary()  # copy -> what it has the values of
+        self._rescan()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func in OPENED:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        if func in CASTS and isinstance(args[0], Tensor) and args[0].requires_grad:
+            result = func(*args, **kwargs)
+            if result is not args[0] and not result._is_view() and self._find(args[0], range(args[0].dim())):
+                self._casts[result] = args[0]
+            return result
+        if func is torch.baddbmm and self._folded and args[1].requires_grad and args[2].requires_grad:
+            result = func(*args, **kwargs)
+            self._fold(result, args[1], args[2])
+            return result
+        heard = READERS[func](self._find, *args, **kwargs) if func in READERS else None
+        return self._listen(func, args, kwargs, *heard) if heard else func(*args, **kwargs)
+
+    def _listen(self, func, args, kwargs, x: Tensor, parts: list[Part]) -> Any:
+        calls = []
+        tapped = x
+        for listener in self._listeners:
+            tapped, call = listener.before(tapped, parts)
+            calls.append(call)
+        if tapped is not x:
+            args, kwargs = _put(args, x, tapped), {k: _put((v,), x, tapped)[0] for k, v in kwargs.items()}
+        y = func(*args, **kwargs)
+        if y.requires_grad:
+            for listener, call in zip(self._listeners, calls, strict=True):
+                listener.after(call, y)
+        return y
+
+    def _fold(self, result: Tensor, left: Tensor, right: Tensor) -> None:
+        for operand, inputs in ((left, 1), (right, 2)):
+            at = self._find(operand, [2 - inputs], [inputs - 1], operand.detach()[0])
+            if at is not None and at.slot.name in self._folded:
+                self._sums[result] = operand, inputs, self._folded[at.slot.name]
+
+    def _rescan(self) -> None:
+        for slot in self._slots:
+            p = slot.get()
+            self._known[id(p)] = p, slot
+
+    def _slot(self, base: Tensor) -> Slot | None:
+        if id(base) not in self._known:
+            if not isinstance(base, nn.Parameter):
+                return None
+            self._rescan()  # FSDP2 puts another tensor there for the call
+            self._known.setdefault(id(base), (base, None))
+        return self._known[id(base)][1]
+
+    def _find(
+        self, operand: Tensor, outputs: Sequence[int], inputs: Sequence[int] = (), part: Tensor | None = None
+    ) -> At | None:
+        base = operand if operand._base is None else operand._base
+        slot = self._slot(base)
+        if slot is None and base not in self._casts and base not in self._sums:
+            return None
+        region = locate(base, operand if part is None else part, outputs, inputs)
+        if region is None:
+            return None
+        if slot is not None:
+            return At(slot, region)
+        if base in self._casts:
+            origin = self._casts[base]
+            at = self._find(origin, range(origin.dim()))
+            return at and At(at.slot, _within(at.region, region))
+        down, dim, up = self._sums[base]
+        if region.inputs != (dim,) or region.shape[1] < base.shape[dim]:
+            return None
+        expert = region.ranges[0][0]
+        at = self._find(down, [2 - dim], [dim - 1], down.detach()[expert])
+        return at and at._replace(consumer=up)
+
+
+def _within(outer: Region, inner: Region) -> Region:
+    """The part ``inner`` of a tensor whose dimensions are those that ``outer`` lists as outputs."""
+    ranges = list(outer.ranges)
+    for (begin, end), d in zip(inner.ranges, outer.outputs, strict=True):
+        first = outer.ranges[d][0]
+        ranges[d] = first + begin, first + end
+    outputs, inputs = (tuple(outer.outputs[d] for d in dims) for dims in (inner.outputs, inner.inputs))
+    return Region(tuple(ranges), outputs, inputs)
+
+
+def _put(values: Sequence[Any], old: Tensor, new: Tensor) -> tuple:
+    return tuple(new if v is old else _put(v, old, new) if isinstance(v, list | tuple) else v for v in values)
+
+
+@contextlib.contextmanager
+def experts(model: nn.Module, way: str) -> Iterator[None]:
+    """transformers' experts multiply in this way meanwhile: ``"eager"``, one after the other, by slices;
+    ``"grouped_mm"``, all at once. They may gather weights first, which then are views of none."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = {key: c for key, c in configs.items() if getattr(c, "_experts_implementation", None)}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation = way
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
