@@ -100,7 +100,7 @@ def build(name: str) -> Case:
         config, settings = CAUSAL[name]
         return Case(tf.AutoModelForCausalLM.from_config(getattr(tf, config)(**settings)), _tokens, _logits)
     if name == "bert":
-        return Case(tf.BertForMaskedLM(tf.BertConfig(**ENCODER)), _tokens, _logits)
+        return Case(tf.BertForMaskedLM(tf.BertConfig(**ENCODER, initializer_range=0.1)), _tokens, _logits)
     if name == "vit":
         config = tf.ViTConfig(
             **{k: v for k, v in ENCODER.items() if k != "vocab_size"}, image_size=8, patch_size=4, initializer_range=0.3
@@ -117,7 +117,7 @@ def build(name: str) -> Case:
         config = tf.WhisperConfig(
             vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=10,
-            max_target_positions=16, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            max_target_positions=16, dropout=0.0, init_std=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             decoder_start_token_id=1,
         )  # fmt: skip
         return Case(tf.WhisperForConditionalGeneration(config), _whisper, _logits)

@@ -1,8 +1,9 @@
-"""The protection of what layers compute: which weights, their inputs' moments, where the rank goes, and the pins.
+"""The protection of what matrices compute: which of them, their inputs' moments, where the rank goes, and the pins.
 
 Imports :mod:`gradproj.protection`, :mod:`gradproj.capture`, :mod:`gradproj.rows` and :mod:`gradproj.kernels`.
 """
 
 from gradproj.nullspace.null_space import NullSpace
+from gradproj.nullspace.show import show
 
-__all__ = ["NullSpace"]
+__all__ = ["NullSpace", "show"]

@@ -12,6 +12,7 @@ from gradproj.nullspace.allocation import Curvature
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.matrices import Matrix
 from gradproj.nullspace.moments import Moment
+from gradproj.nullspace.progress import progress
 
 
 class Basis(NamedTuple):
@@ -121,13 +122,15 @@ def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None
     counts = {number: max(16, math.ceil(2 * share * gather.moments[number].width)) for number in users}
     again = set(users)
     while again:
-        for number in again:
-            moment = gather.moments[number]
-            values = moment.eigenvalues(counts[number]).cpu()
-            for m in users[number]:
-                scale = float(gather.squares[m]) / gather.tokens[m]
-                kept = values[: most(gather.matrices[m])]
-                curvatures[m] = Curvature(scale, kept, moment.mean_trace, *gather.matrices[m].shape)
+        with progress("eigenvalues", "moments", len(again)) as tick:
+            for number in again:
+                moment = gather.moments[number]
+                values = moment.eigenvalues(counts[number]).cpu()
+                for m in users[number]:
+                    scale = float(gather.squares[m]) / gather.tokens[m]
+                    kept = values[: most(gather.matrices[m])]
+                    curvatures[m] = Curvature(scale, kept, moment.mean_trace, *gather.matrices[m].shape)
+                tick()
         ranks = allocation.ranks(curvatures, share)
         again = {n for n, mine in users.items() if counts[n] in (ranks[m] for m in mine) and gather.moments[n].has_more}
         for number in again:

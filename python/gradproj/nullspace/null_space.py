@@ -22,6 +22,7 @@ from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overl
 from gradproj.nullspace.moments import WIDE
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
 from gradproj.nullspace.precision import without_autocast
+from gradproj.nullspace.progress import progress
 from gradproj.nullspace.proof import Proof
 from gradproj.nullspace.uncovered import Uncovered
 from gradproj.protection import Closure, Protection
@@ -165,18 +166,18 @@ class NullSpace(Protection):
             raise RuntimeError(moving)
         self.pin()
         blind = [adapter for adapter in self._adapters if adapter.starts_at_zero]
-        gather, proof = Gather(self._sketch, adapters.names(blind)), Proof()
+        gather = Gather(self._sketch, adapters.names(blind))
         for matrix in self.matrices:  # of earlier captures; an adapter that has learned since is a matrix like others
             if self.bases[matrix.name].tokens:
                 gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
-        hearing = Hearing(self._slots, [proof, gather], adapters.folded(blind))
-        with self._while_capturing(), gradients_aside(self._trained) as aside:
+        with self._while_capturing(), gradients_aside(self._trained) as aside, progress("capture", "passes") as tick:
+            proof = Proof(tick)
             with (
                 experts(self.model, "eager"),
                 torch.compiler.set_stance("force_eager"),
                 proof.listening(self._slots),
                 adapters.listening(blind, gather),
-                hearing,
+                Hearing(self._slots, [proof, gather], adapters.folded(blind)),
             ):
                 yield
             reached = {slot.name for slot in self._slots if slot.get().grad is not None}

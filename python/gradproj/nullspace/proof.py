@@ -8,7 +8,7 @@ Source: Freivalds 1977, "Probabilistic machines can use less running time".
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,9 @@ class Proof:
         heard: of those that were in one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[], object] = lambda: None) -> None:
+        """``tick``: called after every backward pass."""
+        self._tick = tick
         self.unheard: set[str] = set()
         self.heard: set[str] = set()
         self._signs: dict[tuple, Tensor] = {}
@@ -195,6 +197,7 @@ class Proof:
             found.outside[slot.name] = 1 - explained / gradient.abs().sum(dtype=torch.float64)
 
     def _compare(self, number: int) -> None:
+        self._tick()
         found = self._passes.pop(number)
         self.unheard |= {name for name, there in found.unheard.items() if bool(there)}
         self.heard |= found.heard
