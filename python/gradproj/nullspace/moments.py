@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
+BLOCK = 256  # columns of an exact moment that are added to at once
 SMALL = 512  # inputs up to which all eigenpairs are as fast as the leading ones
 
 
@@ -20,7 +21,7 @@ class Moment:
         ones: the last input is a bias's.
         sketch: columns of the sketch; None holds the matrix.
     Attributes:
-        sum: of x x^T, or Y; empty before the first token and when the eigenpairs have been taken.
+        sum: of x x^T, above the diagonal unfinished, or Y; empty before the first token and after :meth:`eigenvectors`.
         tokens: how many were added.
         trace: of the sum.
     """
@@ -31,9 +32,8 @@ class Moment:
         self.tokens = 0
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
         self.sum = torch.zeros(0, dtype=dtype, device=device)
-        self.has_more = False  # eigenvalues than were asked for
-        self._values: Tensor | None = None
-        self._vectors: Tensor | None = None
+        self.has_more = True  # eigenvalues than have been computed
+        self._values = self._vectors = self.sum
 
     def whole_sum(self) -> Tensor:
         """The sum, zeros before the first token."""
@@ -50,7 +50,12 @@ class Moment:
         rows = rows.to(self.sum.dtype)
         if self.ones:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        self.whole_sum().addmm_(rows.T, self._times_test(rows))
+        total = self.whole_sum()
+        if self.sketch is None:  # of a symmetric matrix the blocks on the diagonal and below
+            for begin in range(0, self.width, BLOCK):
+                total[begin:, begin : begin + BLOCK].addmm_(rows[:, begin:].T, rows[:, begin : begin + BLOCK])
+        else:
+            total.addmm_(rows.T, self._times_test(rows))
         self.trace += sum_of_squares(rows)
         self.tokens += len(rows)
 
@@ -71,53 +76,50 @@ class Moment:
         return float(self.trace) / max(1, self.tokens)
 
     def eigenvalues(self, count: int) -> Tensor:
-        """At most ``count`` leading ones of the mean, descending, float64; without those below rounding."""
-        if self._vectors is None:
+        """At most ``count`` leading ones of the mean, descending, float64; without those below rounding. Their vectors
+        are kept; the sum too, if there may be more."""
+        if self.has_more:
             mean = self._mean()
             self.has_more = self.sketch is None and self.width > SMALL and 2 * count <= self.width
             if self.has_more:
-                return self._above_rounding(_leading(mean, count)[0])
-            if self.sketch is not None:
-                values, vectors = _nystrom(mean, _test(self.width, self.sketch, mean.device, mean.dtype))
+                values, vectors = _leading(mean, count)
             else:
-                values, vectors = torch.linalg.eigh(mean)
-            self._values = self._above_rounding(values.flip(0))
-            self._vectors = vectors.flip(1)[:, : len(self._values)].to(self.sum.dtype)
-            self.sum = self.sum.new_empty(0)
-        assert self._values is not None
+                if self.sketch is not None:
+                    values, vectors = _nystrom(mean, _test(self.width, self.sketch, mean.device, mean.dtype))
+                else:
+                    values, vectors = torch.linalg.eigh(mean)
+                values, vectors = values.flip(0), vectors.flip(1)
+                self.sum = self.sum.new_empty(0)
+            self._values = values[values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)]
+            self._vectors = vectors[:, : len(self._values)].to(self.sum.dtype)
         return self._values
 
     def eigenvectors(self, count: int) -> Tensor:
-        """[width, count], orthonormal: of the leading eigenvalues. The moment is freed."""
-        vectors = _leading(self._mean(), count)[1] if self._vectors is None else self._vectors
-        self._vectors = None
-        self.sum, dtype = self.sum.new_empty(0), self.sum.dtype
-        return vectors[:, :count].to(dtype)
+        """[width, count], orthonormal: of as many of those eigenvalues. The moment is freed."""
+        vectors, self._vectors, self.sum = self._vectors, self.sum.new_empty(0), self.sum.new_empty(0)
+        return vectors[:, :count]
 
     def _mean(self) -> Tensor:
         mean = self.whole_sum().double() / max(1, self.tokens)
-        return mean if self.sketch is not None else (mean + mean.T) / 2
-
-    def _above_rounding(self, values: Tensor) -> Tensor:
-        return values[values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)]
+        return mean if self.sketch is not None else mean.tril() + mean.tril(-1).T
 
 
 def _leading(mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The leading ``count`` eigenpairs, descending, right to a part in 1e4 of the curvature.
 
-    Subspace iteration in float32 and Rayleigh-Ritz in float64: products with the matrix, which are many times as fast
-    as reducing it to tridiagonal form.
-    Source: Halko, Martinsson & Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.3.
+    Subspace iteration in float32, and Nystrom's formula on one product in float64: products with the matrix, which are
+    many times as fast as reducing it to tridiagonal form.
+    Source: Halko, Martinsson & Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.5.
     """
     rough = mean.float()
-    generator = torch.Generator().manual_seed(len(mean))
     columns = min(len(mean), 2 * count + 16)
+    generator = torch.Generator().manual_seed(len(mean))
     basis = torch.randn(len(mean), columns, generator=generator).to(rough.device)
     for _ in range(3):
         basis = torch.linalg.qr(rough @ basis).Q
-    basis = torch.linalg.qr(mean @ basis.double()).Q
-    values, small = torch.linalg.eigh(basis.T @ mean @ basis)
-    return values.flip(0)[:count], (basis @ small).flip(1)[:, :count]
+    wide = basis.double()
+    values, vectors = _nystrom(mean @ wide, wide)
+    return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
 _tests: dict[tuple, Tensor] = {}  # by size, device and dtype; emptied when a capture ends
