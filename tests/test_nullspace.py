@@ -194,38 +194,6 @@ def test_held_parameters_are_in_no_group_and_decay_by_a_predicate():
         NullSpace(model).param_groups(lr=0.1)
 
 
-def test_a_second_capture_adds_and_what_was_protected_stays(few):
-    model, opt, protection, first = protecting(few)
-    train(model, opt, 20)
-    other = torch.randn(3, 12, generator=torch.Generator().manual_seed(9))
-    with opt.protect():
-        model(other).square().sum().backward()
-    second = model(other).detach()
-    assert protection.bases["0"].tokens == 7 and protection.bases["0"].rank == 7
-    train(model, opt, 50)
-    assert (model(few) - first).abs().max() < 1e-4 and (model(other) - second).abs().max() < 1e-4
-
-
-class Apart(nn.ModuleDict):
-    """Layers of different inputs, each used or not."""
-
-    def forward(self, inputs):
-        return sum(self[name](x).square().sum() for name, x in inputs.items())
-
-
-def test_layers_without_a_kept_direction_do_not_share_one():
-    """Vectors of rank 0 have no memory of their own, so these two were taken for layers of the same inputs."""
-    torch.manual_seed(0)
-    model = Apart({"wide": nn.Linear(40, 40), "a": nn.Linear(6, 3), "b": nn.Linear(9, 2)})
-    inputs = {"wide": 100 * torch.randn(50, 40), "a": torch.randn(50, 6) / 1e3, "b": torch.randn(50, 9) / 1e3}
-    protection = NullSpace(model)
-    with protection.capture():
-        model(inputs).backward()
-    with protection.capture():
-        model({"wide": inputs["wide"]}).backward()
-    assert [(basis.rank, basis.tokens) for basis in protection.bases.values()] == [(2, 100), (0, 50), (0, 50)]
-
-
 def test_checkpoint_and_file(few, tmp_path, wrapping):
     model, opt, protection, _ = protecting(few, wrapping, share=0.3)
     train(model, opt, 3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gradproj import NullSpace
-from gradproj.nullspace import show
 from gradproj.nullspace import progress as lines
+from gradproj.nullspace import show
 from test_nullspace import captured, network
 from test_promise import package
 
