@@ -37,7 +37,7 @@ def test_kfac_scales_updates_as_its_formula_says():
     with torch.no_grad():
         layer.weight += update[:, :-1]
         layer.bias += update[:, -1]
-    reference.scale_update()
+    reference.scale()
     torch.testing.assert_close((layer.weight - before).double(), expected[:, :-1], rtol=2e-3, atol=2e-6)
 
 

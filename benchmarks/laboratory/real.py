@@ -11,20 +11,36 @@ from laboratory.points import Point, points
 from laboratory.report import forgotten
 from laboratory.runs import Plan, Run, cores, make_all
 from laboratory.smollm2 import LR, OBJECTIVES, SmolLM2
+from laboratory.smollm2_own import OWN, rows_of
 from machine import machine
 
 OUT = Path(__file__).parent.parent / "results" / "real_model"
 SEEDS = (11, 12)  # no setting was chosen on them
+CHOOSING = (10,)  # what to write for a capture, and how much of it, was chosen on this one
 # Okabe & Ito's colours, which the colour-blind tell apart.
 COLOURS = {
     "unprotected": "#222222", "PTX": "#d55e00", "KL": "#e69f00", "NullSpace": "#0072b2", "LoRA": "#999999",
-    "LoRA, NullSpace": "#56b4e9",
+    "LoRA, NullSpace": "#56b4e9", "distilled": "#009e73", "NullSpace, distilled": "#cc79a7",
 }  # fmt: skip
 # What a strength names, in this order; a word for what is not named by its field.
 WORDS = dict.fromkeys(
-    ("gamma", "kl", "share", "max_rank", "space", "damping", "fill", "labels", "allocation", "frozen")
+    (
+        "gamma",
+        "kl",
+        "distil",
+        "every",
+        "text",
+        "share",
+        "max_rank",
+        "space",
+        "damping",
+        "fill",
+        "labels",
+        "allocation",
+        "frozen",
+    )
 )
-WORDS |= {"fill": "batches", "frozen": "rest"}
+WORDS |= {"fill": "batches", "frozen": "rest", "distil": "weight"}
 FIXED = {"frozen": True, "fill": 16}  # where nothing else is tried
 
 
@@ -73,6 +89,37 @@ ABLATIONS = [
 ]
 
 
+def own(family: str, text: str = "own", **turned: Any) -> Cure:
+    """One on what the model writes, all of which a capture sees."""
+    return cure(family, text=text, **turned)._replace(fill=rows_of(text) // SmolLM2.capability_batch)
+
+
+TRIED = [
+    cure("unprotected"),
+    *(own("NullSpace", text, **MIDDLE) for text in OWN),
+    *(own("distilled", distil=weight, every=every) for every in (1, 4) for weight in (1, 3, 10)),
+    *(own("NullSpace, distilled", distil=3, every=every, **MIDDLE) for every in (1, 4)),
+]
+NO_DATA = [
+    cure("unprotected"),
+    cure("NullSpace", **MIDDLE),
+    own("NullSpace", **MIDDLE),
+    own("LoRA, NullSpace", share=0.05, **LORA),
+]
+SETS = {  # cures, how many of the tasks, seeds
+    "table": (CURES, 2, SEEDS),
+    "ablations": (ABLATIONS, 1, SEEDS),
+    "tried": (TRIED, 2, CHOOSING),
+    "no_data": (NO_DATA, 2, SEEDS),
+}
+
+
+def is_for(cure: Cure, task: str) -> bool:
+    """Data that are mixed into the model's own text are of the task's capability."""
+    data = OWN.get(cure.text or "", {}).get("data")
+    return data in (None, OBJECTIVES[task].capability)
+
+
 def tables(finished: list[dict[str, Any]]) -> str:
     return "\n\n".join(_table(finished, task) for task in dict.fromkeys(run["objective"] for run in finished))
 
@@ -81,7 +128,8 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
     base, of = _of_task(finished, task)
     before = ", ".join(f"{k} {base[k]:.3f}" for k in ("target", "code", "English"))
     texts = _texts(task)
-    heads = ["cure", "steps", "target loss", f"{texts[0]} (captured)", f"{texts[1]} (never captured)"]
+    marks = ("", "") if any(p.cure.text for p in of) else (" (captured)", " (never captured)")
+    heads = ["cure", "steps", "target loss", *map("".join, zip(texts, marks, strict=True))]
     heads += ["capability passes", "MB held", "capture, s", "a step, s"]
     rows = []
     for p in of:
@@ -157,8 +205,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES], help="what is taught (default: both)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(default %(default)s)")
-    parser.add_argument("--ablations", action="store_true", help="one thing changed at a time, of the first task")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: the set's)")
+    what = "table: the main one; ablations: one thing changed at a time; tried, no_data: what the model writes itself"
+    parser.add_argument("--set", choices=SETS, default="table", help=f"of cures; {what}")
     work = Path("build/real_model")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="tables, picture (default benchmarks/results/real_model)")
@@ -166,18 +215,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, progress: Callable) -> None:
     smollm2.check()
-    cures = ABLATIONS if options.ablations else CURES
-    tasks = options.tasks[:1] if options.ablations else options.tasks
+    cures, most, seeds = SETS[options.set]
+    tasks, seeds = options.tasks[:most], options.seeds or seeds
     runs = [Run(task, BASE, 0) for task in tasks]
-    runs += [Run(task, cure, seed) for seed in options.seeds for task in tasks for cure in cures]
+    runs += [Run(task, cure, seed) for seed in seeds for task in tasks for cure in cures if is_for(cure, task)]
     workers = options.workers or cores("cpu")
     finished = make_all(Plan(SmolLM2(), options.work), runs, workers, progress)
-    made = {**machine("cpu"), "workers": workers, "seeds": " ".join(map(str, options.seeds))}
-    name = "ablations" if options.ablations else "table"
+    made = {**machine("cpu"), "workers": workers, "seeds": " ".join(map(str, seeds))}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(report.dump({"made": made}, runs=finished))
+    (options.out / f"{options.set}.json").write_text(report.dump({"made": made}, runs=finished))
     text = tables(finished)
-    (options.out / f"{name}.md").write_text(f"Made by {report.header(made)}.\n\n{text}\n")
-    if not options.ablations:
+    (options.out / f"{options.set}.md").write_text(f"Made by {report.header(made)}.\n\n{text}\n")
+    if options.set == "table":
         draw(finished, options.out / "figure.png")
     print(f"\n{text}\n\nin {options.out}")

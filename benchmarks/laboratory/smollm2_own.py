@@ -1,0 +1,88 @@
+"""What SmolLM2 writes by itself: texts to capture or to distil from, for those who lack the data it was made from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from laboratory import smollm2_texts as texts
+
+FOLDER = Path("build/own_text")  # each text is written once
+DEFAULT = {"sequences": 128, "tokens": 64, "temperature": 1.0, "chat": False}
+# Around the first, one thing changed at a time: arguments of gradproj.hf.own_text, and what else is in the text.
+OWN: dict[str, dict[str, Any]] = {
+    "own": {},
+    "own, 16 sequences": {"sequences": 16},
+    "own, 64 sequences": {"sequences": 64},
+    "own, 512 sequences": {"sequences": 512},
+    "own, 32 tokens": {"tokens": 32},
+    "own, 256 tokens": {"tokens": 256},
+    "own, temperature 0.7": {"temperature": 0.7},
+    "own, temperature 1.3": {"temperature": 1.3},
+    "own, from the user's turn": {"chat": "turn"},
+    "own, dialogues": {"chat": "dialogue"},
+    "own, dialogues of 128 tokens": {"chat": "dialogue", "tokens": 128},
+    "answers to ten prompts": {"prompts": True},
+    "own and code": {"sequences": 64, "data": "code"},
+    "own and English": {"sequences": 64, "data": "English"},
+}
+PROMPTS = [
+    "Explain how rain forms.",
+    "Write a short story about a lighthouse.",
+    "Write a Python function that reverses a list.",
+    "Summarise the rules of chess.",
+    "What should I cook tonight with rice and beans?",
+    "Solve 3 x + 5 = 20, step by step.",
+    "Write a polite letter to a landlord about a broken window.",
+    "Describe the causes of the First World War.",
+    "List five tips for sleeping better.",
+    "Translate to French: where is the station?",
+]
+
+
+def rows_of(name: str) -> int:
+    """Sequences of a text, its data included."""
+    return {**DEFAULT, **OWN[name]}["sequences"] * (1 + ("data" in OWN[name]))
+
+
+def batches(model: nn.Module, tokenizer: Any, name: str, size: int, generator: Generator) -> Iterator[Tensor]:
+    """All sequences in order, again and again. The text depends on the generator's seed."""
+    seed = generator.initial_seed()
+    path = FOLDER / f"{name.replace(' ', '_')}-{seed}.pt"
+    if not path.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        torch.save(write(model, tokenizer, seed, **{**DEFAULT, **OWN[name]}), path)
+    rows = torch.load(path)
+    while True:
+        yield from rows.split(size)
+
+
+def write(
+    model: nn.Module, tokenizer: Any, seed: int, data: str | None = None, prompts: bool = False, **sampling: Any
+) -> Tensor:
+    """[sequences, tokens]"""
+    if prompts:
+        return answers(model, tokenizer, seed, sampling["sequences"], sampling["tokens"])
+    from gradproj.hf import own_text
+
+    own = own_text(model, tokenizer, **sampling, seed=seed)
+    if data is None:
+        return own
+    other = texts.sequences(tokenizer, data, held_out=False)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([own, other[torch.randint(len(other), (len(own),), generator=generator)]], 1).flatten(0, 1)
+
+
+def answers(model: Any, tokenizer: Any, seed: int, sequences: int, tokens: int) -> Tensor:
+    """Prompts of ours with the model's answers; each prompt as often as the others, or once less."""
+    torch.manual_seed(seed)
+    found = []
+    for i, prompt in enumerate(PROMPTS):
+        start = torch.tensor([tokenizer(texts.PROMPT.format(prompt)).input_ids])
+        start = start.expand(len(range(i, sequences, len(PROMPTS))), -1)
+        length = {"max_length": tokens, "min_length": tokens}
+        sampled = {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(start)}
+        found.append(model.generate(start, **length, **sampled))
+    return torch.cat(found)
