@@ -8,9 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-import gradproj
+import gradproj.hf
 from laboratory import __main__ as command
-from laboratory import real, runs, smollm2, smollm2_texts, train
+from laboratory import real, runs, smollm2, smollm2_own, smollm2_texts, train
 from laboratory.cures import BASE
 from laboratory.real import cure
 from laboratory.smollm2 import OBJECTIVES as TASKS
@@ -25,6 +25,7 @@ SMALL = [
     cure("learning rates alone", share=0.3, damping=0.3, fill=2, pinned=False, **SHORT),
     cure("LoRA, NullSpace", share=0.3, fill=2, lora=True, **SHORT),
     cure("NullSpace", share=0.3, fill=2, labels="sampled", allocation="each", frozen=False, **SHORT),
+    cure("NullSpace, distilled", share=0.3, fill=2, text="own", distil=3, every=2, **SHORT),
 ]
 
 
@@ -49,8 +50,10 @@ def tiny(monkeypatch, tmp_path):
 
     monkeypatch.setattr(smollm2, "loaded", lambda: (made, Tokenizer()))
     monkeypatch.setattr(smollm2, "check", lambda: None)
+    monkeypatch.setattr(smollm2_own, "FOLDER", tmp_path / "own_text")
+    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, seed, **__: torch.arange(seed, seed + 40).view(5, 8) % 50)
     monkeypatch.setattr(runs, "fingerprint", lambda model: "tiny")
-    monkeypatch.setattr(real, "CURES", SMALL)
+    monkeypatch.setitem(real.SETS, "table", (SMALL, 2, real.SEEDS))
     monkeypatch.setattr(real, "COLOURS", dict.fromkeys([c.family for c in SMALL], "black"))
     for cached in (smollm2.examples, smollm2.text):
         cached.cache_clear()
@@ -63,7 +66,7 @@ def test_tables_and_picture_of_every_cure(tiny, tmp_path, capsys):
     command.main([*tiny, "--seeds", "1"])
     text = (tmp_path / "out" / "table.md").read_text()
     for task in TASKS.values():
-        assert f"taught {task.title}" in text and f"{task.capability} (captured)" in text
+        assert f"taught {task.title}" in text and f"| target loss | {task.capability} | " in text
     assert all(text.count(f"| {cure.name} |") == len(TASKS) for cure in SMALL)
     runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
     costs = {run["cure"]["family"]: run["cost"] for run in runs if run["cost"]}
@@ -87,7 +90,7 @@ def test_an_interrupted_command_goes_on(tiny, monkeypatch, capsys):
     monkeypatch.setattr(runs, "train", taught)
     capsys.readouterr()
     command.main([*tiny, "--tasks", "json", "--seeds", "1"])
-    assert int(capsys.readouterr().out.split(" of 8 runs are finished already")[0]) >= 3
+    assert int(capsys.readouterr().out.split(" of 9 runs are finished already")[0]) >= 3
 
 
 def test_a_run_of_another_version_is_refused(tiny, tmp_path):
@@ -96,6 +99,26 @@ def test_a_run_of_another_version_is_refused(tiny, tmp_path):
     path.write_text(path.read_text().replace('"version": ', '"version": 9'))
     with pytest.raises(SystemExit, match="version is 9"):
         command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+
+
+def test_own_text_is_written_once_for_each_seed_and_comes_in_order(monkeypatch):
+    def drawn(name, seed, batches):
+        given = smollm2.TEXTS[name](2, torch.Generator().manual_seed(seed))
+        return torch.cat([next(given) for _ in range(batches)])
+
+    first = drawn("own", 3, 5)
+    assert torch.equal(first[:5], torch.arange(3, 43).view(5, 8) % 50) and torch.equal(first[5:], first[:4])
+    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, **__: pytest.fail("written again"))
+    assert torch.equal(drawn("own", 3, 5), first)
+    with pytest.raises(pytest.fail.Exception):
+        drawn("own", 4, 1)
+
+
+def test_data_are_mixed_into_own_text_of_their_task_only():
+    mixed = smollm2_own.write(*smollm2.loaded(), 3, sequences=5, tokens=64, data="code")
+    assert len(mixed) == 10 and torch.equal(mixed[::2], torch.arange(3, 43).view(5, 8) % 50)
+    assert real.is_for(real.own("NullSpace", "own and code"), "pirate")
+    assert not real.is_for(real.own("NullSpace", "own and code"), "json")
 
 
 def test_only_linear_layers_train():

@@ -65,14 +65,15 @@ def write(
     """[sequences, tokens]"""
     if prompts:
         return answers(model, tokenizer, seed, sampling["sequences"], sampling["tokens"])
-    from gradproj.hf import own_text
+    import gradproj.hf  # needs transformers, which the small model does not
 
-    own = own_text(model, tokenizer, **sampling, seed=seed)
+    own = gradproj.hf.own_text(model, tokenizer, **sampling, seed=seed)
     if data is None:
         return own
     other = texts.sequences(tokenizer, data, held_out=False)
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([own, other[torch.randint(len(other), (len(own),), generator=generator)]], 1).flatten(0, 1)
+    other = other[torch.randint(len(other), (len(own),), generator=generator), : own.shape[1]]
+    return torch.stack([own, other], 1).flatten(0, 1)
 
 
 def answers(model: Any, tokenizer: Any, seed: int, sequences: int, tokens: int) -> Tensor:
