@@ -9,6 +9,7 @@ Ritter et al. 2018, "Online structured Laplace approximations", for elastic weig
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -36,14 +37,11 @@ class Kfac:
             rows = rows.detach().flatten(0, -2).double()
             into[layer] = into.get(layer, 0.0) + rows.T @ rows
 
-        def forward(layer: nn.Linear, args: tuple[Tensor]) -> None:
+        def heard(layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
             moment(inputs, layer, _with_ones(args[0]) if layer.bias is not None else args[0])
+            output.register_hook(functools.partial(moment, outputs, layer))
 
-        def backward(layer: nn.Linear, _, grads: tuple[Tensor]) -> None:
-            moment(outputs, layer, grads[0])
-
-        handles = [layer.register_forward_pre_hook(forward) for layer in self.layers]
-        handles += [layer.register_full_backward_hook(backward) for layer in self.layers]
+        handles = [layer.register_forward_hook(heard) for layer in self.layers]
         try:
             yield
         finally:
