@@ -22,25 +22,12 @@ COLOURS = {
     "unprotected": "#222222", "PTX": "#d55e00", "KL": "#e69f00", "NullSpace": "#0072b2", "LoRA": "#999999",
     "LoRA, NullSpace": "#56b4e9", "distilled": "#009e73", "NullSpace, distilled": "#cc79a7",
 }  # fmt: skip
-# What a strength names, in this order; a word for what is not named by its field.
-WORDS = dict.fromkeys(
-    (
-        "gamma",
-        "kl",
-        "distil",
-        "every",
-        "text",
-        "share",
-        "max_rank",
-        "space",
-        "damping",
-        "fill",
-        "labels",
-        "allocation",
-        "frozen",
-    )
-)
-WORDS |= {"fill": "batches", "frozen": "rest", "distil": "weight"}
+# What a strength names, in this order and in these words.
+WORDS = {
+    "gamma": "gamma", "kl": "kl", "distil": "weight", "every": "every", "text": "text", "share": "share",
+    "max_rank": "max_rank", "space": "space", "damping": "damping", "fill": "batches", "labels": "labels",
+    "allocation": "allocation", "frozen": "rest",
+}  # fmt: skip
 FIXED = {"frozen": True, "fill": 16}  # where nothing else is tried
 
 
@@ -50,7 +37,7 @@ def cure(family: str, lr: float = LR, steps: float = 1.0, **turned: Any) -> Cure
     def shown(value: Any) -> str:
         return {True: "hold", False: "train"}[value] if isinstance(value, bool) else str(value)
 
-    words = [f"{word or k} {shown(turned[k])}" for k, word in WORDS.items() if k in turned]
+    words = [f"{word} {shown(turned[k])}" for k, word in WORDS.items() if k in turned]
     strength = ", ".join([*words, f"lr {lr:g}"])
     return Cure(family, strength, lr=lr / LR, steps=steps, **{**FIXED, **turned})
 
@@ -102,8 +89,11 @@ TRIED = [
 ]
 NO_DATA = [
     cure("unprotected"),
+    cure("PTX", gamma=1),
     cure("NullSpace", **MIDDLE),
     own("NullSpace", **MIDDLE),
+    own("distilled", distil=3),
+    own("NullSpace, distilled", distil=3, every=4, **MIDDLE),
     own("LoRA, NullSpace", share=0.05, **LORA),
 ]
 SETS = {  # cures, how many of the tasks, seeds

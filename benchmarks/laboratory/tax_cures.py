@@ -129,7 +129,6 @@ def work(p: Point, steps: float) -> float:
     return own + (p.backwards or 0) * (4 / 3 if p.cure.distil else 1) / steps
 
 
-
 def least_forgetting(
     of: list[Point], enough: float, family: str | None = None, budget: float = math.inf
 ) -> Point | None:
