@@ -28,6 +28,10 @@ SMALL = [
 ]
 
 
+def writes(seed):
+    return torch.arange(seed, seed + 40).view(5, 8) % 3
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
     torch.manual_seed(0)
@@ -50,7 +54,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2, "loaded", lambda: (made, Tokenizer()))
     monkeypatch.setattr(smollm2, "check", lambda: None)
     monkeypatch.setattr(smollm2_own, "FOLDER", tmp_path / "own_text")
-    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, seed, **__: torch.arange(seed, seed + 40).view(5, 8) % 50)
+    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, seed, **__: writes(seed))
     monkeypatch.setattr(runs, "fingerprint", lambda model: "tiny")
     monkeypatch.setitem(real.SETS, "table", (SMALL, 2, real.SEEDS))
     monkeypatch.setattr(real, "COLOURS", dict.fromkeys([c.family for c in SMALL], "black"))
@@ -106,7 +110,7 @@ def test_own_text_is_written_once_for_each_seed_and_comes_in_order(monkeypatch):
         return torch.cat([next(given) for _ in range(batches)])
 
     first = drawn("own", 3, 5)
-    assert torch.equal(first[:5], torch.arange(3, 43).view(5, 8) % 50) and torch.equal(first[5:], first[:4])
+    assert torch.equal(first[:5], writes(3)) and torch.equal(first[5:], first[:4])
     monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, **__: pytest.fail("written again"))
     assert torch.equal(drawn("own", 3, 5), first)
     with pytest.raises(pytest.fail.Exception):
@@ -115,9 +119,9 @@ def test_own_text_is_written_once_for_each_seed_and_comes_in_order(monkeypatch):
 
 def test_data_are_mixed_into_own_text_of_their_task_only():
     mixed = smollm2_own.write(*smollm2.loaded(), 3, sequences=5, tokens=64, data="code")
-    assert len(mixed) == 10 and torch.equal(mixed[::2], torch.arange(3, 43).view(5, 8) % 50)
-    assert real.is_for(real.own("NullSpace", "own and code"), "pirate")
-    assert not real.is_for(real.own("NullSpace", "own and code"), "json")
+    assert len(mixed) == 10 and torch.equal(mixed[::2], writes(3))
+    assert real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "pirate")
+    assert not real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "json")
 
 
 def test_only_linear_layers_train():

@@ -94,7 +94,7 @@ def test_command_runs_through_and_a_second_one_makes_nothing_again(tmp_path, mon
     capsys.readouterr()
     command.main(arguments)
     printed = capsys.readouterr().out
-    assert "28 of 28 runs are finished already" in printed and "54 of 54" in printed
+    assert "34 of 34 runs are finished already" in printed and "66 of 66" in printed
     assert "ignored, made with other settings or versions" in printed and "quick-of-another-time" in printed
     assert {p: p.stat().st_mtime_ns for p in made} == made
 

@@ -116,10 +116,12 @@ def tables(finished: list[dict[str, Any]]) -> str:
 
 def _table(finished: list[dict[str, Any]], task: str) -> str:
     base, of = _of_task(finished, task)
-    before = ", ".join(f"{k} {base[k]:.3f}" for k in ("target", "code", "English"))
+    before = ", ".join(f"{k} {v:.3f}" for k, v in base.items())
     texts = _texts(task)
     marks = ("", "") if any(p.cure.text for p in of) else (" (captured)", " (never captured)")
     heads = ["cure", "steps", "target loss", *map("".join, zip(texts, marks, strict=True))]
+    if "answers" in base:
+        texts, heads = (*texts, "answers"), [*heads, "its own answers"]
     heads += ["capability passes", "MB held", "capture, s", "a step, s"]
     rows = []
     for p in of:

@@ -121,11 +121,13 @@ class SmolLM2:
         return model(input_ids=tokens).logits[:, :-1]
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, float]:
-        """``target``: loss on what is taught, held out; ``code``, ``English``: on held-out text; nats a token."""
+        """``target``: loss on what is taught, held out; ``code``, ``English``: on held-out text; ``answers``: on the base
+        model's own answers to its own questions; nats a token."""
         found = {"target": self._loss(model, *examples(objective, held_out=True))}
         for kind in texts.KINDS:
             tokens = text(kind, held_out=True)
             found[kind] = self._loss(model, tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+        found["answers"] = self._loss(model, *own.held_out(*loaded()))
         return found
 
     def _loss(self, model: nn.Module, tokens: Tensor, mask: Tensor) -> float:

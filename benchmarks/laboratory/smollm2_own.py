@@ -11,23 +11,28 @@ from laboratory import smollm2_texts as texts
 
 FOLDER = Path("build/own_text")  # each text is written once
 DEFAULT = {"sequences": 128, "tokens": 64, "temperature": 1.0, "chat": False}
-# Around the first, one thing changed at a time: arguments of gradproj.hf.own_text, and what else is in the text.
+# Arguments of gradproj.hf.own_text that differ, and what else is in the text. How much, first; then, around 16
+# sequences, which keep nearly as much, what: one thing changed at a time.
+FEW = "own, 16 sequences"
 OWN: dict[str, dict[str, Any]] = {
     "own": {},
-    "own, 16 sequences": {"sequences": 16},
+    FEW: {"sequences": 16},
     "own, 64 sequences": {"sequences": 64},
     "own, 512 sequences": {"sequences": 512},
-    "own, 32 tokens": {"tokens": 32},
-    "own, 256 tokens": {"tokens": 256},
-    "own, temperature 0.7": {"temperature": 0.7},
-    "own, temperature 1.3": {"temperature": 1.3},
-    "own, from the user's turn": {"chat": "turn"},
     "own, dialogues": {"chat": "dialogue"},
-    "own, dialogues of 128 tokens": {"chat": "dialogue", "tokens": 128},
-    "answers to ten prompts": {"prompts": True},
-    "own and code": {"sequences": 64, "data": "code"},
-    "own and English": {"sequences": 64, "data": "English"},
+    f"{FEW} of 32 tokens": {"sequences": 16, "tokens": 32},
+    f"{FEW} of 256 tokens": {"sequences": 16, "tokens": 256},
+    f"{FEW}, temperature 0.7": {"sequences": 16, "temperature": 0.7},
+    f"{FEW}, temperature 1.3": {"sequences": 16, "temperature": 1.3},
+    f"{FEW} from the user's turn": {"sequences": 16, "chat": "turn"},
+    f"{FEW}, dialogues": {"sequences": 16, "chat": "dialogue"},
+    f"{FEW}, dialogues of 128 tokens": {"sequences": 16, "chat": "dialogue", "tokens": 128},
+    f"{FEW}, answers to ten prompts": {"sequences": 16, "prompts": True},
+    f"{FEW}, half of them code": {"sequences": 8, "data": "code"},
+    f"{FEW}, half of them English": {"sequences": 8, "data": "English"},
 }
+# Measured, never captured.
+HELD_OUT = {"chat": "dialogue", "sequences": texts.HELD_OUT, "tokens": 128}
 PROMPTS = [
     "Explain how rain forms.",
     "Write a short story about a lighthouse.",
@@ -49,14 +54,23 @@ def rows_of(name: str) -> int:
 
 def batches(model: nn.Module, tokenizer: Any, name: str, size: int, generator: Generator) -> Iterator[Tensor]:
     """All sequences in order, again and again. The text depends on the generator's seed."""
-    seed = generator.initial_seed()
+    rows = kept(model, tokenizer, name, generator.initial_seed(), OWN[name])
+    while True:
+        yield from rows.split(size)
+
+
+def held_out(model: nn.Module, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Dialogues, and a mask of what is in an answer: after the third turn's start, for the first is the system's."""
+    tokens = kept(model, tokenizer, "held out", 0, HELD_OUT)
+    return tokens, ((tokens == tokens[:, :1]).cumsum(1) >= 3)[:, 1:]
+
+
+def kept(model: nn.Module, tokenizer: Any, name: str, seed: int, settings: dict[str, Any]) -> Tensor:
     path = FOLDER / f"{name.replace(' ', '_')}-{seed}.pt"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        torch.save(write(model, tokenizer, seed, **{**DEFAULT, **OWN[name]}), path)
-    rows = torch.load(path)
-    while True:
-        yield from rows.split(size)
+        torch.save(write(model, tokenizer, seed, **{**DEFAULT, **settings}), path)
+    return torch.load(path)
 
 
 def write(

@@ -162,8 +162,9 @@ def write_table(base: dict[str, Any], of: list[Point], made: dict[str, Any], fou
     text, levels = table(base, of), ", ".join(f"{level:.0%}" for level in LEVELS)
     path.write_text(
         f"Mean ± standard deviation over {made['reported seeds']} seeds, other than those that chose the settings. "
-        f"First, each family's least forgetting at {levels} of what the best setting learned; then every reported "
-        f"setting. Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
+        f"First, each family's least forgetting at {levels} of what the best setting learned, in the harder case also "
+        f"within equal work: forward and backward passes, in unprotected runs. Then every reported setting. "
+        f"Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
         + "".join(f"- {s}\n" for s in found)
     )
     return text
