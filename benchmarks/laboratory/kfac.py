@@ -2,7 +2,8 @@
 
 The curvature of a linear layer's weights is the Kronecker product of the second moments of its inputs (A) and of its
 output gradients (G). In the eigenbases of both, a weight's curvature is the product of two eigenvalues; its update is
-scaled by 1 / (1 + curvature / c); or, elastic, all that it has moved so far, after every step. Plain torch, full bases, float64 eigenvalues: a yardstick, not a protection to use.
+scaled by 1 / (1 + curvature / c); or, elastic, all that it has moved so far, after every step. Plain torch, full
+bases, float64 eigenvalues: a yardstick, not a protection to use.
 
 Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature";
 Ritter et al. 2018, "Online structured Laplace approximations", for elastic weights, there by a penalty.

@@ -121,8 +121,11 @@ class SmolLM2:
         return model(input_ids=tokens).logits[:, :-1]
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, float]:
-        """``target``: loss on what is taught, held out; ``code``, ``English``: on held-out text; ``answers``: on the base
-        model's own answers to its own questions; nats a token."""
+        """Losses in nats a token.
+
+        ``target``: on what is taught, held out; ``code``, ``English``: on held-out text; ``answers``: on the base
+        model's own answers to its own questions.
+        """
         found = {"target": self._loss(model, *examples(objective, held_out=True))}
         for kind in texts.KINDS:
             tokens = text(kind, held_out=True)
