@@ -118,7 +118,9 @@ def test_own_text_is_written_once_for_each_seed_and_comes_in_order(monkeypatch):
 
 
 def test_data_are_mixed_into_own_text_of_their_task_only():
-    mixed = smollm2_own.write(*smollm2.loaded(), 3, sequences=5, tokens=64, data="code")
+    mixed = smollm2_own.write(
+        *smollm2.loaded(), 3, sequences=5, tokens=64, temperature=1.0, chats=(False,), data="code"
+    )
     assert len(mixed) == 10 and torch.equal(mixed[::2], writes(3))
     assert real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "pirate")
     assert not real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "json")

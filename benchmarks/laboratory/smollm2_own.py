@@ -10,29 +10,30 @@ from torch import Generator, Tensor, nn
 from laboratory import smollm2_texts as texts
 
 FOLDER = Path("build/own_text")  # each text is written once
-DEFAULT = {"sequences": 128, "tokens": 64, "temperature": 1.0, "chat": False}
-# Arguments of gradproj.hf.own_text that differ, and what else is in the text. How much, first; then, around 16
-# sequences, which keep nearly as much, what: one thing changed at a time.
+DEFAULT = {"sequences": 128, "tokens": 64, "temperature": 1.0, "chats": (False,)}
+# Arguments of gradproj.hf.own_text that differ, `chats` being as much of each, and what else is in the text. How much,
+# first; then, around 16 sequences, which keep nearly as much, what: one thing changed at a time.
 FEW = "own, 16 sequences"
 OWN: dict[str, dict[str, Any]] = {
     "own": {},
     FEW: {"sequences": 16},
     "own, 64 sequences": {"sequences": 64},
     "own, 512 sequences": {"sequences": 512},
-    "own, dialogues": {"chat": "dialogue"},
+    "own, dialogues": {"chats": ("dialogue",)},
     f"{FEW} of 32 tokens": {"sequences": 16, "tokens": 32},
     f"{FEW} of 256 tokens": {"sequences": 16, "tokens": 256},
     f"{FEW}, temperature 0.7": {"sequences": 16, "temperature": 0.7},
     f"{FEW}, temperature 1.3": {"sequences": 16, "temperature": 1.3},
-    f"{FEW} from the user's turn": {"sequences": 16, "chat": "turn"},
-    f"{FEW}, dialogues": {"sequences": 16, "chat": "dialogue"},
-    f"{FEW}, dialogues of 128 tokens": {"sequences": 16, "chat": "dialogue", "tokens": 128},
+    f"{FEW} from the user's turn": {"sequences": 16, "chats": ("turn",)},
+    f"{FEW}, dialogues": {"sequences": 16, "chats": ("dialogue",)},
+    f"{FEW}, dialogues of 128 tokens": {"sequences": 16, "chats": ("dialogue",), "tokens": 128},
+    f"{FEW} of 128 tokens, half of them dialogues": {"sequences": 16, "chats": (False, "dialogue"), "tokens": 128},
     f"{FEW}, answers to ten prompts": {"sequences": 16, "prompts": True},
     f"{FEW}, half of them code": {"sequences": 8, "data": "code"},
     f"{FEW}, half of them English": {"sequences": 8, "data": "English"},
 }
 # Measured, never captured.
-HELD_OUT = {"chat": "dialogue", "sequences": texts.HELD_OUT, "tokens": 128}
+HELD_OUT = {"chats": ("dialogue",), "sequences": texts.HELD_OUT, "tokens": 128}
 PROMPTS = [
     "Explain how rain forms.",
     "Write a short story about a lighthouse.",
@@ -74,14 +75,23 @@ def kept(model: nn.Module, tokenizer: Any, name: str, seed: int, settings: dict[
 
 
 def write(
-    model: nn.Module, tokenizer: Any, seed: int, data: str | None = None, prompts: bool = False, **sampling: Any
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int,
+    sequences: int,
+    tokens: int,
+    temperature: float,
+    chats: tuple,
+    data: str | None = None,
+    prompts: bool = False,
 ) -> Tensor:
-    """[sequences, tokens]"""
+    """[sequences, tokens], twice as many with ``data``."""
     if prompts:
-        return answers(model, tokenizer, seed, sampling["sequences"], sampling["tokens"])
+        return answers(model, tokenizer, seed, sequences, tokens)
     import gradproj.hf  # needs transformers, which the small model does not
 
-    own = gradproj.hf.own_text(model, tokenizer, **sampling, seed=seed)
+    size, sampling = (sequences // len(chats), tokens), {"temperature": temperature, "seed": seed}
+    own = torch.cat([gradproj.hf.own_text(model, tokenizer, *size, chat=chat, **sampling) for chat in chats])
     if data is None:
         return own
     other = texts.sequences(tokenizer, data, held_out=False)
