@@ -173,7 +173,7 @@ def test_too_little_text(monkeypatch):
         smollm2.text("code", held_out=True)
 
 
-@pytest.mark.parametrize("name", ["table", "ablations"])
+@pytest.mark.parametrize("name", ["table", "ablations", "tried", "no_data"])
 def test_committed_runs_give_the_committed_tables(name):
     kept = json.loads((real.OUT / f"{name}.json").read_text())["runs"]
     committed = (real.OUT / f"{name}.md").read_text().split("\n\n", 1)[1]

@@ -11,7 +11,7 @@ from laboratory.points import Point, points
 from laboratory.report import forgotten
 from laboratory.runs import Plan, Run, cores, make_all
 from laboratory.smollm2 import LR, OBJECTIVES, SmolLM2
-from laboratory.smollm2_own import OWN, rows_of
+from laboratory.smollm2_own import FEW, OWN, rows_of
 from machine import machine
 
 OUT = Path(__file__).parent.parent / "results" / "real_model"
@@ -26,7 +26,7 @@ COLOURS = {
 WORDS = {
     "gamma": "gamma", "kl": "kl", "distil": "weight", "every": "every", "text": "text", "share": "share",
     "max_rank": "max_rank", "space": "space", "damping": "damping", "fill": "batches", "labels": "labels",
-    "allocation": "allocation", "frozen": "rest",
+    "allocation": "allocation", "frozen": "rest", "kfac": "damping",
 }  # fmt: skip
 FIXED = {"frozen": True, "fill": 16}  # where nothing else is tried
 
@@ -91,8 +91,10 @@ NO_DATA = [
     cure("unprotected"),
     cure("PTX", gamma=1),
     cure("NullSpace", **MIDDLE),
+    cure("elastic", kfac=0.01, elastic=True),
     own("NullSpace", **MIDDLE),
-    own("distilled", distil=3),
+    own("NullSpace", f"{FEW}, dialogues", **MIDDLE),
+    own("distilled", distil=3, every=1),
     own("NullSpace, distilled", distil=3, every=4, **MIDDLE),
     own("LoRA, NullSpace", share=0.05, **LORA),
 ]
@@ -131,8 +133,10 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
         changes = [f"{forgotten(base, p, text):+.3f}" for text in texts]
         cost = [f"{p.backwards:.0f}", f"{p.extra_bytes / 1e6:.0f}", f"{p.capture_s:.0f}", f"{seconds:.2f}"]
         rows.append([p.cure.name, str(steps), f"{p.mean('target'):.3f}", *changes, *cost])
+    count = len(of[0].values["target"])
+    seeds = f"mean of {count} seeds" if count > 1 else "one seed"
     return (
-        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; mean of {len(of[0].values['target'])} seeds. "
+        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; {seeds}. "
         f"Before: {before} nats a token; what is shown of the texts is the change.\n\n"
         f"{report.markdown(heads, rows)}\n\n{sentence(base, of)}"
     )
