@@ -1,5 +1,4 @@
-"""The GPU gate before there is a GPU: a dry run in a checkout that is only read, and stand-ins for its stages that are
-killed, fail, hang and talk wherever a call could be lost."""
+"""The GPU gate without a GPU: a dry run in a checkout that is only read, and stages that are killed, fail and hang."""
 
 import json
 import os

@@ -1,5 +1,7 @@
 """The laboratory's K-FAC reference against the Kronecker product of its moments written out."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,8 +39,32 @@ def test_kfac_scales_updates_as_its_formula_says():
     with torch.no_grad():
         layer.weight += update[:, :-1]
         layer.bias += update[:, -1]
-    reference.scale_update()
+    reference.scale()
     torch.testing.assert_close((layer.weight - before).double(), expected[:, :-1], rtol=2e-3, atol=2e-6)
+
+
+def test_elastic_scales_the_distance_from_the_start():
+    """Of two steps along one direction that is scaled by k, K-FAC keeps k + k, an elastic pull k^2 + k."""
+    torch.manual_seed(0)
+    windows = data.pretraining_batch(4, torch.Generator().manual_seed(0))
+    moved = {}
+    for elastic in (False, True):
+        model = tiny_lm.TinyLM(16, 2, 2)
+        model.load_state_dict(moved.setdefault("start", copy.deepcopy(model.state_dict())))
+        reference = kfac.Kfac(model, 0.3, elastic)
+        with reference.capture():
+            tiny_lm.loss(model, windows).backward()
+        layer, (left, right), kept = reference.layers[0], reference.bases[0], reference.kept[0]
+        j = (kept[-1] - 0.5).abs().argmin()  # neither held nor free
+        k, start = kept[-1, j], layer.weight.detach().clone()
+        step = torch.outer(left[:, -1], right[:, j])
+        for _ in range(2):
+            with torch.no_grad():
+                layer.weight += step[:, :-1]
+                layer.bias += step[:, -1]
+            reference.scale()
+        expected = (k * k + k if elastic else 2 * k) * step[:, :-1]
+        torch.testing.assert_close(layer.weight.detach() - start, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.6, 1.0])

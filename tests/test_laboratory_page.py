@@ -210,8 +210,8 @@ def test_nothing_sticks_out(opened, width):
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width
     wide = opened.execute_script(
         "return [...document.querySelectorAll('.card, #metrics, svg')].filter(e => e.getBoundingClientRect().width && "
-        "e.getBoundingClientRect().right > e.parentElement.getBoundingClientRect().right + 1).map(e => e.id || "
-        "e.className)"
+        "e.getBoundingClientRect().right > e.parentElement.getBoundingClientRect().right + 1)"
+        ".map(e => e.id || e.className)"
     )
     assert wide == []
     shows(opened, at("dpo", CURES[1]))

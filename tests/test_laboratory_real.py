@@ -8,10 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-import gradproj
+import gradproj.hf
 from laboratory import __main__ as command
-from laboratory import real, runs, smollm2, smollm2_texts, train
-from laboratory.cures import BASE
+from laboratory import real, runs, smollm2, smollm2_own, smollm2_texts, train
 from laboratory.real import cure
 from laboratory.smollm2 import OBJECTIVES as TASKS
 
@@ -25,7 +24,12 @@ SMALL = [
     cure("learning rates alone", share=0.3, damping=0.3, fill=2, pinned=False, **SHORT),
     cure("LoRA, NullSpace", share=0.3, fill=2, lora=True, **SHORT),
     cure("NullSpace", share=0.3, fill=2, labels="sampled", allocation="each", frozen=False, **SHORT),
+    cure("NullSpace, distilled", share=0.3, fill=2, text="own", distil=3, every=2, **SHORT),
 ]
+
+
+def writes(seed):
+    return torch.arange(seed, seed + 40).view(5, 8) % 3
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +53,10 @@ def tiny(monkeypatch, tmp_path):
 
     monkeypatch.setattr(smollm2, "loaded", lambda: (made, Tokenizer()))
     monkeypatch.setattr(smollm2, "check", lambda: None)
+    monkeypatch.setattr(smollm2_own, "FOLDER", tmp_path / "own_text")
+    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, seed, **__: writes(seed))
     monkeypatch.setattr(runs, "fingerprint", lambda model: "tiny")
-    monkeypatch.setattr(real, "CURES", SMALL)
+    monkeypatch.setitem(real.SETS, "table", (SMALL, 2, real.SEEDS))
     monkeypatch.setattr(real, "COLOURS", dict.fromkeys([c.family for c in SMALL], "black"))
     for cached in (smollm2.examples, smollm2.text):
         cached.cache_clear()
@@ -63,7 +69,7 @@ def test_tables_and_picture_of_every_cure(tiny, tmp_path, capsys):
     command.main([*tiny, "--seeds", "1"])
     text = (tmp_path / "out" / "table.md").read_text()
     for task in TASKS.values():
-        assert f"taught {task.title}" in text and f"{task.capability} (captured)" in text
+        assert f"taught {task.title}" in text and f"| target loss | {task.capability} | " in text
     assert all(text.count(f"| {cure.name} |") == len(TASKS) for cure in SMALL)
     runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
     costs = {run["cure"]["family"]: run["cost"] for run in runs if run["cost"]}
@@ -87,7 +93,7 @@ def test_an_interrupted_command_goes_on(tiny, monkeypatch, capsys):
     monkeypatch.setattr(runs, "train", taught)
     capsys.readouterr()
     command.main([*tiny, "--tasks", "json", "--seeds", "1"])
-    assert int(capsys.readouterr().out.split(" of 8 runs are finished already")[0]) >= 3
+    assert int(capsys.readouterr().out.split(" of 9 runs are finished already")[0]) >= 3
 
 
 def test_a_run_of_another_version_is_refused(tiny, tmp_path):
@@ -96,6 +102,28 @@ def test_a_run_of_another_version_is_refused(tiny, tmp_path):
     path.write_text(path.read_text().replace('"version": ', '"version": 9'))
     with pytest.raises(SystemExit, match="version is 9"):
         command.main([*tiny, "--tasks", "json", "--seeds", "1"])
+
+
+def test_own_text_is_written_once_for_each_seed_and_comes_in_order(monkeypatch):
+    def drawn(name, seed, batches):
+        given = smollm2.TEXTS[name](2, torch.Generator().manual_seed(seed))
+        return torch.cat([next(given) for _ in range(batches)])
+
+    first = drawn("own", 3, 5)
+    assert torch.equal(first[:5], writes(3)) and torch.equal(first[5:], first[:4])
+    monkeypatch.setattr(gradproj.hf, "own_text", lambda *_, **__: pytest.fail("written again"))
+    assert torch.equal(drawn("own", 3, 5), first)
+    with pytest.raises(pytest.fail.Exception):
+        drawn("own", 4, 1)
+
+
+def test_data_are_mixed_into_own_text_of_their_task_only():
+    mixed = smollm2_own.write(
+        *smollm2.loaded(), 3, sequences=5, tokens=64, temperature=1.0, chats=(False,), data="code"
+    )
+    assert len(mixed) == 10 and torch.equal(mixed[::2], writes(3))
+    assert real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "pirate")
+    assert not real.is_for(real.own("NullSpace", "own, 16 sequences, half of them code"), "json")
 
 
 def test_only_linear_layers_train():
@@ -145,34 +173,8 @@ def test_too_little_text(monkeypatch):
         smollm2.text("code", held_out=True)
 
 
-def as_kept_now(run):
-    """A committed run, which has absolute learning rates and steps, and a step's time without the capture's."""
-    old, cost = run["cure"], run["cost"]
-    if cost is None:
-        return {**run, "cure": BASE._asdict()}
-    defaults = {
-        "gamma": 0.0,
-        "kl": 0.0,
-        "share": 0.0,
-        "max_rank": None,
-        "space": "weights",
-        "damping": 0.0,
-        "batches": 16,
-    }
-    defaults |= {"labels": "text", "allocation": "all", "rest": "hold", "pinned": True, "lora": False}
-    turned = {k: old[k] for k, v in defaults.items() if old[k] != v}
-    renamed = {
-        {"batches": "fill", "rest": "frozen"}.get(k, k): False if k == "rest" else int(v) if k == "gamma" else v
-        for k, v in turned.items()
-    }
-    new = {"step_ms": 1e3 * (cost["step_s"] + cost["capture_s"] / old["steps"]), "capture_s": cost["capture_s"]}
-    new |= {"capability_backwards": cost["passes"], "extra_bytes": cost["held_bytes"]}
-    steps = old["steps"] / smollm2.SmolLM2.steps
-    return {**run, "cure": cure(old["family"], old["lr"], steps, **renamed)._asdict(), "cost": new}
-
-
-@pytest.mark.parametrize("name", ["table", "ablations"])
+@pytest.mark.parametrize("name", ["table", "ablations", "tried", "no_data"])
 def test_committed_runs_give_the_committed_tables(name):
     kept = json.loads((real.OUT / f"{name}.json").read_text())["runs"]
     committed = (real.OUT / f"{name}.md").read_text().split("\n\n", 1)[1]
-    assert real.tables([as_kept_now(run) for run in kept]) + "\n" == committed
+    assert real.tables(kept) + "\n" == committed

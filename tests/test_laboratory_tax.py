@@ -45,6 +45,8 @@ FEW = [
     Cure("damping alone", "damping 0.3", share=0.001, damping=0.3, pinned=False, fill=2),
     Cure("EWC", "lambda 1", ewc=1.0, fill=2),
     Cure("K-FAC, two-sided", "damping 0.3", kfac=0.3, fill=2),
+    Cure("K-FAC, elastic", "damping 0.3", kfac=0.3, fill=2, elastic=True),
+    Cure("distilled", "weight 1", distil=1.0, text="own"),
 ]
 
 
@@ -92,7 +94,7 @@ def test_command_runs_through_and_a_second_one_makes_nothing_again(tmp_path, mon
     capsys.readouterr()
     command.main(arguments)
     printed = capsys.readouterr().out
-    assert "28 of 28 runs are finished already" in printed and "54 of 54" in printed
+    assert "34 of 34 runs are finished already" in printed and "66 of 66" in printed
     assert "ignored, made with other settings or versions" in printed and "quick-of-another-time" in printed
     assert {p: p.stat().st_mtime_ns for p in made} == made
 
@@ -182,7 +184,7 @@ def test_other_settings_have_another_folder(model):
     assert len({fingerprint(m) for m in others}) == len(others)
     assert len({c.slug for c in CURES}) == len(CURES)
     assert all(NONE in grid for grid in GRIDS.values())
-    assert {c.family for c in CURES} == STYLES.keys()
+    assert {c.family for grid in GRIDS.values() for c in grid} == STYLES.keys()
 
 
 def test_laboratory_starts_from_the_shipped_base_model(tmp_path, monkeypatch):
@@ -209,6 +211,7 @@ def test_costs_are_counted(model):
     assert cost(share=0.1, pinned=False, damping=0.3, fill=3) == (3, 0)
     assert cost(gamma=0.5, every=3) == (2, 0)
     assert cost(kl=0.5) == (0, 1) == cost("dpo")  # the base model
+    assert cost(distil=0.5, every=2, text="own") == (2, 1)
     assert cost(method="orthogonal") == (4, 1)
     assert cost(method="conflict", directions=3, fill=3) == (6, 3)
     assert cost(method="conflict", directions=8, every=2, fill=4) == (5, 5)
@@ -289,6 +292,23 @@ def test_settings_are_the_least_forgetting_at_each_level():
     of += [point(c, x, y) for c, x, y in zip(ptx, (0.9, 0.87, 0.85, 0.7), (1.5, 1.4, 1.2, 1.0), strict=True)]
     of += [point(Cure("KL penalty", f"beta {b}", kl=b), x, 1.0) for b, x in ((1.0, 0.6), (2.0, 0.55))]
     assert [c.strength for c in tax_cures.choose(start, of)] == ["lr x 1", "gamma 1.0", "gamma 2.0", "beta 1.0"]
+
+
+def test_budgets_count_all_passes():
+    """A distilled step is one of its own, and one of the text's with a third for the base model."""
+    steps = 40
+    none, ptx = point(NONE, 0.9, 3.0), point(Cure("PTX", "gamma 1", gamma=1.0), 0.9, 2.0, steps)
+    distilled = point(Cure("distilled", "weight 1", distil=1.0, text="own", steps=1.5), 0.9, 1.5, 60)
+    pinned = point(Cure("NullSpace", "share 0.1", share=0.1), 0.8, 1.2, 10)
+    of = [none, ptx, distilled, pinned]
+    assert tax_cures.plain_steps(of) == steps
+    assert [tax_cures.work(p, steps) for p in of] == [1, 2, pytest.approx(3.5), 1.25]
+    enough = tax_cures.usual(0.5, of)
+    assert enough == pytest.approx(0.5 + 0.97 * 0.4)
+    best = [tax_cures.least_forgetting(of, enough, budget=b) for b in (1.5, 2, 3, 4)]
+    assert best == [none, ptx, ptx, distilled]
+    assert tax_cures.least_forgetting(of, enough, "NullSpace") is None
+    assert tax_cures.least_forgetting(of, 0.5) == pinned
 
 
 def test_missing_package_or_text_is_named_before_any_run(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ class Cure(NamedTuple):
         strength: in words, what is turned within the family.
         lr, steps: factors on the objective's learning rate and on the model's number of steps.
         kl: weight of the divergence from the base model, on what is taught.
-        gamma: weight of the capability's loss (PTX).
+        text: that is captured, replayed or distilled, by its name in ``Model.texts``; None: the objective's capability.
+        gamma: weight of the text's loss (PTX).
+        distil: weight of the divergence from the base model, on the text.
         ewc: weight of the penalty on parameters that mattered.
         alpha: share of the tuned weights, from the finished run of ``NONE`` with the same seed.
         method, directions: of gradproj.Directions; no method is without.
@@ -21,6 +23,8 @@ class Cure(NamedTuple):
         allocation: of a NullSpace: "all" is one over all layers, "each" gives every layer the same share of its width.
         labels: of a capture's loss: the "text" itself, or "sampled" from the base model.
         kfac: damping of the two-sided K-FAC reference; 0 is without.
+        elastic: K-FAC acts on the whole displacement after every step, a pull towards the base model, instead of on
+            the step's update.
         frozen: whether embeddings, norms and positions are held. None: as the cure does; NullSpace and K-FAC hold them.
         lora: adapters of rank 8 on all linear layers train, instead of the weights.
         every: steps between capability batches.
@@ -32,7 +36,9 @@ class Cure(NamedTuple):
     lr: float = 1.0
     steps: float = 1.0
     kl: float = 0.0
+    text: str | None = None
     gamma: float = 0.0
+    distil: float = 0.0
     ewc: float = 0.0
     alpha: float | None = None
     method: str | None = None
@@ -45,6 +51,7 @@ class Cure(NamedTuple):
     allocation: str = "all"
     labels: str = "text"
     kfac: float = 0.0
+    elastic: bool = False
     frozen: bool | None = None
     lora: bool = False
     every: int = 1

@@ -27,6 +27,11 @@ STYLES = {
     "NullSpace and rare PTX": ("#b8860b", "*"),
     "NullSpace and KL": ("#8e44ad", "*"),
     "K-FAC, two-sided": ("#c0392b", "h"),
+    "K-FAC, elastic": ("#e57373", "h"),
+    "NullSpace, own text": ("#0072b2", "s"),
+    "distilled": ("#2ca02c", "D"),
+    "distilled, rare": ("#98df8a", "D"),
+    "NullSpace and distilled, rare": ("#17becf", "*"),
 }
 # Nats a byte that are forgotten, up to which the scale is linear: most cures lie there, and some far above.
 LINEAR = 0.01

@@ -1,13 +1,16 @@
-"""Two-sided K-FAC as a reference: every update is scaled down along the directions that the capability needs.
+"""Two-sided K-FAC as a reference: what training changes is scaled down along the directions that the capability needs.
 
 The curvature of a linear layer's weights is the Kronecker product of the second moments of its inputs (A) and of its
 output gradients (G). In the eigenbases of both, a weight's curvature is the product of two eigenvalues; its update is
-scaled by 1 / (1 + curvature / c). Plain torch, full bases, float64 eigenvalues: a yardstick, not a protection to use.
+scaled by 1 / (1 + curvature / c); or, elastic, all that it has moved so far, after every step. Plain torch, full
+bases, float64 eigenvalues: a yardstick, not a protection to use.
 
-Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature".
+Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature";
+Ritter et al. 2018, "Online structured Laplace approximations", for elastic weights, there by a penalty.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -15,15 +18,16 @@ from torch import Tensor, nn
 
 
 class Kfac:
-    """Backward passes inside ``capture()`` once, then ``scale_update()`` after every optimizer step."""
+    """Backward passes inside ``capture()`` once, then ``scale()`` after every optimizer step."""
 
-    def __init__(self, model: nn.Module, damping: float):
+    def __init__(self, model: nn.Module, damping: float, elastic: bool = False):
         """
         Args:
-            damping: in (0, 1): what the updates lose, in the mean over all weights of linear layers.
+            damping: in (0, 1): what changes lose at a step, in the mean over all trained weights of linear layers.
+            elastic: scale the distance from the start, instead of that from the step before.
         """
-        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        self.damping = damping
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+        self.damping, self.elastic = damping, elastic
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -34,14 +38,11 @@ class Kfac:
             rows = rows.detach().flatten(0, -2).double()
             into[layer] = into.get(layer, 0.0) + rows.T @ rows
 
-        def forward(layer: nn.Linear, args: tuple[Tensor]) -> None:
+        def heard(layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
             moment(inputs, layer, _with_ones(args[0]) if layer.bias is not None else args[0])
+            output.register_hook(functools.partial(moment, outputs, layer))
 
-        def backward(layer: nn.Linear, _, grads: tuple[Tensor]) -> None:
-            moment(outputs, layer, grads[0])
-
-        handles = [layer.register_forward_pre_hook(forward) for layer in self.layers]
-        handles += [layer.register_full_backward_hook(backward) for layer in self.layers]
+        handles = [layer.register_forward_hook(heard) for layer in self.layers]
         try:
             yield
         finally:
@@ -57,16 +58,16 @@ class Kfac:
         self.before = [_matrix(layer) for layer in self.layers]
 
     @torch.no_grad()
-    def scale_update(self) -> None:
+    def scale(self) -> None:
         """W <- W_before + Q_G (kept * (Q_G^T (W - W_before) Q_A)) Q_A^T, the bias being one more input column."""
         for i, (layer, (left, right), kept) in enumerate(zip(self.layers, self.bases, self.kept, strict=True)):
             update = left.T @ (_matrix(layer) - self.before[i]) @ right
-            self.before[i] += left @ (kept * update) @ right.T
-            if layer.bias is None:
-                layer.weight.copy_(self.before[i])
-            else:
-                layer.weight.copy_(self.before[i][:, :-1])
-                layer.bias.copy_(self.before[i][:, -1])
+            scaled = self.before[i] + left @ (kept * update) @ right.T
+            layer.weight.copy_(scaled[:, : layer.in_features])
+            if layer.bias is not None:
+                layer.bias.copy_(scaled[:, -1])
+            if not self.elastic:
+                self.before[i] = scaled
 
     def nbytes(self) -> int:
         tensors = [t for pair in self.bases for t in pair] + self.kept + self.before

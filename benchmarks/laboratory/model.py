@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +44,12 @@ class Objective(NamedTuple):
     preferences: bool = False
 
 
+def endless(draw: Callable[[int, Generator], Tensor], size: int, generator: Generator) -> Iterator[Tensor]:
+    """Batches of a text that are drawn at random."""
+    while True:
+        yield draw(size, generator)
+
+
 class Model(Protocol):
     """A model before it is taught anything, and all that depends on which it is.
 
@@ -52,7 +58,7 @@ class Model(Protocol):
         steps, batch, capability_batch: of a run: steps, sequences taught in each, sequences of a capability batch.
         dpo_beta: of :func:`formulas.dpo_loss`.
         objectives: what it can be taught, by name.
-        texts: name -> (size, generator) -> tokens [size, T].
+        texts: name -> (size, generator) -> batches of tokens [size, T], without end.
     """
 
     name: str
@@ -62,7 +68,7 @@ class Model(Protocol):
     capability_batch: int
     dpo_beta: float
     objectives: dict[str, Objective]
-    texts: dict[str, Callable[[int, Generator], Tensor]]
+    texts: Mapping[str, Callable[[int, Generator], Iterator[Tensor]]]
 
     def base(self) -> nn.Module:
         """The network; to be copied, not trained. Made once in a process."""

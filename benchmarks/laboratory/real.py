@@ -11,20 +11,23 @@ from laboratory.points import Point, points
 from laboratory.report import forgotten
 from laboratory.runs import Plan, Run, cores, make_all
 from laboratory.smollm2 import LR, OBJECTIVES, SmolLM2
+from laboratory.smollm2_own import FEW, OWN, rows_of
 from machine import machine
 
 OUT = Path(__file__).parent.parent / "results" / "real_model"
 SEEDS = (11, 12)  # no setting was chosen on them
+CHOOSING = (10,)  # what to write for a capture, and how much of it, was chosen on this one
 # Okabe & Ito's colours, which the colour-blind tell apart.
 COLOURS = {
     "unprotected": "#222222", "PTX": "#d55e00", "KL": "#e69f00", "NullSpace": "#0072b2", "LoRA": "#999999",
-    "LoRA, NullSpace": "#56b4e9",
+    "LoRA, NullSpace": "#56b4e9", "distilled": "#009e73", "NullSpace, distilled": "#cc79a7",
 }  # fmt: skip
-# What a strength names, in this order; a word for what is not named by its field.
-WORDS = dict.fromkeys(
-    ("gamma", "kl", "share", "max_rank", "space", "damping", "fill", "labels", "allocation", "frozen")
-)
-WORDS |= {"fill": "batches", "frozen": "rest"}
+# What a strength names, in this order and in these words.
+WORDS = {
+    "gamma": "gamma", "kl": "kl", "distil": "weight", "every": "every", "text": "text", "share": "share",
+    "max_rank": "max_rank", "space": "space", "damping": "damping", "fill": "batches", "labels": "labels",
+    "allocation": "allocation", "frozen": "rest", "kfac": "damping",
+}  # fmt: skip
 FIXED = {"frozen": True, "fill": 16}  # where nothing else is tried
 
 
@@ -34,7 +37,7 @@ def cure(family: str, lr: float = LR, steps: float = 1.0, **turned: Any) -> Cure
     def shown(value: Any) -> str:
         return {True: "hold", False: "train"}[value] if isinstance(value, bool) else str(value)
 
-    words = [f"{word or k} {shown(turned[k])}" for k, word in WORDS.items() if k in turned]
+    words = [f"{word} {shown(turned[k])}" for k, word in WORDS.items() if k in turned]
     strength = ", ".join([*words, f"lr {lr:g}"])
     return Cure(family, strength, lr=lr / LR, steps=steps, **{**FIXED, **turned})
 
@@ -73,15 +76,54 @@ ABLATIONS = [
 ]
 
 
+def own(family: str, text: str = "own", **turned: Any) -> Cure:
+    """One on what the model writes, all of which a capture sees."""
+    return cure(family, text=text, **turned)._replace(fill=rows_of(text) // SmolLM2.capability_batch)
+
+
+TRIED = [
+    cure("unprotected"),
+    *(own("NullSpace", text, **MIDDLE) for text in OWN),
+    *(own("distilled", distil=weight, every=every) for every in (1, 4) for weight in (1, 3, 10)),
+    *(own("NullSpace, distilled", distil=3, every=every, **MIDDLE) for every in (1, 4)),
+]
+NO_DATA = [
+    cure("unprotected"),
+    cure("PTX", gamma=1),
+    cure("NullSpace", **MIDDLE),
+    cure("elastic", kfac=0.01, elastic=True),
+    own("NullSpace", **MIDDLE),
+    own("NullSpace", f"{FEW}, dialogues", **MIDDLE),
+    own("distilled", distil=3, every=1),
+    own("NullSpace, distilled", distil=3, every=4, **MIDDLE),
+    own("LoRA, NullSpace", share=0.05, **LORA),
+]
+SETS = {  # cures, how many of the tasks, seeds
+    "table": (CURES, 2, SEEDS),
+    "ablations": (ABLATIONS, 1, SEEDS),
+    "tried": (TRIED, 2, CHOOSING),
+    "no_data": (NO_DATA, 2, SEEDS),
+}
+
+
+def is_for(cure: Cure, task: str) -> bool:
+    """Data that are mixed into the model's own text are of the task's capability."""
+    data = OWN.get(cure.text or "", {}).get("data")
+    return data in (None, OBJECTIVES[task].capability)
+
+
 def tables(finished: list[dict[str, Any]]) -> str:
     return "\n\n".join(_table(finished, task) for task in dict.fromkeys(run["objective"] for run in finished))
 
 
 def _table(finished: list[dict[str, Any]], task: str) -> str:
     base, of = _of_task(finished, task)
-    before = ", ".join(f"{k} {base[k]:.3f}" for k in ("target", "code", "English"))
+    before = ", ".join(f"{k} {v:.3f}" for k, v in base.items())
     texts = _texts(task)
-    heads = ["cure", "steps", "target loss", f"{texts[0]} (captured)", f"{texts[1]} (never captured)"]
+    marks = ("", "") if any(p.cure.text for p in of) else (" (captured)", " (never captured)")
+    heads = ["cure", "steps", "target loss", *map("".join, zip(texts, marks, strict=True))]
+    if "answers" in base:
+        texts, heads = (*texts, "answers"), [*heads, "its own answers"]
     heads += ["capability passes", "MB held", "capture, s", "a step, s"]
     rows = []
     for p in of:
@@ -91,8 +133,10 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
         changes = [f"{forgotten(base, p, text):+.3f}" for text in texts]
         cost = [f"{p.backwards:.0f}", f"{p.extra_bytes / 1e6:.0f}", f"{p.capture_s:.0f}", f"{seconds:.2f}"]
         rows.append([p.cure.name, str(steps), f"{p.mean('target'):.3f}", *changes, *cost])
+    count = len(of[0].values["target"])
+    seeds = f"mean of {count} seeds" if count > 1 else "one seed"
     return (
-        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; mean of {len(of[0].values['target'])} seeds. "
+        f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; {seeds}. "
         f"Before: {before} nats a token; what is shown of the texts is the change.\n\n"
         f"{report.markdown(heads, rows)}\n\n{sentence(base, of)}"
     )
@@ -157,8 +201,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES], help="what is taught (default: both)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(default %(default)s)")
-    parser.add_argument("--ablations", action="store_true", help="one thing changed at a time, of the first task")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: the set's)")
+    what = "table: the main one; ablations: one thing changed at a time; tried, no_data: what the model writes itself"
+    parser.add_argument("--set", choices=SETS, default="table", help=f"of cures; {what}")
     work = Path("build/real_model")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="tables, picture (default benchmarks/results/real_model)")
@@ -166,18 +211,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, progress: Callable) -> None:
     smollm2.check()
-    cures = ABLATIONS if options.ablations else CURES
-    tasks = options.tasks[:1] if options.ablations else options.tasks
+    cures, most, seeds = SETS[options.set]
+    tasks, seeds = options.tasks[:most], options.seeds or seeds
     runs = [Run(task, BASE, 0) for task in tasks]
-    runs += [Run(task, cure, seed) for seed in options.seeds for task in tasks for cure in cures]
+    runs += [Run(task, cure, seed) for seed in seeds for task in tasks for cure in cures if is_for(cure, task)]
     workers = options.workers or cores("cpu")
     finished = make_all(Plan(SmolLM2(), options.work), runs, workers, progress)
-    made = {**machine("cpu"), "workers": workers, "seeds": " ".join(map(str, options.seeds))}
-    name = "ablations" if options.ablations else "table"
+    made = {**machine("cpu"), "workers": workers, "seeds": " ".join(map(str, seeds))}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(report.dump({"made": made}, runs=finished))
+    (options.out / f"{options.set}.json").write_text(report.dump({"made": made}, runs=finished))
     text = tables(finished)
-    (options.out / f"{name}.md").write_text(f"Made by {report.header(made)}.\n\n{text}\n")
-    if not options.ablations:
+    (options.out / f"{options.set}.md").write_text(f"Made by {report.header(made)}.\n\n{text}\n")
+    if options.set == "table":
         draw(finished, options.out / "figure.png")
     print(f"\n{text}\n\nin {options.out}")

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from laboratory import small_texts
-from laboratory.model import Batch, Objective
-from laboratory.small_measure import measure
-from laboratory.tiny_lm import TinyLM, evaluate, load_base, pretrain, save_base
+from laboratory.model import Batch, Objective, endless
+from laboratory.small_measure import measure, sample
+from laboratory.tiny_lm import CONTEXT, TinyLM, evaluate, load_base, pretrain, save_base
 
 SHIPPED = Path(__file__).parent.parent / "models" / "base.safetensors"
 SEED = 0  # of the base model
@@ -90,12 +90,18 @@ def prose(size: int, generator: Generator) -> Batch:
     return Batch(small_texts.windows(small_texts.prose(held_out=False), size, generator)[None], None)
 
 
+def _some(rows: Tensor, size: int, generator: Generator) -> Tensor:
+    return rows[torch.randint(len(rows), (size,), generator=generator)]
+
+
 LEARNED = "pretraining"  # Python source, exercises and dialogue, as the base model saw them
-TEXTS = {LEARNED: small_texts.pretraining_batch}
+OWN = "own"  # what the base model writes after a line break
+WRITTEN = 256  # windows of it
+HARDER = "prose"
 OBJECTIVES = {
     "dpo": Objective("preferences (DPO)", "behaviour", LEARNED, functools.partial(responses, 2), preferences=True),
     "sft": Objective("supervised fine-tuning", "behaviour", LEARNED, functools.partial(responses, 1)),
-    "prose": Objective("English prose (the harder case: it needs the same inputs)", "prose", LEARNED, prose),
+    HARDER: Objective("English prose (the harder case: it needs the same inputs)", "prose", LEARNED, prose),
 }
 
 
@@ -109,7 +115,7 @@ class Small:
     name: str = "cpu"
 
     objectives = OBJECTIVES
-    texts = TEXTS
+    texts = property(lambda self: {LEARNED: functools.partial(endless, small_texts.pretraining_batch), OWN: self.own})
     steps = property(lambda self: self.settings.steps)
     batch = property(lambda self: self.settings.batch)
     capability_batch = property(lambda self: self.settings.capability_batch)
@@ -118,6 +124,16 @@ class Small:
     @functools.cache  # noqa: B019  of a few models, as long as the process lives
     def base(self) -> TinyLM:
         return load_base(self.path, self.device)[0]
+
+    def own(self, size: int, generator: Generator) -> Iterator[Tensor]:
+        return endless(functools.partial(_some, self._written(generator.initial_seed())), size, generator)
+
+    @functools.cache  # noqa: B019
+    @torch.no_grad()
+    def _written(self, seed: int) -> Tensor:
+        start = torch.full((WRITTEN, 1), ord("\n"), device=self.device)
+        written, _ = sample(self.base(), start, start.new_ones(WRITTEN), CONTEXT, seed)
+        return torch.cat([start, written], 1)
 
     def lr(self, objective: str) -> float:
         return getattr(self.settings, f"lr_{objective}")

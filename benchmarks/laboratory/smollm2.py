@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from laboratory import smollm2_own as own
 from laboratory import smollm2_texts as texts
-from laboratory.model import Batch, Objective
+from laboratory.model import Batch, Objective, endless
 
 LR = 3e-4  # of AdamW, where a cure does not say otherwise
 NEEDED = ("gguf", "transformers", "accelerate", "peft")
@@ -85,7 +87,16 @@ OBJECTIVES = {
     name: Objective(task.title, "target", task.capability, functools.partial(taught, name))
     for name, task in texts.TASKS.items()
 }
-TEXTS = {kind: functools.partial(sequences, kind) for kind in texts.KINDS}
+
+
+def written(name: str, size: int, generator: Generator) -> Iterator[Tensor]:
+    return own.batches(*loaded(), name, size, generator)
+
+
+TEXTS: dict[str, Callable[[int, Generator], Iterator[Tensor]]] = {
+    **{kind: functools.partial(endless, functools.partial(sequences, kind)) for kind in texts.KINDS},
+    **{name: functools.partial(written, name) for name in own.OWN},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +121,16 @@ class SmolLM2:
         return model(input_ids=tokens).logits[:, :-1]
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, float]:
-        """``target``: loss on what is taught, held out; ``code``, ``English``: on held-out text; nats a token."""
+        """Losses in nats a token.
+
+        ``target``: on what is taught, held out; ``code``, ``English``: on held-out text; ``answers``: on the base
+        model's own answers to its own questions.
+        """
         found = {"target": self._loss(model, *examples(objective, held_out=True))}
         for kind in texts.KINDS:
             tokens = text(kind, held_out=True)
             found[kind] = self._loss(model, tokens, torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+        found["answers"] = self._loss(model, *own.held_out(*loaded()))
         return found
 
     def _loss(self, model: nn.Module, tokens: Tensor, mask: Tensor) -> float:

@@ -22,20 +22,13 @@ from laboratory.model import VERSION
 from laboratory.points import METRICS, Point, pareto, points
 from laboratory.report import forgotten
 from laboratory.runs import FIRST_REPORTED, Plan, Run, cores, make_all
-from laboratory.small import OBJECTIVES, SCALES, small
-from laboratory.tax_cures import LEVELS, choose, grid, reached
+from laboratory.small import HARDER, OBJECTIVES, SCALES, small
+from laboratory.tax_cures import BUDGETS, LEVELS, choose, grid, least_forgetting, plain_steps, reached, usual
 from machine import machine
 
 RESULTS = Path(__file__).parent.parent / "results"
 EQUAL = 0.9  # of what the best setting learns: the target quality at which cures are compared
 RARE = 1 / 4  # capability backward passes a step up to which a cure counts as cheap
-
-
-def least_forgetting(start: float, of: list[Point], level: float, family: str | None = None) -> Point | None:
-    """Among points of one objective, of ``family`` or of all: the one that reaches the level and forgets least."""
-    enough = reached(start, of, level)
-    mine = [p for p in of if family in (None, p.cure.family) and p.target >= enough]
-    return min(mine, key=lambda p: p.mean("loss"), default=None)
 
 
 def table(base: dict[str, Any], of: list[Point]) -> str:
@@ -53,7 +46,10 @@ def table(base: dict[str, Any], of: list[Point]) -> str:
                 [f"{p.step_ms:.0f}", str(p.backwards), f"{p.extra_bytes / 1e6:.1f}"] if trained else ["none", "0", "0"]
             )
             rows.append([f"**{p.cure.name}**" if p in best else p.cure.name, *cells, *cost])
-        parts += [f"### {title}", frontiers(base, mine), report.markdown(heads, rows)]
+        parts += [f"### {title}", frontiers(base, mine)]
+        if objective == HARDER:
+            parts.append(budgets(base, mine))
+        parts.append(report.markdown(heads, rows))
     return "\n\n".join(parts)
 
 
@@ -65,7 +61,19 @@ def frontiers(base: dict[str, Any], mine: list[Point]) -> str:
     heads += [f"at {metric.show(reached(start, mine, level))} % {metric.label}" for level in LEVELS]
     rows = []
     for family in dict.fromkeys(p.cure.family for p in mine):
-        best = [least_forgetting(start, mine, level, family) for level in LEVELS]
+        best = [least_forgetting(mine, reached(start, mine, level), family) for level in LEVELS]
+        rows.append([family, *(_at_level(base, p) if p else "not reached" for p in best)])
+    return report.markdown(heads, rows)
+
+
+def budgets(base: dict[str, Any], mine: list[Point]) -> str:
+    """Per family, what it forgets at equal work: a row of the least forgetting within each budget."""
+    target = OBJECTIVES[mine[0].objective].target
+    enough = usual(base["measured"][target], mine)
+    heads = [f"forgotten at {METRICS[target].show(enough)} %, within", *(f"{b:g} x the work" for b in BUDGETS)]
+    rows = []
+    for family in dict.fromkeys(p.cure.family for p in mine):
+        best = [least_forgetting(mine, enough, family, budget) for budget in BUDGETS]
         rows.append([family, *(_at_level(base, p) if p else "not reached" for p in best)])
     return report.markdown(heads, rows)
 
@@ -82,7 +90,8 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
         start, metric = base["measured"], METRICS[target]
         unprotected = [p for p in mine if p.cure.family == NONE.family]
         full = next(p for p in unprotected if p.cure == NONE)
-        none = least_forgetting(start[target], mine, EQUAL, NONE.family) or max(unprotected, key=lambda p: p.target)
+        enough = reached(start[target], mine, EQUAL)
+        none = least_forgetting(mine, enough, NONE.family) or max(unprotected, key=lambda p: p.target)
         tax = forgotten(start, none)
 
         def shown(p: Point, start=start, metric=metric) -> str:
@@ -92,7 +101,6 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
         if tax <= none.spread("loss"):
             won.append(f"with {title} there was no tax to prevent ({without})")
             continue
-        enough = reached(start[target], mine, EQUAL)
         cures = [p for p in mine if p.cure.family != NONE.family]
         able = [p for p in cures if p.target >= enough]
         best = min(able, key=lambda p: p.mean("loss"), default=None)
@@ -105,7 +113,7 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
         lost.append(f"with {title} {', '.join(failed) or 'nothing'}")
         useful = [p for p in able if p.step_ms is not None and forgotten(start, p) < tax]
         cheap = min(
-            (p for p in useful if p.backwards <= RARE * full_steps(mine)), key=lambda p: p.mean("loss"), default=None
+            (p for p in useful if p.backwards <= RARE * plain_steps(mine)), key=lambda p: p.mean("loss"), default=None
         )
         for p, role in ((best, "the winner"), (cheap, "the best with few capability passes")):
             if p is None or forgotten(start, p) >= tax or (p is best and role != "the winner"):
@@ -123,11 +131,6 @@ def sentences(base: dict[str, Any], of: list[Point]) -> list[str]:
         f"What did not, at any reported setting, {bar}: {'; '.join(lost)}.",
         f"What it cost: {'; '.join(cost) or 'nothing was won'}.",
     ]
-
-
-def full_steps(mine: list[Point]) -> int:
-    """Capability passes of a cure that takes one at every step."""
-    return max(p.backwards for p in mine if p.backwards is not None and p.cure.family == "PTX")
 
 
 def write(
@@ -159,8 +162,9 @@ def write_table(base: dict[str, Any], of: list[Point], made: dict[str, Any], fou
     text, levels = table(base, of), ", ".join(f"{level:.0%}" for level in LEVELS)
     path.write_text(
         f"Mean ± standard deviation over {made['reported seeds']} seeds, other than those that chose the settings. "
-        f"First, each family's least forgetting at {levels} of what the best setting learned; then every reported "
-        f"setting. Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
+        f"First, each family's least forgetting at {levels} of what the best setting learned, in the harder case also "
+        f"within equal work: forward and backward passes, in unprotected runs. Then every reported setting. "
+        f"Bold: no other is better in both target and loss.\nMade by {report.header(made)}.\n\n{text}\n\n"
         + "".join(f"- {s}\n" for s in found)
     )
     return text

@@ -39,8 +39,9 @@ class Capability:
     """Batches of a text that the base model knows, the same for every cure of a seed; counts their backward passes."""
 
     def __init__(self, model: Model, pupil: nn.Module, text: str, seed: int):
-        self.model, self.pupil, self.text, self.backwards = model, pupil, text, 0
+        self.model, self.pupil, self.backwards = model, pupil, 0
         self.generator = torch.Generator().manual_seed(2000 + seed)
+        self.batches = model.texts[text](model.capability_batch, self.generator)
 
     def loss(self, labels: str = "text") -> Tensor:
         return self.losses(1, labels)[0]
@@ -48,12 +49,20 @@ class Capability:
     def losses(self, parts: int, labels: str = "text") -> list[Tensor]:
         """Of one batch, in so many parts: a backward pass each."""
         self.backwards += parts
-        tokens = self.model.texts[self.text](self.model.capability_batch, self.generator).to(self.model.device)
+        tokens = next(self.batches).to(self.model.device)
         targets = tokens[:, 1:] if labels == "text" else self._sampled(tokens)
         return [
             F.cross_entropy(self.model.logits(self.pupil, t).flatten(0, 1), y.flatten())
             for t, y in zip(tokens.chunk(parts), targets.chunk(parts), strict=True)
         ]
+
+    def divergence(self) -> Tensor:
+        """KL(base model || pupil) on one batch: on text that the base model wrote, of its whole distribution."""
+        self.backwards += 1
+        tokens = next(self.batches).to(self.model.device)
+        with torch.no_grad():
+            base_logits = self.model.logits(self.model.base(), tokens)
+        return formulas.kl_penalty(base_logits, self.model.logits(self.pupil, tokens))
 
     @torch.no_grad()
     def _sampled(self, tokens: Tensor) -> Tensor:
@@ -93,21 +102,22 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
     """
     task, base, lr = model.objectives[objective], model.base(), cure.lr * model.lr(objective)
     pupil = fresh(base, cure, seed)
-    capability = Capability(model, pupil, task.capability, seed)
+    text = cure.text or task.capability
+    capability = Capability(model, pupil, text, seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     # Texts are read now, and what a first optimizer imports (a second of CPU time), so that no step pays for it.
-    task.batch(1, torch.Generator()), model.texts[task.capability](1, torch.Generator())
+    task.batch(1, torch.Generator()), next(model.texts[text](1, torch.Generator().manual_seed(2000 + seed)))
     torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
 
     clock = time.process_time if model.device == "cpu" else time.perf_counter
     start = clock()
     kfac = ewc = None
     if cure.kfac:
-        kfac = Kfac(pupil, cure.kfac)
+        freeze(pupil)
+        kfac = Kfac(pupil, cure.kfac, cure.elastic)
         with kfac.capture():
             capability.backward(cure.fill)
         pupil.zero_grad()
-        freeze(pupil)
     if cure.ewc:
         ewc = Ewc(capability, cure.fill)
     optimizer, protection = optimizer_of(pupil, cure, lr, capability)
@@ -123,6 +133,8 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
         value = loss(model, pupil, task, cure.kl, batch)
         if cure.gamma and step % cure.every == 0:
             value = formulas.ptx_loss(value, capability.loss(), cure.gamma)
+        if cure.distil and step % cure.every == 0:
+            value = value + cure.distil * capability.divergence()
         if ewc:
             value = value + ewc.penalty(cure.ewc)
         if not value.isfinite():
@@ -133,12 +145,12 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
         value.backward()
         optimizer.step()
         if kfac:
-            kfac.scale_update()
+            kfac.scale()
         spent += clock() - start
     held = (
         held_bytes(pupil, protection) + (kfac.nbytes() if kfac else 0) + (2 * nbytes(pupil.parameters()) if ewc else 0)
     )
-    held += nbytes(base.parameters()) if task.preferences or cure.kl else 0
+    held += nbytes(base.parameters()) if task.preferences or cure.kl or cure.distil else 0
     return pupil, Cost(1e3 * spent / steps, capability.backwards, held, captured)
 
 
