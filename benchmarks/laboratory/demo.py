@@ -5,6 +5,7 @@ harmful requests, unprotected and under four cures. Writes a picture, a table an
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
@@ -13,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradproj
+import gradproj.nullspace
 from laboratory import report, small
 from laboratory.cures import BASE, Cure
 from laboratory.points import METRICS, Point, points
 from laboratory.report import forgotten
 from laboratory.runs import Plan, Run, cores, make_all
 from laboratory.tiny_lm import load_base
+from laboratory.train import Capability
 from machine import machine
 
 SETTINGS = small.SCALES["cpu"]
@@ -106,6 +110,16 @@ def draw(start: dict[str, Any], of: list[Point], path: Path) -> None:
         )
 
 
+def draw_null_space(model: small.Small, path: Path) -> None:
+    """Which of the model's matrices got which rank, and what curvature is left in them."""
+    pupil, task = copy.deepcopy(model.base()), model.objectives["sft"]
+    capability = Capability(model, pupil, task.capability, FIRST_SEED)
+    protection = gradproj.NullSpace(pupil, share=next(cure.share for cure in CURES if cure.share))
+    with protection.capture():
+        capability.backward(16)
+    gradproj.nullspace.show(protection).savefig(path, dpi=120)
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per cure (default 3)")
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="steps of each (default %(default)s)")
@@ -143,4 +157,5 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     results = {"made": made, "base": start, "runs": finished[1:]}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     draw(start, of, options.out / "alignment_tax.png")
+    draw_null_space(plan.model, options.out / "null_space.png")
     print(f"\n{text}\n\npicture: {options.out / 'alignment_tax.png'}   ({time.perf_counter() - begin:.0f} s)")
