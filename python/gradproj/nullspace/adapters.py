@@ -45,8 +45,8 @@ def is_adapted(module: nn.Module) -> bool:
     return all(isinstance(part, nn.Module) for part in parts)
 
 
-def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[tuple[str, Any]]:
-    """The layers, by their names, whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and
+def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
+    """The layers whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and
     other kinds."""
     found = []
     for full_name, module in model.named_modules():
@@ -73,14 +73,14 @@ def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[tuple[str, A
                 f"NullSpace: {name}: {kind}, so that it would change what the layer makes of protected inputs: "
                 f"{advice}, or leave the layer out with modules="
             )
-        found.append((name, module))
+        found.append(module)
     return found
 
 
-def find(layers: Sequence[tuple[str, Any]], slots: Sequence[Slot]) -> list[Adapter]:
+def find(layers: Sequence[Any], slots: Sequence[Slot]) -> list[Adapter]:
     """The LoRA adapters of these layers that train."""
     by_parameter = {id(slot.get()): slot for slot in slots}
-    pairs = [(m, m.lora_A[key].weight, m.lora_B[key].weight) for _, m in layers for key in m.lora_A]
+    pairs = [(m, m.lora_A[key].weight, m.lora_B[key].weight) for m in layers for key in m.lora_A]
     return [
         Adapter(module, by_parameter[id(down)], by_parameter[id(up)])
         for module, down, up in pairs

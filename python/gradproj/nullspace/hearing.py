@@ -55,9 +55,9 @@ class Hearing(TorchFunctionMode):
             if result is not args[0] and not result._is_view() and self._find(args[0], range(args[0].dim())):
                 self._casts[result] = args[0]
             return result
-        if func is torch.baddbmm and self._folded and args[1].requires_grad and args[2].requires_grad:
+        if func is torch.baddbmm and self._folded and (adapter := self._adapter(*args[1:3])):
             result = func(*args, **kwargs)
-            self._fold(result, args[1], args[2])
+            self._sums[result] = adapter
             return result
         heard = READERS[func](self._find, *args, **kwargs) if func in READERS else None
         return self._listen(func, args, kwargs, *heard) if heard else func(*args, **kwargs)
@@ -76,11 +76,14 @@ class Hearing(TorchFunctionMode):
                 listener.after(call, y)
         return y
 
-    def _fold(self, result: Tensor, left: Tensor, right: Tensor) -> None:
+    def _adapter(self, left: Tensor, right: Tensor) -> tuple[Tensor, int, Slot] | None:
+        """If one of the operands is lora_A of all experts: it, the dimension of its inputs, and lora_B's slot."""
         for operand, inputs in ((left, 1), (right, 2)):
-            at = self._find(operand, [2 - inputs], [inputs - 1], operand.detach()[0])
-            if at is not None and at.slot.name in self._folded:
-                self._sums[result] = operand, inputs, self._folded[at.slot.name]
+            if operand.requires_grad:
+                at = self._find(operand, [2 - inputs], [inputs - 1], operand.detach()[0])
+                if at is not None and at.slot.name in self._folded:
+                    return operand, inputs, self._folded[at.slot.name]
+        return None
 
     def _rescan(self) -> None:
         for slot in self._slots:
