@@ -23,6 +23,20 @@ def test_dora_is_refused_by_name():
         NullSpace(adapted(use_dora=True))
 
 
+def test_a_frozen_dora_beside_it_is_let_be(few):
+    """It is part of what the layer computes, and does not train."""
+    peft = package("peft")
+    model = adapted(use_dora=True)
+    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["0", "2"]))
+    model.base_model.set_adapter(["default", "plain"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("plain" in name)
+    protection, opt, before = protecting(model, few)
+    assert all("plain" in name for name in protection.bases)
+    step_away(model, opt)
+    assert (model(few) - before).abs().max() < 1e-4
+
+
 def test_the_bias_of_an_adapter_is_held(few):
     model = adapted(lora_bias=True)
     protection, opt, before = protecting(model, few)

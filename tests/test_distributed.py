@@ -99,6 +99,10 @@ def test_experts_that_ranks_call_in_other_orders_or_not_at_all(pool, world):
     pool(world, nullspace_checks.experts, nullspace_checks.experts_alone(world))
 
 
+def test_ranks_that_multiply_with_a_bias_and_without(pool):
+    pool(2, nullspace_checks.several_biases)
+
+
 def test_experts_as_slices_of_a_sharded_parameter(pool, world, tmp_path):
     expected = nullspace_checks.stacked_alone(world)
     pool(world, nullspace_checks.stacked_experts, str(tmp_path / "bases.safetensors"), expected)

@@ -64,6 +64,27 @@ def test_experts_on_the_meta_device():
     assert found.gathered == 4 * (attention + lm_head + down + 16 * 640 * 2 * 64)
 
 
+def test_experts_on_a_cpu():
+    """In float32 too, and all of them, though eight tokens reach some."""
+    transformers = package("transformers")
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    settings |= {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model = transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(hidden_size=32, intermediate_size=64, **settings)
+    )
+    assert NullSpace(model).estimate().matrices == 4 + 1 + 2 * 16 + 1
+
+
+def test_it_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.5), nn.Linear(24, 5)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    NullSpace(model, share=0.1).estimate(lambda model: model(torch.zeros(2, 12)))
+    assert model.training and model[1].training and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_another_forward_pass():
     model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 5))
     found = NullSpace(model, share=0.1).estimate(lambda model: model(torch.zeros(1, 12)))

@@ -174,7 +174,7 @@ def test_sketch_finds_the_leading_eigenpairs(ones):
     mix = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
     rows = (torch.randn(tokens, width, dtype=torch.float64) * scales @ mix).float()
     exact, sketch = (
-        Moment(width + ones, ones, columns, torch.device("cpu"), torch.float32) for columns in (None, 2 * rank)
+        Moment(width + ones, ones, columns, torch.device("cpu"), torch.float32, {}) for columns in (None, 2 * rank)
     )
     for part in rows.split(500):
         exact.add(part)
@@ -202,7 +202,7 @@ def test_leading_eigenpairs_without_the_others(fall):
     width, count = 700, 60
     mix = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
     scales = torch.arange(1, width + 1).double().pow(-fall)
-    made = Moment(width, False, None, torch.device("cpu"), torch.float32)
+    made = Moment(width, False, None, torch.device("cpu"), torch.float32, {})
     made.add((torch.randn(2000, width, dtype=torch.float64) * scales @ mix).float())
     whole = made._mean()
     exact = torch.linalg.eigvalsh(whole).flip(0)[:count]

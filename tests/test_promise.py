@@ -97,6 +97,15 @@ def test_every_product_is_heard_wherever_it_is_made(model, reentrant, few):
     model.load_state_dict(before_training)
 
 
+def test_a_backward_pass_where_gradients_are_off(few):
+    """Checkpointing makes the products again in it, and they were not heard."""
+    model = network()
+    with NullSpace(model, share=0.9).capture():
+        loss = checkpoint(model, few.requires_grad_(), use_reentrant=False).square().sum()
+        with torch.no_grad():
+            loss.backward()
+
+
 class Penalty(nn.Module):
     """The loss depends on a weight otherwise than by a product with an input."""
 

@@ -132,6 +132,17 @@ def experts(rank: int, world: int, expected: dict) -> None:
     assert protection.coverage.unused == (0 if world == 4 else 108)
 
 
+def several_biases(rank: int, world: int) -> None:
+    """One rank multiplies with the bias, the others without: refused on all of them."""
+    model = nn.Linear(6, 6)
+    with pytest.raises(NotImplementedError, match="with a bias and without it"):
+        protection = NullSpace(model, group=dist.group.WORLD)
+        with protection.capture():
+            x = _experts_batch(rank)
+            (model(x) if rank == 0 else F.linear(x, model.weight)).square().sum().backward()
+    assert len(protection) == 0
+
+
 class StackedExperts(nn.Module):
     """Four experts as slices of two parameters, of which a rank's tokens reach some."""
 

@@ -14,6 +14,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import tqdm
 
+from gradproj.capture import evaluating
+
 AT_ONCE = 4096  # tokens written together, so that their keys and values take less than a batch's activations
 CHATS = (None, False, True, "turn", "dialogue")
 
@@ -262,18 +264,6 @@ def warn_of_few_tokens(protection: Any) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

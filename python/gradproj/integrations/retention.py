@@ -8,7 +8,8 @@ import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from gradproj.integrations.own_text import evaluating, random_states
+from gradproj.capture import evaluating
+from gradproj.integrations.own_text import random_states
 
 
 class Retention:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.nullspace.hearing import Listener
-from gradproj.nullspace.matrices import Slot, Wanted, without_wrappers
-from gradproj.nullspace.products import READERS, At, Part
+from gradproj.nullspace.matrices import At, Slot, Wanted, without_wrappers
+from gradproj.nullspace.products import Part, read
 from gradproj.nullspace.regions import whole
 
 
@@ -30,24 +30,23 @@ class Adapter(NamedTuple):
         """The adapter's A, told by the inputs and the output gradients of its layer: its own are zero while B is."""
         weight, down = self.down.get(), self.down.module
         at = At(self.down, whole(weight.shape), self.up)
-        reader: Any = READERS[F.linear]
+        func: Any = F.linear
         settings: tuple = ()
         if isinstance(down, nn.modules.conv._ConvNd):
-            reader = READERS[getattr(F, f"conv{weight.dim() - 2}d")]
+            func = getattr(F, f"conv{weight.dim() - 2}d")
             settings = None, down.stride, down.padding, down.dilation, down.groups
-        _, parts = reader(lambda *_: at, x, weight, *settings)
-        return parts
+        heard = read(func, lambda *_: at, (x, weight, *settings), {})
+        return heard[1] if heard else []
 
 
-def is_adapted(module: nn.Module) -> bool:
+def _is_adapted(module: nn.Module) -> bool:
     """A layer under PEFT's LoRA: a frozen base layer and pairs of adapters."""
     parts = (getattr(module, name, None) for name in ("base_layer", "lora_A", "lora_B"))
     return all(isinstance(part, nn.Module) for part in parts)
 
 
 def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
-    """The layers whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and
-    other kinds."""
+    """The layers whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and other kinds."""
     found = []
     for full_name, module in model.named_modules():
         name = without_wrappers(full_name)
@@ -58,14 +57,15 @@ def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
         if not any(p.requires_grad for key, p in module.named_parameters() if not key.startswith("base_layer.")):
             continue
         kind, advice = "", "train a plain LoRA"
-        if not is_adapted(module):
+        if not _is_adapted(module):
             package = type(module).__module__.split(".")[-2]
             kind = f"{package}'s {type(module).__name__} is an adapter that does not add B A x"
         else:
-            for adapter in module.lora_A:
-                if adapter in module.lora_magnitude_vector or adapter in getattr(module, "lora_variant", {}):
-                    variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
-                    variant = "DoRA" if adapter in module.lora_magnitude_vector else variant
+            variants = getattr(module, "lora_variant", {})
+            for adapter, down in module.lora_A.items():
+                is_dora = adapter in module.lora_magnitude_vector
+                if down.weight.requires_grad and (is_dora or adapter in variants):
+                    variant = "DoRA" if is_dora else type(variants[adapter]).__name__
                     kind = f"the adapter {adapter!r} is a {variant}, which does more than add B A x"
                     advice = "train a plain LoRA (for DoRA use_dora=False)"
         if kind:

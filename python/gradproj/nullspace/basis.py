@@ -162,27 +162,3 @@ def _product(matrix: Matrix, basis: Tensor) -> Tensor:
     if bias is not None:
         product.addr_(bias.to(wide), wide[-1])
     return product.to(basis)
-
-
-def report(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> str:
-    """A table in markdown, and a line of totals. Memory that layers share is counted once."""
-    lines = ["| matrix | outputs x inputs | rank | curvature kept | bytes |", "| --- | ---: | ---: | ---: | ---: |"]
-    shared: set[int] = set()
-    total = 0
-    for matrix in matrices:
-        basis = bases[matrix.name]
-        storage = basis.vectors.untyped_storage()
-        held = 0 if storage.data_ptr() in shared else storage.nbytes()
-        held += 0 if basis.target is None else basis.target.nbytes
-        shared.add(storage.data_ptr())
-        total += held
-        outputs, inputs = matrix.shape
-        kept = f"{basis.kept:.1%}" if basis.tokens else "no captured token reached it"
-        lines.append(f"| {matrix.name} | {outputs} x {inputs} | {basis.rank} | {kept} | {held:,} |")
-    weights = sum(matrix.numel for matrix in matrices)
-    fixed = sum(bases[matrix.name].rank * matrix.shape[0] for matrix in matrices) / weights
-    lines.append(
-        f"\n{len(matrices)} matrices, {fixed:.1%} of {weights:,} weights' dimensions fixed, {total / 2**20:.1f} MiB of "
-        "bases"
-    )
-    return "\n".join(lines)

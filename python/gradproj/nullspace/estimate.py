@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradproj.capture import evaluating
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing, experts
 from gradproj.nullspace.matrices import Matrix, Slot
@@ -62,11 +63,9 @@ def estimate(
     sketch: Callable[[Matrix], int | None],
     run: Callable[..., Any],
 ) -> Estimate:
-    """Args:
-    run: makes one forward pass of the model.
-    """
+    """``run`` makes one forward pass of the model; its values do not matter, and it leaves no trace."""
     shapes = _Shapes(sketch)
-    with experts(model, "grouped_mm"), Hearing(slots, [shapes]):
+    with experts(model, "grouped_mm"), evaluating(model), Hearing(slots, [shapes]):
         run(model)
     gather = shapes.gather
     gathered = closing = held = multiply_adds = 0

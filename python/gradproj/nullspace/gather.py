@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradproj.nullspace.matrices import Matrix
-from gradproj.nullspace.moments import Moment, forget_tests, sum_of_squares
+from gradproj.nullspace.moments import Moment, sum_of_squares
 from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.products import Part
 from gradproj.rows.sharding import local_tensors
@@ -79,6 +79,7 @@ class Gather:
         self._numbers: dict[tuple, int] = {}
         self._calls: set[_Call] = set()
         self._recent: list[tuple[weakref.ref[Tensor], tuple, _Call]] = []  # inputs still alive, the newest last
+        self._tests: dict[tuple, Tensor] = {}
         self._begun: list[int] = []  # per moment, how many calls it has had
 
     def number(self, matrix: Matrix) -> int:
@@ -148,7 +149,6 @@ class Gather:
         for call in list(self._calls):
             self._flush(call)
         self._recent = []
-        forget_tests()
 
     def call(self, part: Part, x: Tensor) -> tuple[_Call, int]:
         """Which call a part of one on ``x`` belongs to, and the number of its matrix."""
@@ -157,14 +157,10 @@ class Gather:
 
     def _matrix(self, part: Part) -> int:
         m = self._numbers.get((part.at.slot.name, part.at.region))
-        bias = part.bias and part.bias[:2]
         if m is None:
-            return self.number(Matrix(*part.at, bias))
-        if self.matrices[m].bias_at != bias:
-            raise NotImplementedError(
-                f"NullSpace: {self.matrices[m].name} is multiplied by with a bias and without it, or with several: "
-                "leave it out with modules="
-            )
+            return self.number(Matrix(part.at, part.bias))
+        if self.matrices[m].bias_at != part.bias:
+            raise several_biases(self.matrices[m].name)
         return m
 
     def _call(self, m: int, x: Tensor, reading: tuple) -> _Call:
@@ -193,7 +189,7 @@ class Gather:
         """Of no token yet. ``dtype``: of the inputs."""
         matrix = self.matrices[m]
         kept = torch.float64 if dtype == torch.float64 else torch.float32
-        return Moment(matrix.shape[1], matrix.bias_at is not None, self._sketch(matrix), device, kept)
+        return Moment(matrix.shape[1], matrix.bias_at is not None, self._sketch(matrix), device, kept, self._tests)
 
     def _report(self, heard: _Heard, x: Tensor) -> None:
         if "gradient" not in heard.arrived:
@@ -226,6 +222,12 @@ class Gather:
         if len(rows):
             self.moments[call.moment].add(rows)
         call.rows = call.mask = None
+
+
+def several_biases(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"NullSpace: {name} is multiplied by with a bias and without it, or with several: leave it out with modules="
+    )
 
 
 def _refuse_split_inputs(matrix: Matrix, x: Tensor) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradproj.nullspace.matrices import Slot
-from gradproj.nullspace.products import CASTS, OPENED, READERS, At, Part
+from gradproj.nullspace.matrices import At, Slot
+from gradproj.nullspace.products import CASTS, OPENED, Part, read
 from gradproj.nullspace.regions import Region, locate
 
 
@@ -45,21 +45,21 @@ class Hearing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if func in OPENED:
+        if func in OPENED:  # a backward pass may be made where gradients are off
             with self:
                 return OPENED[func](*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         if func in CASTS and isinstance(args[0], Tensor) and args[0].requires_grad:
             result = func(*args, **kwargs)
             if result is not args[0] and not result._is_view() and self._find(args[0], range(args[0].dim())):
                 self._casts[result] = args[0]
             return result
-        if func is torch.baddbmm and self._folded and (adapter := self._adapter(*args[1:3])):
+        if func is torch.baddbmm and self._folded and len(args) == 3 and (adapter := self._adapter(*args[1:])):
             result = func(*args, **kwargs)
             self._sums[result] = adapter
             return result
-        heard = READERS[func](self._find, *args, **kwargs) if func in READERS else None
+        heard = read(func, self._find, args, kwargs)
         return self._listen(func, args, kwargs, *heard) if heard else func(*args, **kwargs)
 
     def _listen(self, func, args, kwargs, x: Tensor, parts: list[Part]) -> Any:

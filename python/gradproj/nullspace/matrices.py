@@ -26,29 +26,32 @@ class Slot(NamedTuple):
         return self.module._parameters[self.key]  # type: ignore[return-value]
 
 
+class At(NamedTuple):
+    """A part of a parameter; of an adapter that starts at zero lora_A, with the slot of lora_B's weight, the only
+    ``consumer`` of its output."""
+
+    slot: Slot
+    region: Region
+    consumer: Slot | None = None
+
+
 class Matrix:
     """A matrix W [outputs, inputs] that trains, and its bias as one more input, which is always 1.
 
     Attributes:
         name: of the module whose ``weight`` it is, or of the parameter, with the slice: ``experts.gate_up_proj[3]``.
         slot, region, whole: the parameter, its part, and its shape.
-        bias_at: both for the bias; None if none trains.
-        consumer: of an adapter that starts at zero, the slot of lora_B's weight, the only consumer of lora_A's output:
-            products with protected inputs are to be zero, not what they are, and then it may train freely.
+        bias_at: where the bias is; None if none trains.
+        consumer: of an adapter, see :class:`At`: products with protected inputs are to be zero, not what they are, and
+            then it may train freely.
     """
 
-    def __init__(
-        self,
-        slot: Slot,
-        region: Region,
-        consumer: Slot | None = None,
-        bias: tuple[Slot, Region] | None = None,
-    ):
-        self.slot, self.region, self.bias_at, self.consumer = slot, region, bias, consumer
-        self.whole = slot.get().shape
-        stem = slot.name.removesuffix(".weight") if slot.name != "weight" else ""
-        label = region.label(slot.get().shape)
-        self.name = f"{slot.name}{label}" if label or slot.key != "weight" else stem
+    def __init__(self, at: At, bias: At | None = None):
+        self.slot, self.region, self.consumer = at
+        self.bias_at, self.whole = bias, self.slot.get().shape
+        label = self.region.label(self.whole)
+        of_module = self.slot.key == "weight" and not label
+        self.name = self.slot.name[: -len(".weight")] if of_module else f"{self.slot.name}{label}"
 
     @property
     def key(self) -> tuple:
@@ -57,7 +60,7 @@ class Matrix:
 
     def address(self) -> tuple:
         """Names and numbers that :func:`at_address` makes it of again."""
-        bias = self.bias_at and (self.bias_at[0].name, *self.bias_at[1])
+        bias = self.bias_at and (self.bias_at.slot.name, *self.bias_at.region)
         return self.slot.name, tuple(self.whole), tuple(self.region), bias, self.consumer and self.consumer.name
 
     def rows(self, gradient: bool = False) -> Rows:
@@ -69,10 +72,10 @@ class Matrix:
     def bias_rows(self, gradient: bool = False) -> Tensor | None:
         """This rank's rows of the bias, or of its gradient; None if there is none."""
         bias = None if self.bias is None else self.bias.grad if gradient else self.bias.detach()
-        return None if self.bias_at is None or bias is None else on_rank(self.bias_at[1], bias, self.name).part
+        return None if self.bias_at is None or bias is None else on_rank(self.bias_at.region, bias, self.name).part
 
     def without_consumer(self) -> "Matrix":
-        return Matrix(self.slot, self.region, None, self.bias_at)
+        return Matrix(At(self.slot, self.region), self.bias_at)
 
     @property
     def to_zero(self) -> bool:
@@ -85,7 +88,7 @@ class Matrix:
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return None if self.bias_at is None else self.bias_at[0].get()
+        return None if self.bias_at is None else self.bias_at.slot.get()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -94,7 +97,7 @@ class Matrix:
 
     @property
     def slots(self) -> list[Slot]:
-        found = (self.slot, self.bias_at and self.bias_at[0], self.consumer)
+        found = (self.slot, self.bias_at and self.bias_at.slot, self.consumer)
         return [slot for slot in found if slot is not None]
 
     @property
@@ -135,8 +138,8 @@ def at_address(name: str, address: Sequence[Any], slots: Mapping[str, Slot]) -> 
         raise ValueError(
             f"NullSpace: parameter {weight!r} has shape {shape}, but the basis {name!r} is of one with {tuple(whole)}"
         )
-    at_bias = (slots[bias[0]], _region(bias[1:])) if bias else None
-    return Matrix(slots[weight], _region(region), slots[consumer] if consumer else None, at_bias)
+    at_bias = At(slots[bias[0]], _region(bias[1:])) if bias else None
+    return Matrix(At(slots[weight], _region(region), slots[consumer] if consumer else None), at_bias)
 
 
 def _region(fields: Sequence[Any]) -> Region:
@@ -188,8 +191,8 @@ def unreached(matrices: Sequence[Matrix], slots: Sequence[Slot], reached: Collec
             bias = free.get(f"{slot.name.removesuffix(slot.key)}bias")
             at_bias = None
             if bias is not None and slot.key == "weight" and bias.get().shape == slot.get().shape[:1]:
-                at_bias = bias, whole(bias.get().shape)
-            found.append(Matrix(slot, whole(slot.get().shape), None, at_bias))
+                at_bias = At(bias, whole(bias.get().shape))
+            found.append(Matrix(At(slot, whole(slot.get().shape)), at_bias))
     return found
 
 
@@ -197,8 +200,9 @@ def refuse_overlaps(matrices: Sequence[Matrix]) -> None:
     """Refuse matrices that share elements of a parameter: both cannot be pinned exactly."""
     regions: dict[str, set[Region]] = {}
     for matrix in matrices:
-        for slot, region in (matrix.slot, matrix.region), *([matrix.bias_at] if matrix.bias_at else []):
-            regions.setdefault(slot.name, set()).add(region)
+        for at in (matrix, matrix.bias_at):
+            if at is not None:
+                regions.setdefault(at.slot.name, set()).add(at.region)
     for name, mine in regions.items():
         if any(a.overlaps(b) for a, b in combinations(mine, 2)):
             raise NotImplementedError(

@@ -20,14 +20,23 @@ class Moment:
         width: inputs, the bias's 1 included.
         ones: the last input is a bias's.
         sketch: columns of the sketch; None holds the matrix.
+        tests: where the moments of a capture keep Q, of which those of one width share one.
     Attributes:
         sum: of x x^T, above the diagonal unfinished, or Y; empty before the first token and after :meth:`eigenvectors`.
         tokens: how many were added.
         trace: of the sum.
     """
 
-    def __init__(self, width: int, ones: bool, sketch: int | None, device: torch.device, dtype: torch.dtype):
-        self.width, self.ones = width, ones
+    def __init__(
+        self,
+        width: int,
+        ones: bool,
+        sketch: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        tests: dict[tuple, Tensor],
+    ):
+        self.width, self.ones, self._tests = width, ones, tests
         self.sketch = sketch if sketch is not None and sketch < width else None
         self.tokens = 0
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
@@ -41,9 +50,18 @@ class Moment:
             self.sum = self.sum.new_zeros(self.width, self.sketch or self.width)
         return self.sum
 
+    def _test(self, like: Tensor) -> Tensor:
+        """Q, the same on every rank."""
+        key = self.width, self.sketch, like.device, like.dtype
+        if key not in self._tests:
+            generator = torch.Generator().manual_seed(self.width)
+            gaussian = torch.randn(self.width, self.sketch or 0, generator=generator, dtype=torch.float32)
+            self._tests[key] = torch.linalg.qr(gaussian).Q.to(like)
+        return self._tests[key]
+
     def _times_test(self, t: Tensor) -> Tensor:
         """``t`` [.., width] times Q."""
-        return t if self.sketch is None else t @ _test(self.width, self.sketch, t.device, t.dtype)
+        return t if self.sketch is None else t @ self._test(t)
 
     def add(self, rows: Tensor) -> None:
         """[tokens, inputs] without the bias's column."""
@@ -85,7 +103,7 @@ class Moment:
                 values, vectors = _leading(mean, count)
             else:
                 if self.sketch is not None:
-                    values, vectors = _nystrom(mean, _test(self.width, self.sketch, mean.device, mean.dtype))
+                    values, vectors = _nystrom(mean, self._test(mean))
                 else:
                     values, vectors = torch.linalg.eigh(mean)
                 values, vectors = values.flip(0), vectors.flip(1)
@@ -120,22 +138,6 @@ def _leading(mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
     wide = basis.double()
     values, vectors = _nystrom(mean @ wide, wide)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
-
-
-_tests: dict[tuple, Tensor] = {}  # by size, device and dtype; emptied when a capture ends
-
-
-def _test(width: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Q: the same for all moments of one width, and on every rank."""
-    key = width, columns, device, dtype
-    if key not in _tests:
-        gaussian = torch.randn(width, columns, generator=torch.Generator().manual_seed(width), dtype=torch.float32)
-        _tests[key] = torch.linalg.qr(gaussian).Q.to(device, dtype)
-    return _tests[key]
-
-
-def forget_tests() -> None:
-    _tests.clear()
 
 
 def sum_of_squares(t: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class NullSpace(Protection):
         for name, word, known in (("space", space, ("weights", "gradient")), ("rest", rest, ("hold", "train"))):
             if word not in known:
                 raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
-        self.model, self.share, self.max_rank, self.modules = model, share, max_rank, modules
+        self.model, self.share, self.max_rank = model, share, max_rank
         self.space, self.rest, self.every, self.group = space, rest, every, group
         self._last: Pin | None = None
         self._told_of_nothing = False
@@ -183,25 +183,27 @@ class NullSpace(Protection):
             reached = {slot.name for slot in self._slots if slot.get().grad is not None}
             empty = all(p.grad is None for p in self._trained())
         gather.end()
-        group = group_of(self.model, self.group, self.sharding, gather.ddp)
-        sum_over_ranks(gather, self._slots, reached, group)
+        sum_over_ranks(gather, self._slots, reached, group_of(self.model, self.group, self.sharding, gather.ddp))
         if not any(gather.tokens):
             raise RuntimeError(f"NullSpace: {aside.why_empty() if empty else gather.why_nothing()}")
         with without_autocast(self._slots[0].get().device):
-            add_earlier(gather, self.bases)
-            refuse_overlaps(gather.matrices)
-            # Held is what captured inputs were multiplied by without any gradient: it may be a router's, of which only
-            # the largest output counts.
-            silent = {m.slot.name for m in gather.matrices} - gather.names_with_tokens()
-            gather.order([m for m, matrix in enumerate(gather.matrices) if matrix.slot.name not in silent])
-            for matrix in unreached(gather.matrices, self._slots, reached | silent):
-                gather.number(matrix)
-            bases = make_bases(gather, self.share, self._most)
-        self._protect(gather.matrices, bases)
+            self._close(gather, reached)
+
+    def _close(self, gather: Gather, reached: set[str]) -> None:
+        """What was gathered on all ranks becomes the bases. ``reached``: parameters that a gradient has reached."""
+        add_earlier(gather, self.bases)
+        refuse_overlaps(gather.matrices)
+        # Held is what captured inputs were multiplied by without any gradient: it may be a router's, of which only the
+        # largest output counts.
+        silent = {m.slot.name for m in gather.matrices} - gather.names_with_tokens()
+        gather.order([m for m, matrix in enumerate(gather.matrices) if matrix.slot.name not in silent])
+        for matrix in unreached(gather.matrices, self._slots, reached | silent):
+            gather.number(matrix)
+        self._protect(gather.matrices, make_bases(gather, self.share, self._most))
         # Adapters become blind at once; elsewhere W U = B holds already.
         PinLists([matrix for matrix in self.matrices if matrix.to_zero], self.bases).pin()
         if self.rest == "hold" and (warning := coverage.warning(self.model, self.matrices)):
-            warnings.warn(warning, RuntimeWarning, stacklevel=4)
+            warnings.warn(warning, RuntimeWarning, stacklevel=5)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]

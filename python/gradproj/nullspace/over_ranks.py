@@ -2,6 +2,7 @@
 have."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradproj.nullspace.basis import regroup
-from gradproj.nullspace.gather import Gather
+from gradproj.nullspace.gather import Gather, several_biases
 from gradproj.nullspace.matrices import Slot, at_address
 from gradproj.rows.sharding import Sharding, all_reduce
 
@@ -73,8 +74,11 @@ def sum_over_ranks(gather: Gather, slots: Sequence[Slot], reached: set[str], gro
         )
     reached.update(*reached_on)
     addresses = sorted({a for theirs in numbers_of for a in theirs}, key=lambda a: _place(a, places))
-    by_name = {slot.name: slot for slot in slots}
-    gather.order([gather.number(at_address("", address, by_name)) for address in addresses])
+    found = [at_address("", address, {slot.name: slot for slot in slots}) for address in addresses]
+    for one, other in pairwise(found):
+        if one.key == other.key:
+            raise several_biases(one.name)
+    gather.order([gather.number(matrix) for matrix in found])
     keys = [tuple(theirs.get(address) for theirs in numbers_of) for address in addresses]
     regroup(gather, [key if any(n is not None for n in key) else None for key in keys])
 

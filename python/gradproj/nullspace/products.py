@@ -3,25 +3,16 @@
 import functools
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradproj.nullspace.matrices import Slot
-from gradproj.nullspace.regions import Region
+from gradproj.nullspace.matrices import At
 
 SMALLEST = 32  # weights of a slice; what is smaller, such as a depthwise filter, is held as a norm is
-
-
-class At(NamedTuple):
-    """Where an operand is: a parameter and its part; with ``consumer``, of an adapter, lora_A, and lora_B's slot."""
-
-    slot: Slot
-    region: Region
-    consumer: Slot | None = None
 
 
 class Part(NamedTuple):
@@ -70,8 +61,10 @@ def _matmul(find: Find, a, b, bias=None) -> Heard | None:
         forms += [(a, b, "eti", "eio", "eto"), (b, a, "eit", "eoi", "eot")]
     elif b.dim() == 3 and a.dim() == 2:
         forms.append((a, b, "ti", "eio", "eto"))
-    if a.dim() == 2 and b.dim() >= 2:
-        forms.append((b, a, f"{many[: b.dim() - 2]}it", "oi", f"{many[: b.dim() - 2]}ot"))
+    if a.dim() == 2:
+        tokens = many[: b.dim() - 2] if b.dim() > 1 else ""
+        after = "t" if b.dim() > 1 else ""
+        forms.append((b, a, f"{tokens}i{after}", "oi", f"{tokens}o{after}"))
     return _first(find, forms, bias)
 
 
@@ -198,7 +191,7 @@ def _pixels(y: Tensor, dims: int, groups: int, group: int) -> Tensor:
     return y.reshape(-1, y.shape[-1]).chunk(groups, 1)[group]
 
 
-def _grouped_mm(find: Find, a, b, *, offs=None, bias=None, **_) -> Heard | None:
+def _grouped_mm(find: Find, a, b, offs=None, bias=None, out_dtype=None) -> Heard | None:
     if offs is None or bias is not None or (a.dim(), b.dim()) != (2, 3) or not b.requires_grad:
         return None
     parts = []
@@ -216,16 +209,41 @@ def _between(t: Tensor, begin: int, end: int) -> Tensor:
     return t[begin:end]
 
 
-READERS: dict[Any, Callable[..., Heard | None]] = {
+def _by_position(reader: Callable, *settings: str) -> Callable[..., Heard | None]:
+    """The reader of a function whose operands may be given by name; torch has several names for the second."""
+    first = ("self", "input", "mat_a", "mat1", "batch1")
+
+    def read(find: Find, *args, **kwargs) -> Heard | None:
+        operands = sorted(kwargs.keys() - set(settings), key=lambda k: first.index(k) if k in first else len(first))
+        return reader(find, *args, *map(kwargs.get, operands), **{k: kwargs[k] for k in settings if k in kwargs})
+
+    return read
+
+
+_product, _sum = _by_position(_matmul), _by_position(_addmm, "beta", "alpha")
+_READERS: dict[Any, Callable[..., Heard | None]] = {
     F.linear: _linear,
-    **dict.fromkeys([torch.matmul, torch.mm, torch.bmm], _matmul),
-    **dict.fromkeys([Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm], _matmul),
+    **dict.fromkeys([torch.matmul, torch.mm, torch.bmm], _product),
+    **dict.fromkeys([Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm], _product),
     Tensor.__rmatmul__: lambda find, a, b: _matmul(find, b, a),
-    **dict.fromkeys([torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm], _addmm),
+    **dict.fromkeys([torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm], _sum),
     torch.einsum: _einsum,
     **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
-    **dict.fromkeys([torch._grouped_mm, getattr(F, "grouped_mm", torch._grouped_mm)], _grouped_mm),
+    **dict.fromkeys(
+        [torch._grouped_mm, getattr(F, "grouped_mm", torch._grouped_mm)],
+        _by_position(_grouped_mm, "offs", "bias", "out_dtype"),
+    ),
 }
+
+
+def read(func: Any, find: Find, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Heard | None:
+    """What a call of ``func`` is heard as; None if it is no product with a parameter. One into ``out=`` has no
+    gradient."""
+    if func not in _READERS or kwargs.get("out") is not None:
+        return None
+    return _READERS[func](find, *args, **{name: value for name, value in kwargs.items() if name != "out"})
+
+
 # Functions whose result has the values of their first argument, in another dtype or place.
 CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16,
          Tensor.contiguous, Tensor.clone, torch.clone}  # fmt: skip
@@ -243,5 +261,7 @@ def _opened(function: types.FunctionType) -> types.FunctionType:
 
 
 # Attention multiplies inside; gradient checkpointing does everything again in the backward pass.
-INSIDE = [F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad]
-OPENED: dict[Any, Callable] = {function: _opened(function) for function in INSIDE}  # type: ignore[arg-type]
+OPENED: dict[Any, Callable] = {
+    function: _opened(function)  # type: ignore[arg-type]
+    for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+}

@@ -37,16 +37,10 @@ class Region(NamedTuple):
 
     def matrix(self, whole: Tensor) -> Tensor:
         """[outputs, inputs] view of what has the parameter's shape; a vector [outputs] without inputs."""
-        return self.as_matrix(self.cut(whole))
-
-    def as_matrix(self, part: Tensor) -> Tensor:
         used = self.outputs + self.inputs
-        others = [d for d in range(part.dim()) if d not in used]
-        part = part.permute(*others, *used)
-        shape = [math.prod(part.shape[len(others) :][: len(self.outputs)])]
-        if self.inputs:
-            shape.append(self.shape[1])
-        return part.view(shape)
+        others = [d for d in range(whole.dim()) if d not in used]
+        part = self.cut(whole).permute(*others, *used)
+        return part.view(self.shape if self.inputs else self.shape[:1])
 
     def overlaps(self, other: "Region") -> bool:
         return all(a < d and c < b for (a, b), (c, d) in zip(self.ranges, other.ranges, strict=True))
@@ -63,9 +57,9 @@ class Region(NamedTuple):
         return f"[{','.join(shown)}]" if shown else ""
 
 
-def whole(shape: Sequence[int], outputs: tuple[int, ...] = (0,)) -> Region:
-    inputs = tuple(d for d in range(len(shape)) if d not in outputs)
-    return Region(tuple((0, n) for n in shape), outputs, inputs)
+def whole(shape: Sequence[int]) -> Region:
+    """All of a parameter, its first dimension the outputs."""
+    return Region(tuple((0, n) for n in shape), (0,), tuple(range(1, len(shape))))
 
 
 def locate(base: Tensor, part: Tensor, outputs: Sequence[int], inputs: Sequence[int] = ()) -> Region | None:
