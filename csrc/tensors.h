@@ -131,6 +131,7 @@ class Rows {
   }
   void set_layout(int64_t num_rows, std::vector<int64_t> part, int64_t parts) {
     if (parts < 0 || parts > INT32_MAX) throw PlanError("gradproj: num_parts out of range");
+    if (place_ == Place{}) throw PlanError("gradproj: no tensor among the buffers");
     if ((parts > 0) == part.empty()) throw PlanError("gradproj: parts and num_parts go together");
     layout_ = {num_rows, std::move(part), std::max(1, static_cast<int>(parts))};
   }

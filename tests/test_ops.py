@@ -57,3 +57,12 @@ def test_compiled_projection_equals_eager(on, inductor):
     for a, b, c in zip(eager, g, doubled, strict=True):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(2 * a, c)
+
+
+def test_a_call_without_a_tensor_is_refused_in_words():
+    """The public functions make none; there is no device to make the result on."""
+    cpu = gradproj.backends()["cpu"]
+    if cpu.reason:
+        pytest.skip(cpu.reason)
+    with pytest.raises(RuntimeError, match="no tensor among the buffers"):
+        cpu.op("gram")([None, None], 2, torch.ones(1, 1, dtype=torch.float64))

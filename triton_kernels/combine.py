@@ -78,9 +78,9 @@ def combine(table: Table, weights: Tensor) -> None:
 
 @implement
 def combine_(
-    grads: list[Tensor], directions: list[Tensor | None], weights: Tensor, parts: Sequence[int] = (), num_parts: int = 0
+    grads: list[Tensor], directions: list[Tensor | None], weights: Tensor, part: Sequence[int] = (), num_parts: int = 0
 ) -> None:
     """The op ``combine_``; see ``gradproj.kernels.ops``."""
-    table = Table.to_write(grads, directions, parts, num_parts)
+    table = Table.to_write(grads, directions, part, num_parts)
     check_small(weights, (table.num_rows,), table, "weights")
     combine(table, weights)

@@ -166,9 +166,9 @@ def products(table: Table, gram_dd: Tensor | None, rule: Rule | None = None) -> 
 @implement
 def gram(
     rows: list[Tensor | None], num_rows: int, gram_dd: Tensor | None = None,
-    parts: Sequence[int] = (), num_parts: int = 0,
+    part: Sequence[int] = (), num_parts: int = 0,
 ) -> Tensor:  # fmt: skip
     """The op ``gram``; see ``gradproj.kernels.ops``."""
-    table = Table.of(rows, num_rows, parts, num_parts, written=False)
+    table = Table.of(rows, num_rows, part, num_parts, written=False)
     check_small(gram_dd, (num_rows - 1, num_rows - 1), table, "gram_dd")
     return products(table, gram_dd)[0]

@@ -15,11 +15,11 @@ from gradproj.triton_kernels.weights import weights
 @implement
 def project_(
     grads: list[Tensor], directions: list[Tensor | None], method: str, gamma: float, eps: float,
-    gram_dd: Tensor | None = None, parts: Sequence[int] = (), num_parts: int = 0,
+    gram_dd: Tensor | None = None, part: Sequence[int] = (), num_parts: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op ``project_``; see ``gradproj.kernels.ops``. Up to 8 directions take three launches: Gram, its finish with
     the weights, combine."""
-    table = Table.to_write(grads, directions, parts, num_parts)
+    table = Table.to_write(grads, directions, part, num_parts)
     check_small(gram_dd, (table.num_rows - 1, table.num_rows - 1), table, "gram_dd")
     gram, found = products(table, gram_dd, Rule(method, gamma, eps))
     if found is None:

@@ -63,20 +63,20 @@ class Table(NamedTuple):
     num_rows: int
     lead: tuple[int, ...]  # leading dimensions of Gram and weights: (num_parts,), or () where all columns are one part
     launches: list[Launch]
-    bounds: Tensor  # [parts + 1] int64: part p has the slots bounds[p] .. bounds[p + 1] of all launches
+    bounds: Tensor  # [P + 1] int64: part p has the slots bounds[p] .. bounds[p + 1] of all launches
     slots: int
     memory: Tensor
     ready: torch.cuda.Event | None
 
     @staticmethod
-    def to_write(grads, directions, parts, num_parts: int) -> "Table":
+    def to_write(grads, directions, part, num_parts: int) -> "Table":
         """For an op that writes ``grads``."""
         if not grads or len(directions) % len(grads):
             raise Refused("gradproj: rows of different length")
-        return Table.of([*grads, *directions], 1 + len(directions) // len(grads), parts, num_parts, written=True)
+        return Table.of([*grads, *directions], 1 + len(directions) // len(grads), part, num_parts, written=True)
 
     @staticmethod
-    def of(rows: list[Tensor | None], num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> "Table":
+    def of(rows: list[Tensor | None], num_rows: int, part: Sequence[int], num_parts: int, written: bool) -> "Table":
         """For an op with these buffers, as ``gradproj.kernels.ops`` describes them, which writes row 0 if ``written``.
         Raises :class:`Refused`."""
         threads = THREADS if num_rows <= FEW_ROWS else THREADS_OF_MANY
@@ -85,8 +85,8 @@ class Table(NamedTuple):
             raise Refused("gradproj: no tensor among the buffers")
         absent = tuple(i for i, t in enumerate(rows) if t is None) if len(present) < len(rows) else ()
         device = present[0].device
-        key = (device, num_rows, num_parts, tuple(parts), written, threads, absent, validate.signature(present))
-        return keep(key, device, lambda: _build(device, rows, num_rows, parts, num_parts, written, threads))
+        key = (device, num_rows, num_parts, tuple(part), written, threads, absent, validate.signature(present))
+        return keep(key, device, lambda: _build(device, rows, num_rows, part, num_parts, written, threads))
 
 
 def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: str) -> None:
@@ -99,9 +99,9 @@ def check_small(t: Tensor | None, shape: tuple[int, ...], table: Table, name: st
         )
 
 
-def _build(device, rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
-    refusing(_check, rows, num_rows, parts, num_parts, written)
-    found = _columns(rows, num_rows, parts)
+def _build(device, rows, num_rows: int, part: Sequence[int], num_parts: int, written: bool, threads: int) -> Table:
+    refusing(_check, rows, num_rows, part, num_parts, written)
+    found = _columns(rows, num_rows, part)
     most = 4  # interpreted
     if device.type == "cuda":  # so many that their loads, 16 bytes a thread and row, keep BYTES_IN_FLIGHT
         each = min(8, max(2, BYTES_IN_FLIGHT // (16 * threads * num_rows))) if num_rows <= FEW_ROWS else 2
@@ -123,13 +123,13 @@ def _build(device, rows, num_rows: int, parts: Sequence[int], num_parts: int, wr
     return Table(num_rows, lead, launches, on_device, int(bounds[-1]), memory, ready)
 
 
-def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: bool) -> None:
+def _check(rows, num_rows: int, part: Sequence[int], num_parts: int, written: bool) -> None:
     count = len(rows) // num_rows
     if len(rows) != count * num_rows:
         raise ValueError("gradproj: rows of different length")
-    if bool(num_parts) != bool(parts) or len(parts) not in (0, count):
+    if bool(num_parts) != bool(part) or len(part) not in (0, count):
         raise ValueError("gradproj: parts: one number per buffer, and num_parts")
-    if any(not 0 <= part < num_parts for part in parts):
+    if any(not 0 <= number < num_parts for number in part):
         raise ValueError("gradproj: parts: a number is not below the number of parts")
     lists = [rows[r * count : (r + 1) * count] for r in range(num_rows)]
     validate.check("gradproj", lists, [f"row {r}: buffer" for r in range(num_rows)], range(count), written, "triton")
@@ -138,13 +138,13 @@ def _check(rows, num_rows: int, parts: Sequence[int], num_parts: int, written: b
         raise ValueError(f"gradproj: buffers on {len(devices)} devices")
 
 
-def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list[int]]]:
+def _columns(rows, num_rows: int, part: Sequence[int]) -> dict[tuple, list[list[int]]]:
     """Columns grouped by the rows present, their dtypes and dimensions (0 if dense), ascending by part, without empty
     ones. A column is listed as its part and numel, then what follows a :class:`Segment`."""
     found: dict[tuple, list[list[int]]] = {}
     count = len(rows) // num_rows
-    parts = parts or [0] * count
-    for i in sorted(range(count), key=parts.__getitem__):
+    part = part or [0] * count
+    for i in sorted(range(count), key=part.__getitem__):
         column = {r: t for r, t in enumerate(rows[i::count]) if t is not None}
         tensors = list(column.values())
         if not tensors or not tensors[0].numel():
@@ -154,7 +154,7 @@ def _columns(rows, num_rows: int, parts: Sequence[int]) -> dict[tuple, list[list
             sizes, strides = [], [[]] * len(tensors)
         rows_at = [n for t, s in zip(tensors, strides, strict=True) for n in (t.data_ptr(), *s)]
         key = tuple(column), tuple(t.dtype for t in tensors), len(sizes)
-        found.setdefault(key, []).append([parts[i], tensors[0].numel(), *sizes, *rows_at])
+        found.setdefault(key, []).append([part[i], tensors[0].numel(), *sizes, *rows_at])
     return found
 
 
