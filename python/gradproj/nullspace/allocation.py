@@ -46,13 +46,13 @@ def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
 
 def rates(left: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
     """Factors of the layers' learning rates: m_l = 1 / (1 + left_l / c), with c such that 1 - m_l is ``damping`` in the
-    mean over the weights. At most 16 different ones, in (0, 1]; their mean is exact.
+    mean over the weights. At most 16 different ones, in (0, 1]; their mean is exact. All 1 if nothing is left.
 
     ``left`` is the curvature that each layer's kept directions leave, ``weights`` how many weights it has.
     """
     if not 0.0 <= damping < 1.0:
         raise ValueError(f"damping must be in [0, 1), got {damping}")
-    if damping == 0.0:
+    if damping == 0.0 or not any(left):
         return [1.0] * len(left)
     curved = sum(w for x, w in zip(left, weights, strict=True) if x > 0) / sum(weights)
     if damping >= curved:

@@ -42,8 +42,10 @@ class Basis(NamedTuple):
 
     @property
     def left(self) -> float:
-        """The mean curvature of what is not kept."""
-        trace = max(0.0, self.curvature.trace - float(self.curvature.values[: self.rank].sum()))
+        """The mean curvature of what is not kept; 0 below rounding."""
+        trace = self.curvature.trace - float(self.curvature.values[: self.rank].sum())
+        if trace < 1e-6 * self.curvature.trace:
+            return 0.0
         return self.curvature.scale * trace / max(1, self.curvature.inputs - self.rank)
 
     @property
@@ -100,8 +102,8 @@ def add_earlier(gather: Gather, bases: Mapping[str, Basis]) -> None:
 def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None]) -> dict[str, Basis]:
     """Moments and output gradients become the matrices' bases. A matrix that no token has reached gets one of rank 0.
 
-    Only leading eigenpairs are computed: twice as many as the share would be, and more where all are kept. Moments
-    are taken one at a time, so that beside them and the bases this holds twice one moment.
+    Only leading eigenpairs are computed: as many as the share would be, and more where what is left would be kept too,
+    going by how they fall. Moments are taken one at a time, so that beside them and the bases this holds twice one.
 
     Args:
         share: of all weights' dimensions that bases may fix.
@@ -112,30 +114,35 @@ def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None
     """
     numbers = [number if gather.tokens[m] else None for m, number in enumerate(gather.moment_of)]
     for matrix, number, squares in zip(gather.matrices, numbers, gather.squares, strict=True):
-        if number is not None and not (gather.moments[number].sum.isfinite().all() and squares.isfinite()):
+        if number is not None and not (gather.moments[number].is_finite() and squares.isfinite()):
             raise RuntimeError(f"NullSpace: inputs or gradients of layer {matrix.name} were not finite in the capture")
     users: dict[int, list[int]] = {}
     for m, number in enumerate(numbers):
         if number is not None:
             users.setdefault(number, []).append(m)
     curvatures = [Curvature(0.0, torch.zeros(0, dtype=torch.float64), 0.0, *matrix.shape) for matrix in gather.matrices]
-    counts = {number: max(16, math.ceil(2 * share * gather.moments[number].width)) for number in users}
+    counts = {number: max(16, math.ceil(share * gather.moments[number].width)) for number in users}
     again = set(users)
     while again:
+        expected = list(curvatures)
         with progress("eigenvalues", "moments", len(again)) as tick:
             for number in again:
-                moment = gather.moments[number]
-                values = moment.eigenvalues(counts[number]).cpu()
-                for m in users[number]:
-                    scale = float(gather.squares[m]) / gather.tokens[m]
-                    kept = values[: most(gather.matrices[m])]
-                    curvatures[m] = Curvature(scale, kept, moment.mean_trace, *gather.matrices[m].shape)
+                gather.moments[number].eigenvalues(counts[number])
                 tick()
-        ranks = allocation.ranks(curvatures, share)
-        again = {n for n, mine in users.items() if counts[n] in (ranks[m] for m in mine) and gather.moments[n].has_more}
+        for number, mine in users.items():
+            moment = gather.moments[number]
+            for m in mine:
+                scale, (outputs, inputs) = float(gather.squares[m]) / gather.tokens[m], gather.matrices[m].shape
+                largest = most(gather.matrices[m])
+                values = moment.values[:largest]
+                curvatures[m] = Curvature(scale, values, moment.mean_trace, outputs, inputs)
+                expected[m] = curvatures[m]._replace(values=moment.expected_values()[:largest])
+        ranks = allocation.ranks(expected, share)
+        needed = {number: max(ranks[m] for m in mine) for number, mine in users.items()}
+        again = {n for n, rank in needed.items() if rank >= counts[n] and gather.moments[n].has_more}
         for number in again:
-            counts[number] *= 2
-    vectors = {n: spaced(gather.moments[n].eigenvectors(max(ranks[m] for m in mine))) for n, mine in users.items()}
+            counts[number] = needed[number] + needed[number] // 4 + 8
+    vectors = {n: spaced(gather.moments[n].eigenvectors(rank)) for n, rank in needed.items()}
     bases = {}
     for matrix, number, rank, curvature in zip(gather.matrices, numbers, ranks, curvatures, strict=True):
         if number is None:

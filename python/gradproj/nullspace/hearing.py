@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradproj.nullspace.matrices import At, Slot
-from gradproj.nullspace.products import CASTS, OPENED, Part, read
+from gradproj.nullspace.products import CASTS, HEARD, OPENED, Part, read
 from gradproj.nullspace.regions import Region, locate
 
 
@@ -45,6 +45,8 @@ class Hearing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in HEARD:  # most calls, attributes of tensors among them
+            return func(*args, **kwargs)
         if func in OPENED:  # a backward pass may be made where gradients are off
             with self:
                 return OPENED[func](*args, **kwargs)

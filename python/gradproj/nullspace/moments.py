@@ -1,11 +1,14 @@
 """Second moments of inputs, exact or sketched, and their leading eigenpairs."""
 
+import math
+
 import torch
 from torch import Tensor
 
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 BLOCK = 256  # columns of an exact moment that are added to at once
 SMALL = 512  # inputs up to which all eigenpairs are as fast as the leading ones
+STEPS = 10  # products of the block Lanczos method
 
 
 class Moment:
@@ -25,6 +28,7 @@ class Moment:
         sum: of x x^T, above the diagonal unfinished, or Y; empty before the first token and after :meth:`eigenvectors`.
         tokens: how many were added.
         trace: of the sum.
+        values: the eigenvalues that are known, see :meth:`eigenvalues`.
     """
 
     def __init__(
@@ -42,7 +46,8 @@ class Moment:
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
         self.sum = torch.zeros(0, dtype=dtype, device=device)
         self.has_more = True  # eigenvalues than have been computed
-        self._values = self._vectors = self.sum
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self._vectors = self.sum
 
     def whole_sum(self) -> Tensor:
         """The sum, zeros before the first token."""
@@ -93,57 +98,76 @@ class Moment:
     def mean_trace(self) -> float:
         return float(self.trace) / max(1, self.tokens)
 
+    def is_finite(self) -> bool:
+        """No element of a sum of x x^T is larger than the largest on its diagonal."""
+        return bool((self.sum if self.sketch is not None else self.sum.diagonal()).isfinite().all())
+
     def eigenvalues(self, count: int) -> Tensor:
-        """At most ``count`` leading ones of the mean, descending, float64; without those below rounding. Their vectors
-        are kept; the sum too, if there may be more."""
-        if self.has_more:
-            mean = self._mean()
-            self.has_more = self.sketch is None and self.width > SMALL and 2 * count <= self.width
-            if self.has_more:
-                values, vectors = _leading(mean, count)
-            else:
-                if self.sketch is not None:
-                    values, vectors = _nystrom(mean, self._test(mean))
-                else:
-                    values, vectors = torch.linalg.eigh(mean)
-                values, vectors = values.flip(0), vectors.flip(1)
-                self.sum = self.sum.new_empty(0)
-            self._values = values[values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)]
-            self._vectors = vectors[:, : len(self._values)].to(self.sum.dtype)
-        return self._values
+        """At most ``count`` leading ones of the mean, descending, float64 on the CPU; without those below rounding.
+        Their vectors are kept; the sum too, if there may be more."""
+        self.has_more = self.sketch is None and self.width > SMALL and 8 * count <= self.width
+        if self.sketch is not None:
+            values, vectors = _nystrom(self.sum.double(), self._test(self.sum).double())
+        else:
+            below = self.sum.tril(-1)
+            self.sum.tril_().add_(below.T)
+            del below
+            values, vectors = _leading(self.sum, count) if self.has_more else torch.linalg.eigh(self.sum)
+        values = values.double().flip(0).cpu() / max(1, self.tokens)
+        self.values = values[values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)]
+        self._vectors = vectors.flip(1)[:, : len(self.values)].to(self.sum.dtype)
+        self.has_more &= len(self.values) == count
+        if not self.has_more:
+            self.sum = self.sum.new_empty(0)
+        return self.values
+
+    def expected_values(self) -> Tensor:
+        """The eigenvalues, and what the others are if they go on falling by the same power of their number."""
+        known = len(self.values)
+        if not self.has_more or known < 2:
+            return self.values
+        last, half = float(self.values[-1]), float(self.values[known // 2 - 1])
+        power = math.log(half / last) / math.log(known / (known // 2))
+        numbers = torch.arange(known + 1, self.width + 1, dtype=torch.float64)
+        return torch.cat([self.values, last * (known / numbers) ** power])
 
     def eigenvectors(self, count: int) -> Tensor:
         """[width, count], orthonormal: of as many of those eigenvalues. The moment is freed."""
-        vectors, self._vectors, self.sum = self._vectors, self.sum.new_empty(0), self.sum.new_empty(0)
-        return vectors[:, :count]
-
-    def _mean(self) -> Tensor:
-        mean = self.whole_sum().double() / max(1, self.tokens)
-        return mean if self.sketch is not None else mean.tril() + mean.tril(-1).T
+        vectors, self._vectors, self.sum = self._vectors[:, :count], self.sum.new_empty(0), self.sum.new_empty(0)
+        return _orthonormal(vectors.double()).to(vectors.dtype)
 
 
-def _leading(mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading ``count`` eigenpairs, descending, right to a part in 1e4 of the curvature.
+def _leading(total: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading ``count`` eigenpairs of a symmetric matrix, ascending, right to a part in 1e5 of the curvature: by
+    the block Lanczos method, many times as fast as reducing the matrix to tridiagonal form.
 
-    Subspace iteration in float32, and Nystrom's formula on one product in float64: products with the matrix, which are
-    many times as fast as reducing it to tridiagonal form.
-    Source: Halko, Martinsson & Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.5.
+    Source: Golub & Underwood 1977, "The block Lanczos method for computing eigenvalues"; Musco & Musco 2015,
+    "Randomized block Krylov methods for stronger and faster approximate singular value decomposition".
     """
-    rough = mean.float()
-    columns = min(len(mean), 2 * count + 16)
-    generator = torch.Generator().manual_seed(len(mean))
-    basis = torch.randn(len(mean), columns, generator=generator).to(rough.device)
-    for _ in range(3):
-        basis = torch.linalg.qr(rough @ basis).Q
-    wide = basis.double()
-    values, vectors = _nystrom(mean @ wide, wide)
-    return values.flip(0)[:count], vectors.flip(1)[:, :count]
+    width, columns = len(total), 3 * count // 10 + 8
+    generator = torch.Generator().manual_seed(width)
+    block = torch.randn(width, columns, generator=generator).to(total)
+    basis, products = total.new_empty(2, width, STEPS * columns)
+    for begin in range(0, STEPS * columns, columns):
+        earlier = basis[:, :begin]
+        for _ in range(2):  # once leaves what rounding makes of it
+            block = torch.linalg.qr(block - earlier @ (earlier.T @ block)).Q
+        basis[:, begin : begin + columns] = block
+        block = products[:, begin : begin + columns] = total @ block
+    small = (basis.T @ products).double()
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    return values[-count:], basis @ vectors[:, -count:].to(basis)
 
 
-def sum_of_squares(t: Tensor) -> Tensor:
-    """Added up in float64; squared in it on the CPU only."""
-    wide = t.double() if t.device.type == "cpu" else t.float() if t.dtype.itemsize < 4 else t
-    return wide.square().sum(dtype=torch.float64)
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """The nearest orthonormal columns to ones that nearly are, by a step of Newton's and Schulz's iteration."""
+    return vectors @ (1.5 * torch.eye(vectors.shape[1]).to(vectors) - 0.5 * (vectors.T @ vectors))
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Of [tokens, inputs]: in float32 at least within a token, in float64 over tokens."""
+    dtype = torch.float32 if rows.dtype.itemsize < 4 else rows.dtype
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double().square().sum()
 
 
 def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

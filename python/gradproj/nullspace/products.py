@@ -265,3 +265,4 @@ OPENED: dict[Any, Callable] = {
     function: _opened(function)  # type: ignore[arg-type]
     for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 }
+HEARD = {*_READERS, *CASTS, *OPENED}

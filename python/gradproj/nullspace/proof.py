@@ -46,8 +46,9 @@ class _Sums:
 
     def take(self, product: Tensor, gradient: Tensor, coarse: float) -> None:
         self.gradient = product if self.gradient is None else self.gradient + product
-        self.size2 = self.size2 + torch.linalg.vector_norm(gradient).square()
         self.eps = max(self.eps, coarse)
+        if self.eps > torch.finfo(torch.float32).eps:  # else the sum over tokens is allowed more than this would add
+            self.size2 = self.size2 + torch.linalg.vector_norm(gradient).square()
 
     def error(self) -> Tensor:
         """[2]: the difference of the sides, and what rounding explains of it, as parts of the larger side."""
@@ -187,14 +188,16 @@ class Proof:
         if not mine:
             found.unheard[slot.name] = gradient.any()
             return
-        explained = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        explained: list[Tensor] = []
+        in_part = sum(region.cut(gradient).numel() for _, region in mine) < gradient.numel()
         with without_autocast(gradient.device):
             for sums, region in mine:
                 own = wide(region.matrix(gradient))
                 sums.take(own if own.dim() == 1 else own @ self._v(own), own, eps(gradient))
-                explained += own.abs().sum(dtype=torch.float64)
-        if sum(region.cut(gradient).numel() for _, region in mine) < gradient.numel():
-            found.outside[slot.name] = 1 - explained / gradient.abs().sum(dtype=torch.float64)
+                if in_part:
+                    explained.append(own.abs().sum(dtype=torch.float64))
+        if in_part:
+            found.outside[slot.name] = 1 - sum(explained) / gradient.abs().sum(dtype=torch.float64)
 
     def _compare(self, number: int) -> None:
         self._tick()
