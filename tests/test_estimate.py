@@ -19,7 +19,7 @@ def llama():
 
 @pytest.mark.parametrize("sketched", [False, True], ids=["exact", "sketched"])
 def test_a_language_model(sketched, monkeypatch):
-    """Bytes gathered are equal, multiply-adds within 15 %, bytes held within a quarter."""
+    """Bytes gathered are equal, multiply-adds and bytes held within 15 %."""
     if sketched:
         monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 64)
         monkeypatch.setattr("gradproj.nullspace.null_space.SKETCH", 24)
@@ -44,7 +44,7 @@ def test_a_language_model(sketched, monkeypatch):
     bases = protection.bases.values()
     storages = {b.vectors.untyped_storage().data_ptr(): b.vectors.untyped_storage().nbytes() for b in bases}
     held = sum(storages.values()) + sum(b.target.nbytes for b in bases)
-    assert held == pytest.approx(expected.held, rel=0.25)  # a model that was trained is closer to an equal share
+    assert held == pytest.approx(expected.held, rel=0.15)
     work = sum(2 * matrix.numel * protection.bases[matrix.name].rank for matrix in protection.matrices)
     assert work == pytest.approx(expected.multiply_adds, rel=0.15)
     assert f"| {expected.matrices} |" in str(expected)

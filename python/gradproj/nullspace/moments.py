@@ -107,7 +107,7 @@ class Moment:
         Their vectors are kept; the sum too, if there may be more."""
         self.has_more = self.sketch is None and self.width > SMALL and 8 * count <= self.width
         if self.sketch is not None:
-            values, vectors = _nystrom(self.sum.double(), self._test(self.sum).double())
+            values, vectors = _nystrom(self.sum.double(), self._test(self.sum).to(torch.float64, copy=True))
         else:
             below = self.sum.tril(-1)
             self.sum.tril_().add_(below.T)
@@ -171,17 +171,20 @@ def sum_of_squares(rows: Tensor) -> Tensor:
 
 
 def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs, ascending. A shift by a multiple of rounding keeps the Cholesky factor of the core well defined."""
+    """Eigenpairs, ascending; both arguments are used up. A shift by a multiple of rounding keeps the Cholesky factor of
+    the core well defined."""
     shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketched)
-    shifted = sketched + shift * test
-    core = test.T @ shifted
+    sketched.add_(test.mul_(shift))
+    core = test.T @ sketched / shift
+    del test
     factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
     if bool(failed):
         raise RuntimeError(
             "NullSpace: the sketch of a wide layer's inputs is not positive; its inputs may not be finite"
         )
-    half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
+    half = torch.linalg.solve_triangular(factor, sketched.T, upper=False).T
+    del sketched
     # Eigenpairs of half half' from those of half' half, which is small: float64 has digits for the square to spare.
     values, small = torch.linalg.eigh(half.T @ half)
-    vectors = (half @ small) / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+    vectors = (half @ small).div_(values.clamp(min=torch.finfo(values.dtype).tiny).sqrt())
     return (values - shift).clamp(min=0), vectors

@@ -224,13 +224,14 @@ class NullSpace(Protection):
         """What a capture and the pins would take, from shapes alone, for one device that holds the whole model; also of
         a model on the meta device. Printed it is a table.
 
-        Takes the rank to be the same share of every matrix.
+        What is held depends on the ranks, which are foreseen: see the result.
 
         Args:
             run: makes one forward pass, of any size; None passes eight ``input_ids``.
         """
         ids = torch.zeros(1, 8, dtype=torch.int64, device=self._slots[0].get().device)
-        return estimate(self.model, self._slots, self.share, self._sketch, run or (lambda model: model(input_ids=ids)))
+        run = run or (lambda model: model(input_ids=ids))
+        return estimate(self.model, self._slots, self.share, self._sketch, self._most, run)
 
     def before_step(self, closure: Closure | None, begins: bool = True) -> Closure | None:
         self._check_step()
