@@ -1,5 +1,7 @@
 """What a null space would take, computed from shapes, against what one takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,18 @@ def test_a_language_model(sketched, monkeypatch):
     work = sum(2 * matrix.numel * protection.bases[matrix.name].rank for matrix in protection.matrices)
     assert work == pytest.approx(expected.multiply_adds, rel=0.15)
     assert f"| {expected.matrices} |" in str(expected)
+
+
+def test_the_documented_model_of_seven_billion_weights():
+    transformers = package("transformers")
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.lm_head.requires_grad_(False)
+    documented = (Path(__file__).parent.parent / "docs" / "protections.md").read_text()
+    for share in (0.05, 0.02):
+        row = str(NullSpace(model, share=share).estimate()).split("\n")[-1]
+        assert f"| Llama 7B, {share} {row}" in documented
 
 
 def test_experts_on_the_meta_device():
