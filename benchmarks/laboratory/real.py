@@ -81,9 +81,12 @@ def own(family: str, text: str = "own", **turned: Any) -> Cure:
     return cure(family, text=text, **turned)._replace(fill=rows_of(text) // SmolLM2.capability_batch)
 
 
+UNDER_LORA = (FEW, f"{FEW} from the user's turn", f"{FEW}, dialogues")
 TRIED = [
     cure("unprotected"),
     *(own("NullSpace", text, **MIDDLE) for text in OWN),
+    cure("LoRA", **LORA),
+    *(own("LoRA, NullSpace", text, share=0.05, **LORA) for text in UNDER_LORA),
     *(own("distilled", distil=weight, every=every) for every in (1, 4) for weight in (1, 3, 10)),
     *(own("NullSpace, distilled", distil=3, every=every, **MIDDLE) for every in (1, 4)),
 ]
