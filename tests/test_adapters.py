@@ -122,20 +122,37 @@ def test_adapters_of_convolutions(dims):
     assert any(p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_an_adapter_of_an_embedding_is_held(few):
-    """Its lora_A is looked up, not multiplied by."""
+@pytest.mark.parametrize("learned", [False, True], ids=["fresh", "captured again"])
+def test_an_adapter_of_an_embedding(learned, tmp_path):
+    """Its lora_A is looked up, not multiplied by: captured tokens keep their columns, the others learn."""
     peft = package("peft")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 5))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"]))
-    tokens = torch.tensor([1, 2, 3])
-    with pytest.warns(RuntimeWarning, match="lora_embedding_A"):
-        _, opt, before = protecting(model, tokens)
-    for _ in range(5):
-        opt.zero_grad()
-        (model(torch.arange(9)) - 1).square().mean().backward()
-        opt.step()
+    base = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 5))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    tokens, others = torch.tensor([[1, 2, 3], [3, 5, 1]]), torch.tensor([0, 4, 6, 7, 8])
+
+    def learn(opt):
+        for _ in range(5):
+            opt.zero_grad()
+            (model(torch.arange(9)) - 1).square().mean().backward()
+            opt.step()
+
+    protection, opt, before = protecting(model, tokens, share=0.6)
+    if learned:  # by now other columns are not zero, and what is captured then is as it is
+        learn(opt)
+        tokens, others = torch.cat([tokens, torch.tensor([[0, 7, 7]])]), torch.tensor([4, 6, 8])
+        with protection.capture():
+            model(tokens).square().sum().backward()
+        before = model(tokens).detach()
+    assert protection.coverage.held == 0 and protection.coverage.unused == 4 * len(others)
+    assert f"| columns of {9 - len(others)} tokens |" in protection.report()
+    protection.save(tmp_path / "bases.safetensors")
+    away = model(others).detach()
+    learn(opt)
     assert (model(tokens) - before).abs().max() < 1e-4
+    assert (model(others) - away).abs().max() > 1e-2
+    loaded = NullSpace.load(tmp_path / "bases.safetensors", model)
+    assert loaded.coverage == protection.coverage
 
 
 def test_adapters_of_a_base_in_four_bits():

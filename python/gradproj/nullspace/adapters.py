@@ -1,4 +1,7 @@
-"""PEFT's adapters: plain LoRA becomes blind to protected inputs; what does more is refused."""
+"""PEFT's adapters: plain LoRA becomes blind to protected inputs; what does more is refused.
+
+Beside an embedding, lora_A's columns are looked up: those of captured tokens stay what they are.
+"""
 
 import contextlib
 import inspect
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.nullspace.hearing import Listener
-from gradproj.nullspace.matrices import At, Slot, Wanted, without_wrappers
+from gradproj.nullspace.matrices import At, Slot, Wanted, is_looked_up, without_wrappers
 from gradproj.nullspace.products import Part, read
 from gradproj.nullspace.regions import whole
 
@@ -24,7 +27,17 @@ class Adapter(NamedTuple):
 
     @property
     def starts_at_zero(self) -> bool:
-        return not self.up.get().detach().any()
+        """As plain LoRA does with B = 0, and that of an embedding with A = 0."""
+        return not (self.up.get().detach().any() and self.down.get().detach().any())
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether hearing knows it: added to a parameter, or looked up. Else its layer's calls are told."""
+        return self.is_folded or is_looked_up(self.down)
+
+    @property
+    def is_folded(self) -> bool:
+        return type(self.module).__name__ == "ParamWrapper"
 
     def parts(self, x: Tensor) -> list[Part]:
         """The adapter's A, told by the inputs and the output gradients of its layer: its own are zero while B is."""
@@ -62,9 +75,9 @@ def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
             kind = f"{package}'s {type(module).__name__} is an adapter that does not add B A x"
         else:
             variants = getattr(module, "lora_variant", {})
-            for adapter, down in module.lora_A.items():
+            for adapter, down, _ in _pairs(module):
                 is_dora = adapter in module.lora_magnitude_vector
-                if down.weight.requires_grad and (is_dora or adapter in variants):
+                if down.requires_grad and (is_dora or adapter in variants):
                     variant = "DoRA" if is_dora else type(variants[adapter]).__name__
                     kind = f"the adapter {adapter!r} is a {variant}, which does more than add B A x"
                     advice = "train a plain LoRA (for DoRA use_dora=False)"
@@ -80,12 +93,20 @@ def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
 def find(layers: Sequence[Any], slots: Sequence[Slot]) -> list[Adapter]:
     """The LoRA adapters of these layers that train."""
     by_parameter = {id(slot.get()): slot for slot in slots}
-    pairs = [(m, m.lora_A[key].weight, m.lora_B[key].weight) for m in layers for key in m.lora_A]
     return [
         Adapter(module, by_parameter[id(down)], by_parameter[id(up)])
-        for module, down, up in pairs
+        for module in layers
+        for _, down, up in _pairs(module)
         if id(down) in by_parameter and id(up) in by_parameter
     ]
+
+
+def _pairs(module: Any) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """The names of a layer's adapters, and their weights."""
+    for name, down in module.lora_A.items():
+        yield name, down.weight, module.lora_B[name].weight
+    for name, down in module.lora_embedding_A.items():
+        yield name, down, module.lora_embedding_B[name]
 
 
 def names(blind: Sequence[Adapter]) -> set[str]:
@@ -93,13 +114,9 @@ def names(blind: Sequence[Adapter]) -> set[str]:
     return {slot.name for adapter in blind for slot in (adapter.down, adapter.up)}
 
 
-def folded(blind: Sequence[Adapter]) -> dict[str, Slot]:
-    """Of adapters that are added to a parameter, lora_B by the names of lora_A."""
-    return {adapter.down.name: adapter.up for adapter in blind if _is_folded(adapter.module)}
-
-
-def _is_folded(module: nn.Module) -> bool:
-    return type(module).__name__ == "ParamWrapper"
+def heard(adapters: Sequence[Adapter], blind: Sequence[Adapter]) -> dict[str, Slot | None]:
+    """Of adapters that are added to a parameter or looked up, lora_B by the names of lora_A; None if not blind."""
+    return {a.down.name: a.up if a in blind else None for a in adapters if a.is_heard}
 
 
 @contextlib.contextmanager
@@ -108,7 +125,7 @@ def listening(blind: Sequence[Adapter], listener: Listener) -> Iterator[None]:
     handles = []
     try:
         for adapter in blind:
-            if not _is_folded(adapter.module):
+            if not adapter.is_heard:
                 call = _Calls(adapter, listener)
                 handles.append(adapter.module.register_forward_pre_hook(call.before, with_kwargs=True))
                 handles.append(adapter.module.register_forward_hook(call.after))

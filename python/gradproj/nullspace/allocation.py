@@ -34,6 +34,8 @@ def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
     An eigenvector of a layer fixes as many weights as the layer has outputs. They are taken in descending order of
     curvature until the next one would fix more than ``share`` of all weights.
     """
+    if not layers:
+        return []
     curvature = torch.cat([layer.scale * layer.values.double().cpu() for layer in layers])
     owner = torch.cat([torch.full((len(layer.values),), l) for l, layer in enumerate(layers)]).long()
     cost = torch.tensor([layer.outputs for layer in layers])[owner]

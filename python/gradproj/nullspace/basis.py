@@ -137,7 +137,7 @@ def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None
                 values = moment.values[:largest]
                 curvatures[m] = Curvature(scale, values, moment.mean_trace, outputs, inputs)
                 expected[m] = curvatures[m]._replace(values=moment.expected_values()[:largest])
-        ranks = allocation.ranks(expected, share)
+        ranks = _allocated(gather.matrices, expected, share)
         needed = {number: max(ranks[m] for m in mine) for number, mine in users.items()}
         again = {n for n, rank in needed.items() if rank >= counts[n] and gather.moments[n].has_more}
         for number in again:
@@ -151,6 +151,15 @@ def make_bases(gather: Gather, share: float, most: Callable[[Matrix], int | None
             basis, tokens = vectors[number][:, :rank], gather.moments[number].tokens
         bases[matrix.name] = Basis(basis, None if matrix.to_zero else _product(matrix, basis), curvature, tokens)
     return bases
+
+
+def _allocated(matrices: Sequence[Matrix], curvatures: Sequence[Curvature], share: float) -> list[int]:
+    """The matrices' ranks; of what is looked up all."""
+    ranks = [len(curvature.values) for curvature in curvatures]
+    others = [m for m, matrix in enumerate(matrices) if not matrix.is_looked_up]
+    for m, rank in zip(others, allocation.ranks([curvatures[m] for m in others], share), strict=True):
+        ranks[m] = rank
+    return ranks
 
 
 def spaced(vectors: Tensor) -> Tensor:

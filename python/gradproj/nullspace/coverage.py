@@ -56,6 +56,7 @@ def report(matrices: Sequence[Matrix], bases: Mapping[str, Basis], found: Covera
     """A table in markdown, totals, and the coverage. Memory that matrices share is counted once."""
     lines = ["| matrix | outputs x inputs | rank | curvature kept | bytes |", "| --- | ---: | ---: | ---: | ---: |"]
     shared: set[int] = set()
+    looked_up: dict[str, int] = {}
     total = fixed = 0
     for matrix in matrices:
         basis, (outputs, inputs) = bases[matrix.name], matrix.shape
@@ -64,8 +65,12 @@ def report(matrices: Sequence[Matrix], bases: Mapping[str, Basis], found: Covera
         size += 0 if basis.target is None else basis.target.nbytes
         shared.add(storage.data_ptr())
         total, fixed = total + size, fixed + basis.rank * outputs
+        if matrix.is_looked_up:
+            looked_up[matrix.slot.name] = looked_up.get(matrix.slot.name, 0) + basis.rank
+            continue
         kept = f"{basis.kept:.1%}" if basis.tokens else "no captured token reached it"
         lines.append(f"| {matrix.name} | {outputs} x {inputs} | {basis.rank} | {kept} | {size:,} |")
+    lines += [f"| {name} | columns of {tokens} tokens | | | |" for name, tokens in looked_up.items()]
     weights = sum(matrix.numel for matrix in matrices)
     held = "held" if rest == "hold" else "neither covered nor held"
     lines.append(

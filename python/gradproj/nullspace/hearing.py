@@ -6,12 +6,13 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradproj.nullspace.matrices import At, Slot
-from gradproj.nullspace.products import CASTS, HEARD, OPENED, Part, read
+from gradproj.nullspace.products import CASTS, HEARD, OPENED, Part, look_up, read
 from gradproj.nullspace.regions import Region, locate
 
 
@@ -27,17 +28,21 @@ class Hearing(TorchFunctionMode):
     """While it is on, calls of torch's functions that multiply by a parameter of ``slots`` are told to listeners.
 
     A use of a parameter is recognised by its memory: an operand is a view of it, or a copy in another dtype. PEFT's
-    adapters of parameters add B A to them, for all experts at once: a product with that sum is one with A.
+    adapters of parameters add B A to them, for all experts at once: a product with that sum is one with A. Those of
+    embeddings look columns of A up.
 
     Args:
-        folded: slots of lora_A -> of lora_B, of such adapters.
+        adapters: names of lora_A -> slots of lora_B, of such adapters; None if A is a matrix as others are.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], listeners: Sequence[Listener], folded: Mapping[str, Slot] = MappingProxyType({})
+        self,
+        slots: Sequence[Slot],
+        listeners: Sequence[Listener],
+        adapters: Mapping[str, Slot | None] = MappingProxyType({}),
     ):
         super().__init__()
-        self._slots, self._listeners, self._folded = slots, listeners, folded
+        self._slots, self._listeners, self._adapters = slots, listeners, adapters
         self._sums = WeakTensorKeyDictionary()  # W + B A -> A, the dimension of the sum that is its input, and B's slot
         self._known: dict[int, tuple[Tensor, Slot | None]] = {}  # by identity, and alive, so that no other gets it
         self._casts = WeakTensorKeyDictionary()  # copy -> what it has the values of
@@ -57,11 +62,14 @@ class Hearing(TorchFunctionMode):
             if result is not args[0] and not result._is_view() and self._find(args[0], range(args[0].dim())):
                 self._casts[result] = args[0]
             return result
-        if func is torch.baddbmm and self._folded and len(args) == 3 and (adapter := self._adapter(*args[1:])):
+        if func is torch.baddbmm and self._adapters and len(args) == 3 and (adapter := self._adapter(*args[1:])):
             result = func(*args, **kwargs)
             self._sums[result] = adapter
             return result
-        heard = read(func, self._find, args, kwargs)
+        if func is F.embedding:
+            heard = look_up(self._find_looked_up, *args, **kwargs) if self._adapters else None
+        else:
+            heard = read(func, self._find, args, kwargs)
         return self._listen(func, args, kwargs, *heard) if heard else func(*args, **kwargs)
 
     def _listen(self, func, args, kwargs, x: Tensor, parts: list[Part]) -> Any:
@@ -83,9 +91,16 @@ class Hearing(TorchFunctionMode):
         for operand, inputs in ((left, 1), (right, 2)):
             if operand.requires_grad:
                 at = self._find(operand, [2 - inputs], [inputs - 1], operand.detach()[0])
-                if at is not None and at.slot.name in self._folded:
-                    return operand, inputs, self._folded[at.slot.name]
+                up = self._adapters.get(at.slot.name) if at is not None else None
+                if up is not None:
+                    return operand, inputs, up
         return None
+
+    def _find_looked_up(self, operand, outputs, inputs=(), part=None) -> At | None:
+        at = self._find(operand, outputs, inputs, part)
+        if at is None or at.slot.name not in self._adapters:
+            return None
+        return at._replace(consumer=self._adapters[at.slot.name])
 
     def _rescan(self) -> None:
         for slot in self._slots:

@@ -107,6 +107,11 @@ class Matrix:
         return outputs, inputs + (self.bias_at is not None)
 
     @property
+    def is_looked_up(self) -> bool:
+        """Whether it is what an adapter of an embedding has for one token, which is kept whole."""
+        return is_looked_up(self.slot)
+
+    @property
     def is_one_of_many(self) -> bool:
         """Whether it is a slice of a parameter of eight or more, as experts are."""
         return self.whole.numel() >= 8 * math.prod(self.region.shape)
@@ -117,6 +122,11 @@ class Matrix:
 
     def __repr__(self) -> str:
         return f"Matrix({self.name!r}, {self.shape[0]} x {self.shape[1]})"
+
+
+def is_looked_up(slot: Slot) -> bool:
+    """Of lora_A beside an embedding."""
+    return ".lora_embedding_A." in slot.name
 
 
 def at_address(name: str, address: Sequence[Any], slots: Mapping[str, Slot]) -> Matrix:

@@ -177,7 +177,7 @@ class NullSpace(Protection):
                 torch.compiler.set_stance("force_eager"),
                 proof.listening(self._slots),
                 adapters.listening(blind, gather),
-                Hearing(self._slots, [proof, gather], adapters.folded(blind)),
+                Hearing(self._slots, [proof, gather], adapters.heard(self._adapters, blind)),
             ):
                 yield
             reached = {slot.name for slot in self._slots if slot.get().grad is not None}
@@ -222,9 +222,7 @@ class NullSpace(Protection):
 
     def estimate(self, run: Callable[[nn.Module], Any] | None = None) -> Estimate:
         """What a capture and the pins would take, from shapes alone, for one device that holds the whole model; also of
-        a model on the meta device. Printed it is a table.
-
-        What is held depends on the ranks, which are foreseen: see the result.
+        a model on the meta device. Printed it is a table. What is held depends on the ranks, which are foreseen.
 
         Args:
             run: makes one forward pass, of any size; None passes eight ``input_ids``.

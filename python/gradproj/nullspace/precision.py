@@ -20,6 +20,8 @@ def wide(t: Tensor) -> Tensor:
 
 def eps(t: Tensor) -> float:
     """Of the numbers that a product takes of ``t``: autocast's, and on a GPU TF32's, are coarser than its own."""
+    if not t.dtype.is_floating_point:
+        return 0.0
     kind, own = t.device.type, torch.finfo(t.dtype).eps
     if t.dtype == torch.float64:
         return own

@@ -209,6 +209,28 @@ def _between(t: Tensor, begin: int, end: int) -> Tensor:
     return t[begin:end]
 
 
+def look_up(find: Find, tokens, weight, *settings, **others) -> Heard | None:
+    """Of ``F.embedding``: a matrix of a single input, which is 1, for each token."""
+    if not weight.requires_grad or tokens.is_meta or find(weight, [1], [0]) is None:
+        return None
+    parts = []
+    for token in tokens.unique().tolist():
+        at = find(weight, [1], [0], weight.detach()[token : token + 1])
+        if at is None:
+            return None
+        rows, made = functools.partial(_ones, token=token), functools.partial(_of_token, tokens=tokens, token=token)
+        parts.append(Part(at, None, rows, made, (token,)))
+    return tokens, parts
+
+
+def _ones(tokens: Tensor, token: int) -> Tensor:
+    return torch.ones(int((tokens == token).sum()), 1, device=tokens.device)
+
+
+def _of_token(y: Tensor, tokens: Tensor, token: int) -> Tensor:
+    return y[tokens == token]
+
+
 def _by_position(reader: Callable, *settings: str) -> Callable[..., Heard | None]:
     """The reader of a function whose operands may be given by name; torch has several names for the second."""
     first = ("self", "input", "mat_a", "mat1", "batch1")
@@ -265,4 +287,4 @@ OPENED: dict[Any, Callable] = {
     function: _opened(function)  # type: ignore[arg-type]
     for function in (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 }
-HEARD = {*_READERS, *CASTS, *OPENED}
+HEARD = {*_READERS, *CASTS, *OPENED, F.embedding}
