@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from laboratory import smollm2_texts as texts
+from laboratory.store import whole
 
 FOLDER = Path("build/own_text")  # each text is written once
 DEFAULT = {"sequences": 128, "tokens": 64, "temperature": 1.0, "chats": (False,)}
@@ -70,7 +71,8 @@ def kept(model: nn.Module, tokenizer: Any, name: str, seed: int, settings: dict[
     path = FOLDER / f"{name.replace(' ', '_')}-{seed}.pt"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        torch.save(write(model, tokenizer, seed, **{**DEFAULT, **settings}), path)
+        with whole(path) as part:
+            torch.save(write(model, tokenizer, seed, **{**DEFAULT, **settings}), part)
     return torch.load(path)
 
 

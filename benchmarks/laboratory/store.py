@@ -36,7 +36,7 @@ class Store:
         header = {"version": VERSION, "fingerprint": self.fingerprint}
         run = {**header, "objective": objective, "cure": cure._asdict(), "seed": seed, **result}
         text = json.dumps(run, indent=1, allow_nan=False)
-        with _whole(self.path(objective, cure, seed)) as part:
+        with whole(self.path(objective, cure, seed)) as part:
             part.write_text(text)
 
     def load(self, objective: str, cure: Cure, seed: int) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Store:
         return run
 
     def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        with _whole(self.folder / f"{name}.pt") as part:
+        with whole(self.folder / f"{name}.pt") as part:
             torch.save(weights, part)
 
     def load_weights(self, name: str, device: str) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A path to write to that takes the final name only when everything is written."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
