@@ -199,23 +199,19 @@ def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
     return torch.cat([basis, vectors[:, :count]], 1)[:, : len(basis)]
 
 
-# share and number of finished tasks -> share of a NullSpace from then on, which is for all of them together
-BUDGETS = {
-    "fixed": lambda share, tasks: share,
-    "linear": lambda share, tasks: min(share * tasks, 0.99),
-    "of the rest": lambda share, tasks: 1 - (1 - share) ** tasks,
-}
-
-
 class Pinned(Plain):
-    """gradproj.NullSpace, with a further capture after every task, on images of that task."""
+    """gradproj.NullSpace, with a further capture after every task, on images of that task.
+
+    ``share`` is for all tasks together, or grows by as much with every task.
+    """
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.null_space = gradproj.NullSpace(self.model, share=self.cure.share, every=self.of.every)
 
     def finish(self, task: Task) -> None:
-        self.null_space.share = BUDGETS[self.cure.allocation](self.cure.share, self.number + 1)
+        if self.cure.allocation == "a task":
+            self.null_space.share = min(0.99, self.cure.share * (self.number + 1))
         with self.null_space.capture():
             for images, labels in zip(
                 task.images[: self.of.kept].split(100), task.labels[: self.of.kept].split(100), strict=True
@@ -240,9 +236,8 @@ METHODS: dict[str, type[Plain]] = {
     "GPM": Gpm,
     "Directions, fresh (A-GEM)": FreshDirection,
     "Directions, kept (OGD)": KeptDirections,
-    "NullSpace, fixed": Pinned,
-    "NullSpace, linear": Pinned,
-    "NullSpace, of the rest": Pinned,
+    "NullSpace, fixed share": Pinned,
+    "NullSpace, share a task": Pinned,
 }
 
 
