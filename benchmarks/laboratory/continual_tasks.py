@@ -29,7 +29,7 @@ class Sequences:
     """What a :class:`runs.Plan` asks of a model, and the sizes of everything.
 
     Attributes:
-        images, held_out: of a task: learned in one epoch, measured on.
+        images, held_out: of a task: learned in one epoch; measured on, half as many where settings are chosen.
         batch, kept: GPM's: images a step, images whose activations a finished task leaves its bases from. All methods
             that look back at a finished task see as many of its images.
         memory: images that replay and Directions keep, in equal parts of the tasks so far.
@@ -37,7 +37,7 @@ class Sequences:
     """
 
     data: Path = DEBIAN
-    images: int = 4_000
+    images: int = 3_000
     held_out: int = 2_000
     width: int = 256
     batch: int = 10
@@ -97,18 +97,20 @@ def digest(folder: Path) -> str:
 def tasks(of: Sequences, kind: str, seed: int) -> Iterator[Task]:
     """Seeds that are reported are measured on test images, those that choose on training images that none learns."""
     images, labels, *test = load(of.data)
-    learned, held_out = (images[:LEARNED], labels[:LEARNED]), (images[LEARNED:], labels[LEARNED:])
+    parts = [(images[:LEARNED], labels[:LEARNED], of.images)]
     if seed >= FIRST_REPORTED:
-        held_out = (test[0], test[1])
+        parts.append((*test, of.held_out))
+    else:
+        parts.append((images[LEARNED:], labels[LEARNED:], of.held_out // 2))
     generator = torch.Generator().manual_seed(seed)
     for number in range(5 if kind == "split" else 10):
         pixels = torch.randperm(PIXELS, generator=generator) if kind == "permuted" else torch.arange(PIXELS)
-        parts: list[Tensor] = []
-        for (x, y), count in ((learned, of.images), (held_out, of.held_out)):
+        task: list[Tensor] = []
+        for x, y, count in parts:
             rows = torch.arange(len(y)) if kind == "permuted" else (y // 2 == number).nonzero().squeeze(1)
             rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
-            parts += [x[rows][:, pixels], y[rows] if kind == "permuted" else y[rows] % 2]
-        yield Task(*parts)
+            task += [x[rows][:, pixels], y[rows] if kind == "permuted" else y[rows] % 2]
+        yield Task(*task)
 
 
 class Mlp(nn.Module):
