@@ -1,5 +1,6 @@
 """`make continual` on images of noise: nothing is downloaded."""
 
+import functools
 import gzip
 import json
 
@@ -16,7 +17,7 @@ from laboratory.runs import FIRST_REPORTED
 
 # Of every method one setting; a share that leaves curvature for the layers' rates to go by.
 SMALL = [next(c for c in continual.GRID if c.family == family) for family in METHODS]
-SMALL = [c._replace(share=0.01) if c.damping else c for c in SMALL]
+SMALL = [c._replace(share=0.05) if c.damping else c for c in SMALL]
 
 
 def write_idx(path, values):
@@ -26,11 +27,12 @@ def write_idx(path, values):
 
 @pytest.fixture
 def of(tmp_path, monkeypatch):
-    """400 images, 300 of which are learned, and 200 test images: the first pixel says which of the three."""
+    """400 images of 16 pixels, 300 of which are learned, and 200 test images: the first pixel says which of the three."""
     random = np.random.default_rng(0)
     monkeypatch.setattr(continual_tasks, "LEARNED", 300)
+    monkeypatch.setattr(continual_tasks, "PIXELS", 16)
     for part, count in (("train", 400), ("t10k", 200)):
-        images = random.integers(0, 200, (count, 28, 28))
+        images = random.integers(0, 200, (count, 4, 4))
         images[:, 0, 0] = 255 if part == "t10k" else np.where(np.arange(count) < 300, 0, 128)
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(count) % 10)
@@ -136,7 +138,8 @@ def test_null_space_heads_of_other_tasks_are_free(of):
 
 def test_table_and_figure_and_an_interrupted_command_goes_on(of, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(continual, "GRID", SMALL)
-    arguments = ["continual", "--data", str(of.data), "--images", "100", "--seeds", "2", "--choosing-seeds", "1"]
+    monkeypatch.setattr(Sequences, "__init__", functools.partialmethod(Sequences.__init__, width=12, kept=30))
+    arguments = ["continual", "--data", str(of.data), "--images", "30", "--seeds", "2", "--choosing-seeds", "1"]
     arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
 
     def fails(of, kind, cure, seed):
