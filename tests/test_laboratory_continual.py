@@ -133,7 +133,7 @@ def test_null_space_heads_of_other_tasks_are_free(of):
         method.finish(task)
         ranks = method.ranks()
         assert ranks["heads.0"] and [ranks[f"heads.{n}"] > 0 for n in range(1, 5)] == [method.number == 1, *[False] * 3]
-    assert method.null_space.share == pytest.approx(0.2)
+    assert method.protection.share == pytest.approx(0.2)
 
 
 def test_table_and_figure_and_an_interrupted_command_goes_on(of, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The ways to learn tasks one after the other that `make continual` compares, each as three hooks around a step."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ class Plain:
 
     Attributes:
         number: of the task that is learned.
+        kept: tensors that are held from task to task, without what a protection holds.
     """
+
+    kept: Sequence[Tensor] = ()
+    protection: gradproj.Directions | gradproj.NullSpace | None = None
 
     def __init__(self, model: Mlp, cure: Cure, of: Sequences, seed: int):
         self.model, self.cure, self.of = model, cure, of
@@ -39,10 +44,6 @@ class Plain:
         """Of the bases, by layer."""
         return {}
 
-    def held(self) -> int:
-        """Bytes that are kept from task to task."""
-        return 0
-
 
 class Ewc(Plain):
     """A pull towards the weights after the last task, by the sum of all tasks' diagonal importance.
@@ -61,6 +62,7 @@ class Ewc(Plain):
                     total.addcmul_(p.grad, p.grad, value=1 / self.of.kept)
             self.model.zero_grad()
         self.start = [p.detach().clone() for p in parameters]
+        self.kept = [*self.importance, *self.start]
 
     def step(self) -> None:
         if self.number:
@@ -69,9 +71,6 @@ class Ewc(Plain):
                     if p.grad is not None:
                         p.grad.addcmul_(importance, p - start, value=self.cure.ewc)
         super().step()
-
-    def held(self) -> int:
-        return 2 * nbytes(self.start)
 
 
 class Replay(Plain):
@@ -84,6 +83,7 @@ class Replay(Plain):
     def finish(self, task: Task) -> None:
         part = self.of.memory // (self.number + 1)
         self.memory = [(x[:part].clone(), y[:part].clone()) for x, y in [*self.memory, task[:2]]]
+        self.kept = [tensor for pair in self.memory for tensor in pair]
 
     def replayed(self) -> Tensor:
         number = int(torch.randint(len(self.memory), (), generator=self.generator))
@@ -95,26 +95,20 @@ class Replay(Plain):
         value = super().loss(images, labels)
         return value + self.cure.gamma * self.replayed() if self.memory else value
 
-    def held(self) -> int:
-        return nbytes(tensor for pair in self.memory for tensor in pair)
-
 
 class FreshDirection(Replay):
     """A-GEM: the gradient loses what points against that of a batch from the memory, made anew in each step."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.directions = gradproj.Directions(1, "conflict")
-        self.optimizer = gradproj.ProjectedOptimizer(self.optimizer, self.directions)
+        self.protection = gradproj.Directions(1, "conflict")
+        self.optimizer = gradproj.ProjectedOptimizer(self.optimizer, self.protection)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.memory:
             with self.optimizer.protect():
                 self.replayed().backward()
         return Plain.loss(self, images, labels)
-
-    def held(self) -> int:
-        return super().held() + held_bytes(self.model, self.directions)
 
 
 class KeptDirections(Plain):
@@ -124,19 +118,13 @@ class KeptDirections(Plain):
     the true class's logit.
     """
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.directions = gradproj.Directions(10, self.cure.method)
-
     def finish(self, task: Task) -> None:
         if not self.number:
-            self.optimizer = gradproj.ProjectedOptimizer(self.optimizer, self.directions)
+            self.protection = gradproj.Directions(10, self.cure.method)
+            self.optimizer = gradproj.ProjectedOptimizer(self.optimizer, self.protection)
         with self.optimizer.protect():
             logits = self.model(task.images[: self.of.kept], self.number)
             logits.gather(1, task.labels[: self.of.kept, None]).mean().backward()
-
-    def held(self) -> int:
-        return held_bytes(self.model, self.directions)
 
 
 class Gpm(Plain):
@@ -181,12 +169,10 @@ class Gpm(Plain):
         for n, (name, layer) in enumerate(self.layers.items()):
             lost = (1 - self.cure.share) / (5 if n else 1)
             self.bases[name] = grown(self.bases[name], self.inputs[layer].T, 1 - lost)
+        self.kept = [*self.bases.values()]
 
     def ranks(self) -> dict[str, int]:
         return {name: basis.shape[1] for name, basis in self.bases.items()}
-
-    def held(self) -> int:
-        return nbytes(self.bases.values())
 
 
 def grown(basis: Tensor, inputs: Tensor, threshold: float) -> Tensor:
@@ -207,26 +193,23 @@ class Pinned(Plain):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.null_space = gradproj.NullSpace(self.model, share=self.cure.share, every=self.of.every)
+        self.protection = gradproj.NullSpace(self.model, share=self.cure.share, every=self.of.every)
 
     def finish(self, task: Task) -> None:
         if self.cure.allocation == "a task":
-            self.null_space.share = min(0.99, self.cure.share * (self.number + 1))
-        with self.null_space.capture():
+            self.protection.share = min(0.99, self.cure.share * (self.number + 1))
+        with self.protection.capture():
             for images, labels in zip(
                 task.images[: self.of.kept].split(100), task.labels[: self.of.kept].split(100), strict=True
             ):
                 self.loss(images, labels).backward()
         if self.number:
             self.optimizer.detach()
-        groups = self.null_space.param_groups(self.cure.lr, self.cure.damping)
-        self.optimizer = gradproj.ProjectedOptimizer(torch.optim.SGD(groups), self.null_space)
+        groups = self.protection.param_groups(self.cure.lr, self.cure.damping)
+        self.optimizer = gradproj.ProjectedOptimizer(torch.optim.SGD(groups), self.protection)
 
     def ranks(self) -> dict[str, int]:
-        return {name: basis.rank for name, basis in self.null_space.bases.items()}
-
-    def held(self) -> int:
-        return held_bytes(self.model, self.null_space)
+        return {name: basis.rank for name, basis in self.protection.bases.items()}
 
 
 METHODS: dict[str, type[Plain]] = {
@@ -265,7 +248,11 @@ def learn(of: Sequences, kind: str, cure: Cure, seed: int) -> dict[str, Any]:
         sum(rows[n] * r for n, r in of_task.items()) / sum(p.numel() for p in model.parameters()) for of_task in ranks
     ]
     steps = sum(-(-len(t.labels) // of.batch) for t in known)
-    cost = {"step_ms": 1e3 * spent / steps, "extra_bytes": method.held(), "capture_s": finishing}
+    cost = {
+        "step_ms": 1e3 * spent / steps,
+        "extra_bytes": nbytes(method.kept) + held_bytes(model, method.protection),
+        "capture_s": finishing,
+    }
     return {"measured": {**summary(accuracy), "accuracy": accuracy, "ranks": ranks, "fixed": fixed}, "cost": cost}
 
 
