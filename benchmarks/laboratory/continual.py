@@ -45,11 +45,14 @@ def crossed(family: str, low: float, middle: float, high: float, **turned: Any) 
 
 
 GRID = [
-    *(cure("plain", lr) for lr in (0.005, 0.01, 0.02)),
-    *(cure("EWC", lr, ewc=strength) for lr, strength in ((0.01, 20), (0.01, 50), (0.02, 20))),
-    *(cure("replay", lr, gamma=1) for lr in (0.02, 0.05)),
-    *(cure("Directions, fresh (A-GEM)", lr, method="conflict") for lr in (0.01, 0.02)),
-    *(cure("Directions, kept (OGD)", lr, method="orthogonal") for lr in (0.005, 0.01)),
+    *(cure("plain", lr) for lr in (0.002, 0.005, 0.01, 0.02)),
+    *(
+        cure("EWC", lr, ewc=strength)
+        for lr, strength in ((0.005, 100), (0.01, 20), (0.01, 50), (0.02, 20), (0.02, 100))
+    ),
+    *(cure("replay", lr, gamma=1) for lr in (0.01, 0.02, 0.05)),
+    *(cure("Directions, fresh (A-GEM)", lr, method="conflict") for lr in (0.005, 0.01, 0.02)),
+    *(cure("Directions, kept (OGD)", lr, method="orthogonal") for lr in (0.002, 0.005, 0.01)),
     *crossed("GPM", 0.85, 0.9, 0.95),
     *crossed("NullSpace, fixed share", 0.07, 0.15, 0.3, damping=DAMPING),
     *crossed("NullSpace, share a task", 0.015, 0.03, 0.06, allocation="a task", damping=DAMPING),
