@@ -46,10 +46,8 @@ def crossed(family: str, low: float, middle: float, high: float, **turned: Any) 
 
 GRID = [
     *(cure("plain", lr) for lr in (0.002, 0.005, 0.01, 0.02)),
-    *(
-        cure("EWC", lr, ewc=strength)
-        for lr, strength in ((0.005, 100), (0.01, 20), (0.01, 50), (0.02, 20), (0.02, 100))
-    ),
+    *(cure("EWC", 0.01, ewc=strength) for strength in (20, 50, 500)),
+    *(cure("EWC", lr, ewc=strength) for lr, strength in ((0.005, 100), (0.02, 20), (0.02, 100))),
     *(cure("replay", lr, gamma=1) for lr in (0.01, 0.02, 0.05)),
     *(cure("Directions, fresh (A-GEM)", lr, method="conflict") for lr in (0.005, 0.01, 0.02)),
     *(cure("Directions, kept (OGD)", lr, method="orthogonal") for lr in (0.002, 0.005, 0.01)),
