@@ -57,6 +57,12 @@ GRID = [
 ]
 
 
+def grid(kind: str) -> list[Cure]:
+    """Permuted tasks take twice the time: there a NullSpace has one learning rate, and GPM two."""
+    left_out = {"NullSpace": (0.02, 0.1), "GPM": (0.1,)} if kind == "permuted" else {}
+    return [c for c in GRID if c.lr not in left_out.get(c.family.split(",")[0], ())]
+
+
 def make(plan: Plan, run: Run) -> None:
     """Make one run and keep it."""
     plan.store.save(*run, learn(plan.model, *run))
@@ -98,10 +104,10 @@ def table(kind: str, finished: list[dict[str, Any]]) -> str:
 def choices(tried: dict[str, list[Point]]) -> str:
     """ACC of every setting on the choosing seeds; the chosen ones bold."""
     rows = []
-    for n, setting in enumerate(GRID):
+    for setting in GRID:
         cells = []
         for of in tried.values():
-            shown = f"{100 * of[n].mean('acc'):.1f} ± {100 * of[n].spread('acc'):.1f}"
+            shown = "".join(f"{100 * p.mean('acc'):.1f} ± {100 * p.spread('acc'):.1f}" for p in of if p.cure == setting)
             cells.append(f"**{shown}**" if setting in choose(of) else shown)
         rows.append([setting.family, setting.strength, *cells])
     return report.markdown(["method", "setting", *(f"ACC, {kind}, %" for kind in tried)], rows)
@@ -154,9 +160,9 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     of = Sequences(options.data, options.images)
     plan, workers = Plan(of, options.work), options.workers or cores("cpu")
     choosing, seeds = range(options.choosing_seeds), range(FIRST_REPORTED, FIRST_REPORTED + options.seeds)
-    tried = make_all(plan, [Run(k, c, s) for k in KINDS for c in GRID for s in choosing], workers, progress, make)
+    tried = make_all(plan, [Run(k, c, s) for k in KINDS for c in grid(k) for s in choosing], workers, progress, make)
     of_kind = {kind: points([r for r in tried if r["objective"] == kind]) for kind in KINDS}
-    runs = [Run(kind, c, seed) for kind in KINDS for c in choose(of_kind[kind]) for seed in seeds]
+    runs = [Run(kind, c, seed) for seed in seeds for kind in KINDS for c in choose(of_kind[kind])]
     finished = make_all(plan, runs, workers, progress, make)
     by_kind = {kind: [r for r in finished if r["objective"] == kind] for kind in KINDS}
     progress("")
