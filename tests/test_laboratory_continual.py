@@ -16,7 +16,7 @@ from laboratory.cures import Cure
 from laboratory.runs import FIRST_REPORTED
 
 # Of every method one setting; a share that leaves curvature for the layers' rates to go by.
-SMALL = [next(c for c in continual.GRID if c.family == family) for family in METHODS]
+SMALL = [next(c for c in continual.grid("permuted") if c.family == family) for family in METHODS]
 SMALL = [c._replace(share=0.05) if c.damping else c for c in SMALL]
 
 
