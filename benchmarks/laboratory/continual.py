@@ -136,6 +136,7 @@ def draw(finished: dict[str, list[dict[str, Any]]], path: Path) -> None:
                         axes.plot(range(1, len(means) + 1), means, color=colour, label=family, marker=".")
                 axes.set_title(f"{kind}: {title}", fontsize=10)
                 axes.set_xlabel("tasks learned")
+                axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.set_ylabel("%")
                 axes.grid(color="#eeeeee")
         handles, labels = grid[0][0].get_legend_handles_labels()
