@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax real test quick compat wheel bench docs lint doctor build clean
+.PHONY: help demo tax real continual test quick compat wheel bench docs lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -64,6 +64,9 @@ tax: $(VENV)/.built $(VENV)/.demo  ## every cure of the alignment tax, measured:
 
 real: $(VENV)/.built $(VENV)/.real $(VENV)/.model  ## the same for a real language model (135 M parameters); half an hour
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory real $(ARGS)
+
+continual: $(VENV)/.built $(VENV)/.demo  ## tasks learned one after the other (Fashion-MNIST): ACC and BWT of eight methods; ten minutes
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory continual $(ARGS)
 
 # A file stays on one worker: what its tests share is built once.
 WORKERS ?= auto

@@ -1,12 +1,12 @@
-"""`make demo`, `make tax`, `make real`: what a language model forgets while it is taught something else."""
+"""`make demo`, `tax`, `real`, `continual`: what a model forgets while it is taught something else."""
 
 import argparse
 import sys
 
-from laboratory import demo, real, tax
+from laboratory import continual, demo, real, tax
 from laboratory.runs import Stopped
 
-SETTINGS = {"demo": demo, "tax": tax, "real": real}
+SETTINGS = {"demo": demo, "tax": tax, "real": real, "continual": continual}
 
 
 def progress(message: str, milestone: bool = True) -> None:

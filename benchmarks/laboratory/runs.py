@@ -65,8 +65,10 @@ def make(plan: Plan, run: Run) -> None:
     store.save(*run, {"measured": measured, "cost": cost and cost._asdict()})
 
 
-def make_all(plan: Plan, runs: list[Run], workers: int, report: Report) -> list[dict[str, Any]]:
-    """Make the runs that are not finished yet, and load all.
+def make_all(
+    plan: Plan, runs: list[Run], workers: int, report: Report, one: Callable[[Plan, Run], None] | None = None
+) -> list[dict[str, Any]]:
+    """Make the runs that are not finished yet, and load all. ``one`` makes a run and keeps it; None: :func:`make`.
 
     Interpolation comes last: it needs the finished runs without a cure.
     Raises:
@@ -80,7 +82,7 @@ def make_all(plan: Plan, runs: list[Run], workers: int, report: Report) -> list[
         report(f"{len(runs) - total} of {len(runs)} runs are finished already: {store.folder}")
     with pool_of(min(total, workers)) as pool:
         for wave in missing:
-            waiting = {pool.submit(make, plan, r): r for r in wave}
+            waiting = {pool.submit(one or make, plan, r): r for r in wave}
             try:
                 for future in concurrent.futures.as_completed(waiting):
                     future.result()
