@@ -58,7 +58,13 @@ def test_no_damping_is_exactly_one():
     assert allocation.rates([1.0, 2.0], [3, 4], 0.0) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("damping", "message"), [(1.0, r"\[0, 1\)"), (-0.1, r"\[0, 1\)"), (0.6, "only 0.500 of the")])
-def test_refused(damping, message):
-    with pytest.raises(ValueError, match=message):
+def test_where_nothing_is_left_nothing_is_slowed():
+    """All that was captured of some layers, or of all, may be kept."""
+    assert allocation.rates([1.0, 0.0], [1, 3], 0.6) == pytest.approx([0.4, 1.0])
+    assert allocation.rates([0.0, 0.0], [1, 1], 0.3) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("damping", [1.0, -0.1])
+def test_refused(damping):
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
         allocation.rates([1.0, 0.0], [1, 1], damping)

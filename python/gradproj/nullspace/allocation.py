@@ -28,6 +28,11 @@ class Curvature(NamedTuple):
     inputs: int
 
 
+def check(share: float) -> None:
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"NullSpace: share must be between 0 and 1, got {share}")
+
+
 def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
     """How many eigenvectors each layer keeps: those of the largest curvature over all layers.
 
@@ -48,7 +53,7 @@ def ranks(layers: Sequence[Curvature], share: float) -> list[int]:
 
 def rates(left: Sequence[float], weights: Sequence[int], damping: float) -> list[float]:
     """Factors of the layers' learning rates: m_l = 1 / (1 + left_l / c), with c such that 1 - m_l is ``damping`` in the
-    mean over the weights. At most 16 different ones, in (0, 1]; their mean is exact. All 1 if nothing is left.
+    mean over the weights that have any curvature left. At most 16 different ones, in (0, 1]; their mean is exact.
 
     ``left`` is the curvature that each layer's kept directions leave, ``weights`` how many weights it has.
     """
@@ -56,14 +61,12 @@ def rates(left: Sequence[float], weights: Sequence[int], damping: float) -> list
         raise ValueError(f"damping must be in [0, 1), got {damping}")
     if damping == 0.0 or not any(left):
         return [1.0] * len(left)
-    curved = sum(w for x, w in zip(left, weights, strict=True) if x > 0) / sum(weights)
-    if damping >= curved:
-        raise ValueError(f"damping={damping}, but only {curved:.3f} of the weights have any curvature left")
+    curved = sum(w for x, w in zip(left, weights, strict=True) if x > 0)
     low, high = math.log(min(x for x in left if x > 0)) - 40, math.log(max(left)) + 40
     for _ in range(200):  # bisection of log c
         middle = (low + high) / 2
         c = math.exp(middle)
-        slowed = sum(w * x / (x + c) for x, w in zip(left, weights, strict=True)) / sum(weights)
+        slowed = sum(w * x / (x + c) for x, w in zip(left, weights, strict=True)) / curved
         low, high = (middle, high) if slowed > damping else (low, middle)
     c = math.exp((low + high) / 2)
     return _grouped([c / (x + c) for x in left], weights)

@@ -90,8 +90,6 @@ class NullSpace(Protection):
         group: Any = None,
     ):
         super().__init__()
-        if not 0.0 < share < 1.0:
-            raise ValueError(f"NullSpace: share must be between 0 and 1, got {share}")
         for name, number in (("max_rank", max_rank), ("every", every)):
             if number is not None and number < 1:
                 raise ValueError(f"NullSpace: {name} must be >= 1, got {number}")
@@ -99,6 +97,7 @@ class NullSpace(Protection):
             if word not in known:
                 raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
         self.model, self.share, self.max_rank = model, share, max_rank
+        allocation.check(self.share)
         self.space, self.rest, self.every, self.group = space, rest, every, group
         self._last: Pin | None = None
         self._told_of_nothing = False
@@ -162,6 +161,7 @@ class NullSpace(Protection):
 
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
+        allocation.check(self.share)
         if moving := self._uncovered.moving_statistics():
             raise RuntimeError(moving)
         self.pin()
@@ -285,7 +285,8 @@ class NullSpace(Protection):
         """Parameter groups for any optimizer, in which layers that the capability needs learn slower.
 
         A layer's rate is ``lr`` times m = 1 / (1 + left / c): left is the curvature that the kept directions leave in
-        it, and c is such that 1 - m is ``damping`` in the mean over all covered weights. Costs no memory and no time.
+        it, and c is such that 1 - m is ``damping`` in the mean over the covered weights that have any. Costs no memory and
+        no time.
 
         Args:
             lr: learning rate of a layer without curvature.
