@@ -102,6 +102,7 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
     limit = _pin_bytes(device_type)
     small = limit >> 7
     bias_of = dict(zip(biased, biases, strict=True))
+    bases = [u if u.dim() == 2 else u.sum(0, dtype=torch.float32) for u in bases]
     layers: list[Layer] = [
         (*layer, bias_of.get(k)) for k, layer in enumerate(zip(weights, bases, targets, strict=True))
     ]

@@ -17,7 +17,7 @@ from gradproj.nullspace.basis import Basis, add_earlier, make_bases
 from gradproj.nullspace.estimate import Estimate, estimate
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing, experts
-from gradproj.nullspace.lists import PinLists, project_gradients, refuse_optimizers
+from gradproj.nullspace.lists import PinLists, refuse_optimizers
 from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overlaps, unreached
 from gradproj.nullspace.moments import WIDE
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
@@ -277,7 +277,7 @@ class NullSpace(Protection):
             super().project()  # refuses
         if not self.bases:
             return None
-        self._last = project_gradients(self.matrices, self.bases)
+        self._last = self._current_lists().project_gradients()
         return self._last
 
     def param_groups(
