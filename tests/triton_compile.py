@@ -107,10 +107,14 @@ def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
 
 
 def write(kernel, path: Path) -> None:
+    """Raises if the compiler, which then says nothing, made a kernel that only traps: Triton 3.6 where the sums of its
+    products exceed the tensor memory of sm_100."""
+    if "ld.global" not in kernel.asm["ptx"]:
+        raise RuntimeError(f"{path.stem} was compiled to a trap")
     path.with_suffix(".ptx").write_text(kernel.asm["ptx"])
     path.with_suffix(".cubin").write_bytes(kernel.asm["cubin"])
     usage = subprocess.check_output([CUOBJDUMP, "-res-usage", path.with_suffix(".cubin")], text=True)
-    path.with_suffix(".usage").write_text(usage)
+    path.with_suffix(".usage").write_text(f"{usage}BYTES:{kernel.metadata.shared}\n")  # of shared memory
 
 
 driver.set_active(Device())

@@ -57,13 +57,18 @@ def load_tile(base_ptr, row, column, start, rows, columns, num_rows: tl.constexp
 
 
 @triton.jit
-def bias_pointers(layer_ptr, first_output, outputs, form: tl.constexpr):
-    """The bias as the only column of a tile, which is as wide as tensor cores ask for. Loaded where it is used: what
-    lives through the loops takes their registers."""
+def load_bias(layer_ptr, first_output, outputs, high_ptr, low_ptr, u_column, ranks, form: tl.constexpr):
+    """The last column of W and the last row of U, which make a product of vectors. Loaded where they are used: what
+    lives through the loops takes their registers. Returns pointers and mask of the bias, it, and the row, in float32."""
     num_outputs: tl.constexpr = form.outputs
-    row = tl.load(layer_ptr + LAYER.bias_row)
-    bias_ptr = tl.load(layer_ptr + LAYER.bias).to(tl.pointer_type(form.dtype)) + first_output * row
-    return tile_pointers(bias_ptr, row, 1, 0, outputs, 1, num_outputs, 16)
+    num_ranks: tl.constexpr = form.ranks
+    stride = tl.load(layer_ptr + LAYER.bias_stride)
+    bias_ptr = tl.load(layer_ptr + LAYER.bias).to(tl.pointer_type(form.dtype)) + first_output * stride
+    bias_ptr, mask = tile_pointers(bias_ptr, stride, 1, 0, outputs, 1, num_outputs, 1)
+    row = load_tile(high_ptr, 1, u_column, 0, 1, ranks, 1, num_ranks).to(tl.float32)
+    if form.basis == tl.bfloat16:
+        row += load_tile(low_ptr, 1, u_column, 0, 1, ranks, 1, num_ranks).to(tl.float32)
+    return bias_ptr, mask, tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32), row
 
 
 @triton.jit
@@ -134,18 +139,24 @@ def pin_kernel(layers_ptr, programs_ptr, partial_ptr, form: tl.constexpr):
     for first in tl.range(0, rank, num_ranks, num_stages=1, disable_licm=True):
         block_ptr, rest_ptr, ranks = basis_ptr + first * u_column, low_ptr + first * u_column, rank - first
         moved = 0.0 - load_tile(target_ptr, b_row, b_column, first, targets, rank, num_outputs, num_ranks)
+        row = inputs * u_row
         if form.biased:
-            bias_ptr, there = bias_pointers(layer_ptr, first_output, outputs, form)
-            bias = tl.load(bias_ptr, mask=there, other=0.0)
-            of_bias = load_tile(block_ptr + inputs * u_row, u_column, u_row, 0, ranks, 1, num_ranks, 16)
-            rest = load_tile(rest_ptr + inputs * u_row, u_column, u_row, 0, ranks, pair, num_ranks, 16)
-            moved = multiply(moved, bias, of_bias, rest, form)
+            _, _, bias, of_bias = load_bias(
+                layer_ptr, first_output, outputs, block_ptr + row, rest_ptr + row, u_column, ranks, form
+            )
+            moved += bias * of_bias
         for start in tl.range(0, inputs, num_inputs, num_stages=stages):
             w = load_tile(weight_ptr, w_row, w_column, start, outputs, inputs, num_outputs, num_inputs)
             u = load_tile(block_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs)
             low = load_tile(rest_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs) if pair else u
             moved = multiply(moved, w, u, low, form)
         square += tl.sum(moved * moved, axis=1).to(tl.float64)
+        if form.biased:
+            bias_ptr, there, bias, of_bias = load_bias(
+                layer_ptr, first_output, outputs, block_ptr + row, rest_ptr + row, u_column, ranks, form
+            )
+            bias -= tl.sum(moved * of_bias, axis=1, keep_dims=True)
+            tl.store(bias_ptr, narrow(bias, form.dtype), mask=there)
         change, change_low = (narrow(-moved, form.basis), moved) if pair else split(-moved)
         for done in tl.range(0, inputs, num_inputs, num_stages=stages):  # W is prefetched only if num_stages is given
             start = (inputs - 1) // num_inputs * num_inputs - done
@@ -153,11 +164,6 @@ def pin_kernel(layers_ptr, programs_ptr, partial_ptr, form: tl.constexpr):
             w = tl.load(w_ptr, mask=mask, other=0.0)
             u = load_tile(block_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs)
             tl.store(w_ptr, add_change(w, change, change_low, u, form), mask=mask)
-        if form.biased:
-            bias_ptr, there = bias_pointers(layer_ptr, first_output, outputs, form)
-            bias = tl.load(bias_ptr, mask=there, other=0.0)
-            of_bias = load_tile(block_ptr + inputs * u_row, u_column, u_row, 0, ranks, 1, num_ranks, 16)
-            tl.store(bias_ptr, add_change(bias, change, change_low, of_bias, form), mask=there)
         tl.debug_barrier()  # the next block reads what other threads have written
     tl.store(partial_ptr + program, tl.sum(square, axis=0))
 

@@ -19,7 +19,7 @@ from gradproj.triton_kernels.table import DTYPES
 Layer = namedtuple(
     "Layer",
     "weight basis low target bias outputs inputs rank weight_row weight_column basis_row basis_column target_row "
-    "target_column bias_row number programs first",
+    "target_column bias_stride number programs first",
 )
 LAYER = Fields(Layer)
 
