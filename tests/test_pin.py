@@ -192,6 +192,26 @@ def test_blocks_fit_a_cache_on_a_cpu_and_are_large_elsewhere(shape, dtype, rank)
     assert held <= 32 << 20 and blocks <= 1 + prod(shape) * 4 // (16 << 20)
 
 
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_columns_of_a_wide_weight_are_widened_some_at_a_time(dtype, target, monkeypatch):
+    """With a bias, in several blocks of rows; whole rows in float32 left a BLAS 45 of them at a time."""
+    rng = torch.Generator().manual_seed(0)
+    w, bias = make_buffer((300, 2000), dtype, "contiguous", rng), make_buffer((300,), dtype, "contiguous", rng)
+    u = orthonormal(2001, 256, rng)
+    b = torch.randn(300, 256, generator=rng) if target else None
+    widened = []
+    columns = torch_backend._pin_columns
+    monkeypatch.setattr(torch_backend, "_pin_columns", lambda *args: widened.append(len(args[0])) or columns(*args))
+    expected, expected_bias, norm = reference.oracle_pin(w, u, b, bias)
+    with gradproj.use_backend("torch"):
+        moved = gradproj.pin_([w], [u], None if b is None else [b], [bias])
+    eps = torch.finfo(dtype).eps
+    assert len(widened) > 1 and sum(widened) == 300 and moved.item() == pytest.approx(norm, rel=1e-4)
+    for found, exact in ((w, expected), (bias, expected_bias)):
+        torch.testing.assert_close(found.double(), torch.from_numpy(exact), rtol=eps, atol=eps * 4)
+
+
 def test_strides_beyond_32_bits_go_to_a_blas(on):
     """Offsets within a tile are 32-bit in Triton. One row, whose stride no element uses."""
     w = torch.randn(1, 4, device=on.device).as_strided((1, 4), (1 << 40, 1))
