@@ -42,7 +42,7 @@ PAIRS = {
     False: (Tile(128, 64, 32, 3, 8, 128), Tile(128, 128, 32, 2), Tile(64, 256, 32, 2)),
 }
 FLOATS = {
-    True: (Tile(64, 64, 64, 2, 4), Tile(64, 128, 32, 3)),
+    True: (Tile(64, 64, 64, 2, 4), Tile(64, 128, 64, 2)),
     False: (Tile(32, 64, 32, 3),),
 }
 STRIDED = {True: Tile(64, 64, 32, 2), False: Tile(32, 64, 32, 2)}  # an address for every element: registers
