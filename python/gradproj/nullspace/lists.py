@@ -26,7 +26,8 @@ class PinLists:
         self._matrices = movable(matrices, bases)
         self._names = tuple(matrix.name for matrix in self._matrices)
         self._weights = [matrix.rows().part for matrix in self._matrices]
-        self._bases = functional.split_bases(self._weights, [bases[name].vectors for name in self._names])
+        self._vectors = [bases[name].vectors for name in self._names]
+        self._bases = functional.split_bases(self._weights, self._vectors)
         self._targets = [bases[name].target for name in self._names]
         self._biases = [matrix.bias_rows() for matrix in self._matrices]
 
@@ -43,16 +44,15 @@ class PinLists:
     @torch.no_grad()
     def project_gradients(self) -> Pin:
         """G <- G - (G U) U^T on the gradients of the matrices that have one."""
-        moving = [
-            (matrix, u) for matrix, u in zip(self._matrices, self._bases, strict=True) if matrix.weight.grad is not None
-        ]
-        gradients = [matrix.rows(gradient=True).part for matrix, _ in moving]
-        biases = [matrix.bias_rows(gradient=True) for matrix, _ in moving]
-        spans = [  # a bias without a gradient does not move: it is no input
-            u[..., :-1, :] if matrix.bias_at is not None and bias is None else u
-            for (matrix, u), bias in zip(moving, biases, strict=True)
-        ]
-        return Pin(tuple(matrix.name for matrix, _ in moving), functional.pin_(gradients, spans, None, biases))
+        moving = [k for k, matrix in enumerate(self._matrices) if matrix.weight.grad is not None]
+        gradients = [self._matrices[k].rows(gradient=True).part for k in moving]
+        biases = [self._matrices[k].bias_rows(gradient=True) for k in moving]
+        spans = []
+        for k, gradient, bias in zip(moving, gradients, biases, strict=True):
+            u = self._bases[k] if gradient.dtype == self._weights[k].dtype else self._vectors[k]
+            # A bias without a gradient does not move: it is no input.
+            spans.append(u[..., :-1, :] if self._matrices[k].bias_at is not None and bias is None else u)
+        return Pin(tuple(self._names[k] for k in moving), functional.pin_(gradients, spans, None, biases))
 
 
 def refuse_optimizers(slots: Sequence[Slot], optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:

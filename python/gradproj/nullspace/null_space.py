@@ -46,7 +46,7 @@ class NullSpace(Protection):
     Args:
         model: whose matrices are protected.
         share: part of the covered weights' dimensions that is kept for the capability, in (0, 1), where the curvature
-            is. The bases take about three times that part of the weights' memory.
+            is. The bases take about three times that part of the weights' memory; four in bfloat16 with Triton.
         max_rank: of a matrix, at most. Those of more than 2,048 inputs, and experts of more than 512, are sketched and
             keep at most 512, or twice their share, without it.
         modules: ``(name, module) -> bool``, whose own parameters to cover; None covers all.
