@@ -1,4 +1,4 @@
-"""What a launch of the Triton pin moves, and how long that takes at best and at worst: a prediction, never a measurement.
+"""What a launch of the Triton pin moves, and how long that takes at best and at worst: a prediction, no measurement.
 
 Device memory: W is read twice and written once for every block of ranks, less what L2 still holds of the first reading.
 L2: that, and U for the rows of every program: a pair's high part twice and its low part once, a float32 U twice.

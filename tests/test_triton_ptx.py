@@ -186,7 +186,8 @@ def test_cases_are_among_those_of_all_versions():
 
 def test_every_form_of_a_pin_is_compiled():
     cases = [case.split(",") for case in triton_versions.pin_cases()]
-    # Three dtypes whose U is float32, of one or two tiles, and pairs of three, in two dense layouts and strided; biased.
+    # Biased or not: three dtypes whose U is float32, of one or two tiles, and pairs of three, in two dense layouts and
+    # strided.
     older, newer = (3 * (2 * tiles + 1) + 2 * 3 + 1 for tiles in (1, 2))
     assert len({(*case[1:3], *sorted(case[3:])) for case in cases}) == len(cases) == 2 * (older + 2 * newer)
 

@@ -18,7 +18,7 @@ FINISH_BLOCK = 256  # doubles that the finish takes at a time
 @triton.jit
 def load_bias(layer_ptr, first_output, outputs, high_ptr, low_ptr, u_column, ranks, form: tl.constexpr):
     """The last column of W and the last row of U, which make a product of vectors. Loaded where they are used: what
-    lives through the loops takes their registers. Returns pointers and mask of the bias, it, and the row, in float32."""
+    lives through the loops takes their registers. Returns pointers and mask of the bias; it and the row in float32."""
     num_outputs: tl.constexpr = form.outputs
     num_ranks: tl.constexpr = form.ranks
     stride = tl.load(layer_ptr + LAYER.bias_stride)

@@ -25,8 +25,8 @@ LAYER = Fields(Layer)
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time, of a weight [outputs, inputs] and of U [inputs, ranks]. Its sums, outputs x ranks,
-    stay in registers. U is read from L2 once or twice for every ``outputs`` rows, so these are as many as fit."""
+    """What a program takes at a time, of a weight [outputs, inputs] and of U [inputs, ranks]. Its sums, outputs x
+    ranks, stay in registers. U is read from L2 anew for every ``outputs`` rows, so these are as many as fit."""
 
     outputs: int
     ranks: int

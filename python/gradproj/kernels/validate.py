@@ -218,8 +218,9 @@ def check_pin(weights: Sequence[Tensor], bases: Sequence[Tensor], targets: Row, 
         pair = u.dim() == 3
         if pair and not u.dtype == w.dtype == torch.bfloat16:
             raise TypeError(
-                f"pin_: bases[{k}] has shape {tuple(u.shape)} and dtype {u.dtype}, a pair of high and low parts; those are "
-                f"bfloat16 and for bfloat16 weights, but weights[{k}] is {w.dtype}: pass the float32 basis [{inputs}, rank]"
+                f"pin_: bases[{k}] has shape {tuple(u.shape)} and dtype {u.dtype}, a pair of high and low parts; those "
+                f"are bfloat16 and for bfloat16 weights, but weights[{k}] is {w.dtype}: pass the float32 basis "
+                f"[{inputs}, rank]"
             )
         if not (u.dim() == 2 or pair and u.shape[0] == 2) or u.shape[-2] != inputs:
             with_bias = ", its bias counted as an input" if c is not None else ""
