@@ -3,9 +3,10 @@ then the same with `--second`.
 
 Stages, each a process of its own. First machine, package, measure-pin, build, load, smoke and what else is measured:
 measure-cuda, measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A
-stage that fails keeps only those from running that are nothing without it. One deadline holds for a call; a stage that
-is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the .log beside it, in $OUT,
-else in benchmarks/results: after every row and every stage, so that even a kill costs only what was running.
+stage that fails keeps only those from running that are nothing without it. One deadline holds for a call; a stage
+that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
+.log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only
+what was running.
 
 Exit code: 0 everything passed; 1 something failed or was skipped; 2 nothing was run: wrong usage, or no CUDA device.
 
