@@ -1,19 +1,27 @@
-"""`make bench`: pinning GPT-2's linear layers, against two matrix products a layer and against the formula."""
+"""`make bench`: pinning GPT-2's linear layers, against two matrix products a layer and against the formula; and what is
+predicted of the Triton pin on a GPU."""
 
 import pytest
 import torch
 
+import gpu_measure
 import parameter_lists as lists
+import pin_model
 import pinned
+from gpu_predicted import GPUS
 from pinned import PinCase
 
+BF16 = torch.bfloat16
 CASES = [
-    PinCase("GPT-2 124M float32", lists.gpt2_124m_linear()),
-    PinCase("GPT-2 124M float32, transposed", lists.gpt2_124m_linear(), transposed=True),
-    PinCase("GPT-2 124M bfloat16", lists.gpt2_124m_linear(), dtype=torch.bfloat16, rounds=3),
+    PinCase("GPT-2 124M float32, r = 64", lists.gpt2_124m_linear()),
+    PinCase("GPT-2 124M float32, r = 64, transposed", lists.gpt2_124m_linear(), transposed=True),
+    PinCase("GPT-2 124M float32, r = 256", lists.gpt2_124m_linear(), 256, rounds=3),
+    PinCase("GPT-2 124M bfloat16, r = 64", lists.gpt2_124m_linear(), dtype=BF16, rounds=3),
+    PinCase("GPT-2 124M bfloat16, r = 256", lists.gpt2_124m_linear(), 256, BF16, rounds=3),
 ]
-TITLE = "pin_, rank 64: against the loop of mm + addmm_ and the formula"
-HEAD = "| case | time | x mm + addmm_ | x formula | extra memory | the formula's |"
+TITLE = "pin_: against the best plain torch, a loop of products, and the formula"
+HEAD = "| case | time | x best torch | x formula | extra memory | the formula's |"
+PREDICTION = "pin_ on a GPU: a PREDICTION from bytes and operations, measured by nobody; shares are of 2 N"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -32,3 +40,13 @@ def test_small_layers(biased, tables):
     heads = ["| case | pin_ | above three torch calls (five with a bias) |", "| --- | ---: | ---: |"]
     case = f"{pinned.SMALL} layers of 32 x 32{', with biases' if biased else ''}, rank {pinned.SMALL_RANK}"
     tables.setdefault("pin_ of small layers: us a layer", heads).append(f"| {case} | {each:.1f} | {above:+.1f} |")
+
+
+def test_prediction(tables):
+    pytest.importorskip("triton", reason="the tiles of Triton's kernel are asked for")
+    heads = [
+        "| case |" + "".join(f" {name}: memory | L2 | share |" for name in GPUS),
+        "| --- |" + " ---: |" * 3 * len(GPUS),
+    ]
+    cases = gpu_measure.pin_cases(quick=False)
+    tables[PREDICTION] = [*heads, *(pin_model.line(case.name, case.shapes, case.rank, case.dtype) for case in cases)]

@@ -97,16 +97,19 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--arch", default="", help="compute capability, such as 9.0")
     parser.add_argument("--library", type=Path, action="append", help="take this one instead of building")
+    parser.add_argument("--package", action="store_true", help="nothing is built: Triton and plain torch need no more")
     parser.add_argument("--no-triton", action="store_true", help="take the Triton kernels that there are, compile none")
     options = parser.parse_args()
-    if options.device == "cuda" and not options.arch:
+    if options.device == "cuda" and not (options.arch or options.package):
         parser.error("--device cuda needs --arch")
     for library in options.library or ():
         if not library.name.startswith(("_cpu", "_cuda")) or not library.exists():
             parser.error(f"--library: {library} is no file named _cpu.so or _cuda.so")
     copy_package()  # first: Triton and plain torch need no libraries and run even if the build fails
-    if options.no_triton:
+    if options.no_triton or options.package:
         take_triton()
+    if options.package:
+        return 0
     if not options.library and not importlib.util.find_spec("setuptools"):
         print("setuptools is not installed: setup.py needs it to build the kernels")
         return 1

@@ -53,9 +53,12 @@ def project(case: harness.Case) -> None:
 
 
 def pin_large(case: PinCase) -> None:
-    shapes = [(outputs, inputs, min(case.rank, inputs)) for outputs, inputs in case.shapes]
+    shapes = [(outputs, inputs, min(case.rank, inputs)) for outputs, inputs in sorted(set(case.shapes))]
     weights = [torch.empty(o, i, dtype=case.dtype) for o, i, _ in shapes]
-    pin_(weights, [torch.empty(r, i).T for _, i, r in shapes], [torch.empty(o, r) for o, _, r in shapes], [], [])
+    pair = (2,) if case.dtype == torch.bfloat16 else ()
+    kind = torch.bfloat16 if pair else torch.float32
+    bases = [torch.empty(*pair, r, i, dtype=kind).mT for _, i, r in shapes]
+    pin_(weights, bases, [torch.empty(o, r) for o, _, r in shapes], [], [])
 
 
 def pin_small() -> None:

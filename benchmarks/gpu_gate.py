@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in two calls of under 9 minutes each that lose nothing: `python benchmarks/gpu_gate.py`,
 then the same with `--second`.
 
-Stages, each a process of its own. First machine, build, load, smoke and what is measured: measure-pin, measure-cuda,
-measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A stage that fails
-keeps only those from running that are nothing without it. One deadline holds for a call; a stage that is late is ended
-with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the .log beside it, in $OUT,
-else in benchmarks/results: after every row and every stage, so that even a kill costs only what was running.
+Stages, each a process of its own. First machine, package, measure-pin, build, load, smoke and what else is measured:
+measure-cuda, measure-triton, measure-compiled. Second, after a build that is there: tests, memcheck, racecheck. A
+stage that fails keeps only those from running that are nothing without it. One deadline holds for a call; a stage
+that is late is ended with everything that it started. Results go to gpu_gate_DEVICE_TIME.json, and all output to the
+.log beside it, in $OUT, else in benchmarks/results: after every row and every stage, so that even a kill costs only
+what was running.
 
 Exit code: 0 everything passed; 1 something failed or was skipped; 2 nothing was run: wrong usage, or no CUDA device.
 
@@ -46,9 +47,14 @@ def stages(options: argparse.Namespace, machine: dict[str, str]) -> list[Stage]:
     build = script("gpu_build.py", "--device", options.device, "--arch", arch, "--no-triton", *library)
     load = script("gpu_measure.py", "load", options.device)
     limit = 150 if options.device == "cuda" else 300  # a machine with a GPU has more than two cores
+    quick = ["--quick"] if options.quick else []
     found = [Stage("build", limit, build), Stage("load", 30, load, needs="build")]
+    if options.device == "cuda" and (options.only or not options.second):  # Triton's pins wait for no compiler
+        package = Stage("package", 10, script("gpu_build.py", "--package"))
+        pins = Stage("measure-pin", 80, script("gpu_measure.py", "pins", "triton", *quick), needs="package")
+        found = [package, pins, *found]
     if options.only or not options.second:
-        found += measurements(options.device, ["--quick"] if options.quick else [])
+        found += measurements(options.device, quick)
     if options.only or options.second:
         found += checks(options.device, machine)
     return found
@@ -58,11 +64,11 @@ def measurements(device: str, quick: list[str]) -> list[Stage]:
     """The first call's, by value."""
     on_gpu = device == "cuda"
     rows = script("gpu_measure.py", "rows", device, *quick)
-    pins = script("gpu_measure.py", "pins", "triton" if on_gpu else device, *quick)
+    pins = Stage("measure-pin", 100, script("gpu_measure.py", "pins", device, *quick))
     triton = Stage("measure-triton", 120, script("gpu_measure.py", "rows", "triton", *quick))
     return [
         Stage("smoke", 70, script("gpu_measure.py", "smoke", device), needs="load"),
-        Stage("measure-pin", 100, pins),
+        *([] if on_gpu else [pins]),
         Stage(f"measure-{device}", 120, rows, needs="load"),
         *([triton] if on_gpu else []),
         Stage("measure-compiled", 120, script("gpu_measure.py", "compiled-rows", device, *quick), "load"),
@@ -211,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         for stage in stages(options, machine):
-            if not options.only or stage.name in ("build", *options.only):
+            if not options.only or stage.name in ("package", "build", *options.only):
                 gate.run(stage)
     finally:
         say(summary(record))

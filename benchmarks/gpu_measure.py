@@ -17,11 +17,14 @@ import gradproj
 import harness
 import parameter_lists as lists
 import peers
+import pin_model
 import pinned
 from gpu_predicted import GPUS, OF_PROJECTIONS, PREDICTED, Gpu
 from gpu_stages import SITE, tell
 from gradproj import reference
 from gradproj.kernels.backends import select
+from gradproj.nullspace.basis import spaced
+from gradproj.rows.functional import split_basis
 from harness import Case, Row
 from machine import device_name
 from pinned import PinCase
@@ -57,19 +60,25 @@ def cases(quick: bool) -> list[Case]:
 
 
 def pin_cases(quick: bool) -> list[PinCase]:
-    shapes = [(80, 48), (33, 64)] if quick else lists.decoder_1b_linear()
+    """The default share means 205 ranks of 4,096 inputs."""
+    models = {"LLaMA-7B": lists.llama_7b_linear(), "Qwen3-30B-A3B": lists.qwen3_30b_linear()}
     types = {"bf16": BF16, "fp32": torch.float32}
-    named = [(rank, *kind) for rank, kind in itertools.product((64, 256, 128), types.items())]
-    return [PinCase(f"pin 1B {name}, r = {r}", shapes, r, dtype, 1 if quick else 5) for r, name, dtype in named]
+    found = []
+    for (of, dtype), (name, shapes), r in itertools.product(types.items(), models.items(), (256, 64, 205, 128, 512)):
+        small = [(80, 48), (33, 64)] if quick else shapes
+        found.append(PinCase(f"pin {name} {of}, r = {r}", small, r, dtype, 1 if quick else 5))
+    return found
 
 
-def judged(row: Row, error: str = "", gpu: Gpu | None = None) -> dict[str, Any]:
+def judged(row: Row, error: str = "", gpu: Gpu | None = None, case: Case | PinCase | None = None) -> dict[str, Any]:
     """The row with what was predicted of it on this GPU, and whether that came true."""
     found = PREDICTED.get(row.backend, {}).get(row.case)
     like = found or OF_PROJECTIONS.get(row.case)
     quantity = like.quantity if like else "share_of_limit"
     measured = row._asdict()[quantity]
     predicted = found.on(gpu) if found and gpu else None
+    if isinstance(case, PinCase) and gpu and row.backend == "triton":
+        predicted = pin_model.share(case.shapes, case.rank, case.dtype, gpu)
     inside = predicted and measured is not None and predicted[0] <= measured <= predicted[1]
     judgement = {"quantity": quantity, "predicted": predicted, "measured": measured, "inside": inside}
     return {**row._asdict(), **judgement, "error": error}
@@ -102,7 +111,10 @@ def compiled_jobs(backend: str, device: str, quick: bool) -> list[Job]:
     compiled = torch.compile(peers.device_coefficient, backend="inductor" if device == "cuda" else "eager")
     peer = {"torch.compile": lambda g, d: compiled(g, d)}
     named = [c._replace(name=f"{c.name}, torch.compile") for c in cases(quick) if c.name.startswith("124M")]
-    return [(case, partial(harness.measure, case, peer, device, backend)) for case in named]
+    found: list[Job] = [(case, partial(harness.measure, case, peer, device, backend)) for case in named]
+    pins = [c._replace(name=f"{c.name}, torch.compile") for c in pin_cases(quick) if "LLaMA" in c.name and c.rank == 64]
+    on = "triton" if device == "cuda" else backend
+    return found + [(case, partial(pinned.measure, case, device, on, compiled=True)) for case in pins]
 
 
 def tell_rows(todo: list[Job], backend: str) -> int:
@@ -115,7 +127,7 @@ def tell_rows(todo: list[Job], backend: str) -> int:
         except Exception as caught:  # noqa: BLE001  whatever it is, the next row may do better
             traceback.print_exc(limit=-3)
             row, error = Row(case.name, backend, 0, []), f"{type(caught).__name__}: {caught}".split("\n", 1)[0]
-        tell(row=judged(row, error, gpu))
+        tell(row=judged(row, error, gpu, case))
         failed += bool(error or row.wrong)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -185,10 +197,11 @@ def small_pins(device: str) -> list[Pin]:
     """One of every form that the kernel is compiled for, with less than a program's rows and columns at the ends."""
     rng = torch.Generator().manual_seed(0)
 
-    def pin(name: str, weight: torch.Tensor, rank: int, target: bool = True, bias: bool = False) -> Pin:
+    def pin(name: str, weight: torch.Tensor, rank: int, target: bool = True, bias: bool = False, pair: bool = True):
         outputs, inputs = weight.shape
         basis = torch.linalg.qr(torch.randn(inputs + bias, rank, generator=rng, dtype=torch.float64)).Q.float()
-        basis = basis.T.contiguous().T.to(device)  # vectors one after the other, as a null space holds them
+        basis = spaced(basis).to(device)  # as a null space holds it
+        basis = split_basis(basis) if weight.dtype == BF16 and pair else basis
         b = torch.randn(outputs, rank, generator=rng).to(device) if target else None
         c = torch.randn(outputs, generator=rng).to(device, weight.dtype) if bias else None
         return Pin(f"{name}, {str(weight.dtype).removeprefix('torch.')}", weight, basis, b, c)
@@ -197,11 +210,13 @@ def small_pins(device: str) -> list[Pin]:
         return torch.randn(shape, generator=rng).to(device, dtype)
 
     return [
-        *(pin(f"r = {r}", values(dtype, 130, 208), r) for dtype in (BF16, torch.float32) for r in (64, 200)),
+        *(pin(f"r = {r}", values(dtype, 130, 208), r) for dtype in (BF16, torch.float32) for r in (64, 100, 200)),
+        pin("float32 basis", values(BF16, 130, 208), 64, pair=False),
         pin("tails", values(BF16, 70, 37), 9),
         pin("bias", values(BF16, 70, 64), 20, bias=True),
         pin("bias, of a gradient", values(torch.float32, 33, 64), 20, target=False, bias=True),
         pin("transposed", values(BF16, 208, 144).T, 64),
+        pin("transposed", values(torch.float32, 208, 144).T, 64),
         pin("strided", values(torch.float32, 70, 90)[:, ::2], 32),
     ]
 
@@ -218,7 +233,8 @@ def wrong_pins(device: str) -> list[str]:
     """Against float64, element by element: a tail that was forgotten is little of the whole."""
     wrong = []
     for p, result in zip(*run_pins(device), strict=True):
-        weight, bias, _ = reference.oracle_pin(*p[1:])
+        basis = p.basis.sum(0, dtype=torch.float32) if p.basis.dim() == 3 else p.basis
+        weight, bias, _ = reference.oracle_pin(p.weight, basis, p.target, p.bias)
         pairs = [(result.weight, weight), *([(result.bias, bias)] if p.bias is not None else [])]
         for found, exact in pairs:
             exact = torch.from_numpy(exact)

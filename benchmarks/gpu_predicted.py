@@ -20,8 +20,8 @@ GPUS = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": Gpu(4.3e12, 60e6, 132)}  #
 class Prediction(NamedTuple):
     """From ``low`` to ``high`` on an H100.
 
-    ``bound``: "memory", beside which launches and tails take as long on every device; "chip", so that a share falls as
-    memory gets faster; "L2", between the two, and more of it where L2 is larger; "host": depends on none of them.
+    ``bound``: "memory", beside which launches and tails take as long on every device; "L2", which falls
+    short of memory as that gets faster, and of which there is more where L2 is larger; "host": depends on neither.
     """
 
     low: float
@@ -35,8 +35,6 @@ class Prediction(NamedTuple):
         chip = gpu.sms / H100.sms / faster
         if self.bound == "memory":
             return over(self.low * self.moved, faster) / self.moved, over(self.high * self.moved, faster) / self.moved
-        if self.bound == "chip":
-            return self.low * chip, self.high * chip
         if self.bound == "L2":
             return self.low * chip, self.high * gpu.l2 / H100.l2
         return self.low, self.high
@@ -64,14 +62,4 @@ OF_PROJECTIONS = {  # the CUDA kernels
     "1B fp32": Prediction(0.95, 0.98),
     "1B bf16": Prediction(0.94, 0.97),
 }
-# The Triton kernel, which L2 bounds: W is read twice for every 128 ranks, and U twice for every program's rows. At r =
-# 256 it moves 5.2 N instead of 2 N. On an H200: 40 to 50 % at r = 64 and 14 to 19 % at r = 256, in bfloat16.
-OF_PINS = {
-    "pin 1B bf16, r = 64": Prediction(0.57, 0.72, "chip"),
-    "pin 1B fp32, r = 64": Prediction(0.50, 0.70, "chip"),
-    "pin 1B bf16, r = 256": Prediction(0.20, 0.27, "chip"),
-    "pin 1B fp32, r = 256": Prediction(0.17, 0.25, "chip"),
-    "pin 1B bf16, r = 128": Prediction(0.38, 0.55, "chip"),
-    "pin 1B fp32, r = 128": Prediction(0.33, 0.48, "chip"),
-}
-PREDICTED = {"cuda": OF_PROJECTIONS, "triton": OF_PINS}  # by backend
+PREDICTED = {"cuda": OF_PROJECTIONS}  # by backend; of Triton's pins see pin_model.py

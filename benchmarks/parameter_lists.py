@@ -27,6 +27,17 @@ def decoder_1b_linear() -> Shapes:
     return [shape for shape in decoder_1b()[1:] if len(shape) == 2]
 
 
+def llama_7b_linear() -> Shapes:
+    """[outputs, inputs] of three of LLaMA-7B's 32 blocks, 0.61 billion elements."""
+    return ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 3
+
+
+def qwen3_30b_linear() -> Shapes:
+    """[outputs, inputs] of one of Qwen3-30B-A3B's 48 blocks: attention and 128 experts, 0.62 billion elements."""
+    attention = [(4096, 2048), (512, 2048), (512, 2048), (2048, 4096)]
+    return attention + [(768, 2048), (768, 2048), (2048, 768)] * 128
+
+
 def small_net() -> Shapes:
     """300 tensors of a narrow residual network, 1.5 million elements."""
     return [(64, 64, 3, 3) if i % 5 == 0 and i < 200 else (64,) for i in range(300)]

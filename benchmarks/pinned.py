@@ -13,6 +13,7 @@ import harness
 import timing
 from gradproj import reference
 from gradproj.kernels.backends import select
+from gradproj.rows.functional import split_basis
 from harness import Row
 
 
@@ -33,47 +34,70 @@ class PinCase(NamedTuple):
 
 
 SMALL, SMALL_INPUTS, SMALL_RANK = 210, 32, 8  # layers whose products cost less than the calls
-Layers = list[tuple[Tensor, Tensor, Tensor]]  # W, U, B; U and B are float32
+Layers = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # W, U, B in float32, and U as ``pin_`` takes it
 
 
 def make_layers(case: PinCase, device: str) -> Layers:
-    """B is a tenth off W U. Vectors of U lie one after the other, as ``NullSpace`` holds them."""
+    """B is a tenth off W U. Vectors of U lie one after the other, as ``NullSpace`` holds them: on a GPU it has a pair
+    for bfloat16. Layers of as many inputs have the same U, each in memory of its own."""
     rng = torch.Generator(device).manual_seed(0)
     layers = []
+    bases: dict[int, Tensor] = {}
     for outputs, inputs in case.shapes:
         rank = min(case.rank, inputs)
-        basis = torch.linalg.qr(torch.randn(inputs, rank, generator=rng, device=device)).Q.T.contiguous().T
+        if inputs not in bases:
+            bases[inputs] = torch.linalg.qr(torch.randn(inputs, rank, generator=rng, device=device)).Q.T.contiguous()
+        basis = bases[inputs].clone().T
+        held = split_basis(basis) if device == "cuda" and case.dtype == torch.bfloat16 else basis
         weight = torch.randn((inputs, outputs) if case.transposed else (outputs, inputs), generator=rng, device=device)
         weight = (weight.T if case.transposed else weight).to(case.dtype)
         noise = torch.randn(outputs, rank, generator=rng, device=device)
-        layers.append((weight, basis, weight.float() @ basis + 0.1 * noise))
+        layers.append((weight, basis, weight.float() @ basis + 0.1 * noise, held))
     return layers
 
 
 def fused(layers: Layers) -> None:
-    gradproj.pin_(*map(list, zip(*layers, strict=True)))
+    weights, _, targets, bases = map(list, zip(*layers, strict=True))
+    gradproj.pin_(weights, bases, targets)
 
 
 def loop(layers: Layers) -> None:
     """The best plain torch: two products a layer, the second in place. Of 16-bit weights in float32, a layer at a
     time."""
-    for weight, basis, target in layers:
+    for weight, basis, target, _ in layers:
         wide = weight.float()
         wide.addmm_(torch.mm(wide, basis).sub_(target), basis.T, alpha=-1.0)
         if wide is not weight:
             weight.copy_(wide)
 
 
+def pin_in_place(weight: Tensor, basis: Tensor, target: Tensor) -> None:
+    weight.addmm_(torch.addmm(target, weight, basis, beta=-1.0), basis.T, alpha=-1.0)
+
+
+class InOwnType:
+    """Two products a layer in the weights' own dtype, U and B rounded to it beforehand, the second in place: it reads W
+    twice and writes it once. In 16 bits W U is then another than was captured, by the rounding of U and of B."""
+
+    def __init__(self, layers: Layers, pin: Callable[..., None] = pin_in_place):
+        self.operands = [(basis.to(w.dtype), target.to(w.dtype)) for w, basis, target, _ in layers]
+        self.pin = pin
+
+    def __call__(self, layers: Layers) -> None:
+        for (weight, *_), operands in zip(layers, self.operands, strict=True):
+            self.pin(weight, *operands)
+
+
 def formula(layers: Layers) -> None:
-    for weight, basis, target in layers:
+    for weight, basis, target, _ in layers:
         weight.data = reference.pin_(weight.float(), basis, target).to(weight.dtype)
 
 
 def is_right(run: Callable[[Layers], None], layers: Layers) -> bool:
     """Against float64, layer by layer."""
-    copies = [(weight.clone(), basis, target) for weight, basis, target in layers]
+    copies = [(weight.clone(), *operands) for weight, *operands in layers]
     run(copies)
-    for (result, *_), (weight, basis, target) in zip(copies, layers, strict=True):
+    for (result, *_), (weight, basis, target, _) in zip(copies, layers, strict=True):
         exact = reference.pin_(weight.double(), basis.double(), target.double())
         if not (result.double() - exact).norm() <= harness.TOLERANCE[weight.dtype] * exact.norm():
             return False
@@ -84,15 +108,26 @@ def line(row: Row) -> str:
     """Of the table of `make bench`."""
     extra, other = (0 if n is None else n / 2**20 for n in (row.extra_bytes, row.naive_extra_bytes))
     return (
-        f"| {row.case} | {harness.duration(row.seconds or 0.0)} | {row.times_best_torch or 0.0:.2f} | "
+        f"| {row.case} | {harness.duration(row.seconds or 0.0)} | {row.times_best_torch or 0.0:.2f} {row.best_torch} | "
         f"{row.times_naive or 0.0:.2f} | {extra:.2f} MiB | {other:.0f} MiB |"
     )
 
 
-def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> Row:
-    """On the CPU there is no share of the limit: the products take longer than the bytes."""
+LOOP, OWN, COMPILED = "mm + addmm_", "addmm + addmm_", "torch.compile"
+
+
+def measure(case: PinCase, device: str = "cpu", backend: str | None = None, compiled: bool = False) -> Row:
+    """On the CPU there is no share of the limit: the products take longer than the bytes; nor do 16-bit products
+    compete there. ``compiled``: against torch.compile of the products in the weights' own dtype alone."""
     layers = make_layers(case, device)
-    runs = {"fused": harness.on_backend(backend, fused), "mm + addmm_": loop, "formula": formula}
+    runs = {"fused": harness.on_backend(backend, fused), "formula": formula}
+    if compiled:
+        inductor = torch.compile(pin_in_place, backend="inductor" if device == "cuda" else "eager", dynamic=False)
+        runs[COMPILED] = InOwnType(layers, inductor)
+    else:
+        runs[LOOP] = loop
+        if device == "cuda" or case.dtype == torch.float32:
+            runs[OWN] = InOwnType(layers)
     wrong = [name for name, run in runs.items() if not is_right(run, layers)]
     row = Row(case.name, backend or select(device, "pin_").name, len(layers), wrong)
     if "fused" in wrong:
@@ -103,12 +138,13 @@ def measure(case: PinCase, device: str = "cpu", backend: str | None = None) -> R
         timed["limit"], share = harness.copy_limit(case.minimal_bytes)
     seconds = timing.in_turns(timed, case.rounds, device)
     ratios = {name: timing.ratio(seconds[name], seconds["fused"]) for name in seconds}
+    best = min((name for name in (LOOP, OWN, COMPILED) if name in ratios), key=ratios.__getitem__, default="")
     return row._replace(
         seconds=statistics.median(seconds["fused"]),
         host_seconds=timing.host_seconds(timed["fused"]) if device == "cuda" else None,
         times_naive=ratios.get("formula"),
-        times_best_torch=ratios.get("mm + addmm_"),
-        best_torch="mm + addmm_",
+        times_best_torch=ratios.get(best),
+        best_torch=best,
         share_of_limit=share * ratios["limit"] if device == "cuda" else None,
         extra_bytes=extra,
         naive_extra_bytes=timing.extra_memory(timed["formula"], device) if "formula" in timed else None,

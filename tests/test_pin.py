@@ -1,5 +1,6 @@
 """W <- W - (W U - B) U^T on lists of weights, against float64."""
 
+import functools
 import importlib
 from math import prod
 
@@ -12,6 +13,7 @@ import gradproj
 from cases import clone, make_buffer
 from gradproj import reference
 from gradproj.kernels import torch_backend
+from gradproj.rows.functional import split_basis
 
 backends = importlib.import_module("gradproj.kernels.backends")  # gradproj.backends is its function
 
@@ -28,6 +30,11 @@ def skip_without_pin(on):
 def on(on):
     skip_without_pin(on)
     return on
+
+
+def whole(basis):
+    """Of a pair what it sums to."""
+    return basis.sum(0, dtype=torch.float32) if basis.dim() == 3 else basis
 
 
 def orthonormal(inputs, rank, rng, dtype=torch.float32):
@@ -47,7 +54,8 @@ def cases(draw, slow=False):
         layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "misaligned"]))
         high = torch.float64 if dtype == torch.float64 else torch.float32
         lists[0].append(make_buffer((outputs, inputs), dtype, layout, rng))
-        lists[1].append(orthonormal(inputs + biased, rank, rng, high))
+        basis = orthonormal(inputs + biased, rank, rng, high)
+        lists[1].append(split_basis(basis) if dtype == torch.bfloat16 and draw(st.booleans()) else basis)
         target = torch.randn(outputs, rank, generator=rng, dtype=high)
         lists[2].append(target if draw(st.booleans()) else None)
         lists[3].append(make_buffer((outputs,), dtype, "contiguous", rng) if biased else None)
@@ -65,7 +73,7 @@ def test_matches_float64_oracle(on, data):
     biases_before = clone(biases)
     moved = gradproj.pin_(weights, bases, targets, biases)
     for k, (w, u, b, c) in enumerate(zip(before, bases, targets, biases_before, strict=True)):
-        expected, expected_bias, norm = reference.oracle_pin(w, u, b, c)
+        expected, expected_bias, norm = reference.oracle_pin(w, whole(u), b, c)
         eps = torch.finfo(w.dtype).eps
         scale = float(w.double().norm()) + norm + 1.0
         error = (weights[k].double().cpu() - torch.from_numpy(expected)).abs().max() if w.numel() else 0.0
@@ -84,9 +92,20 @@ def test_what_is_left_after_a_pin(on, dtype, rank):
     w = make_buffer((96, 256), dtype, "contiguous", rng, on.device)
     u = orthonormal(256, rank, rng, high).to(on.device)
     target = w.to(high) @ u + 0.1 * torch.randn(96, rank, generator=rng, dtype=high).to(on.device)
-    gradproj.pin_([w], [u], [target])
-    left = (w.double() @ u.double() - target.double()).norm() / target.double().norm()
-    assert left <= {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
+    for basis in [u, split_basis(u)] if dtype == torch.bfloat16 else [u]:
+        pinned = w.clone()
+        gradproj.pin_([pinned], [basis], [target])
+        left = (pinned.double() @ u.double() - target.double()).norm() / target.double().norm()
+        assert left <= {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
+
+
+def test_a_pair_is_its_basis_to_16_bits():
+    u = orthonormal(37, 9, torch.Generator().manual_seed(0))
+    pair = split_basis(u)
+    assert pair.dtype == torch.bfloat16 and pair.shape == (2, 37, 9)
+    assert ((whole(pair) - u).abs() <= 2.0**-16 * u.abs()).all()
+    for part in pair:
+        assert part.stride(0) == 1 and part.stride(1) % 8 == 0 and part.data_ptr() % 16 == 0
 
 
 def test_gradient_form_removes_the_span(on):
@@ -112,19 +131,22 @@ def test_nothing_to_do(on):
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "expected"),
+    ("shape", "layout_of_weight", "expected"),
     [((80, 48), "contiguous", "rows"), ((80, 48), "transposed", "columns"), ((80, 48), "misaligned", "strided"),
-     ((80, 40), "contiguous", "strided"), ((80, 48), "sliced", "strided")],
+     ((80, 36), "contiguous", "strided"), ((80, 48), "sliced", "strided"), ((80, 36), "transposed", "strided")],
 )  # fmt: skip
-def test_wide_loads_in_triton_where_the_memory_allows(shape, layout, expected):
+def test_wide_loads_in_triton_where_the_memory_allows(shape, layout_of_weight, expected):
     """Which of the kernel's forms the shapes above run, by the weight and by the basis."""
     pin_table = pytest.importorskip("gradproj.triton_kernels.pin_table")
     rng = torch.Generator().manual_seed(0)
-    w, u = make_buffer(shape, torch.float32, layout, rng), orthonormal(shape[1], 8, rng).T.contiguous().T
-    assert pin_table._form(w, u).layout == expected and pin_table._form(w, u).aligned == (expected != "strided")
-    assert pin_table._form(w, u.contiguous()).layout == "strided"
-    with_bias = orthonormal(shape[1] + 1, 8, rng).T.contiguous().T
-    assert pin_table._form(w, with_bias).layout == expected and not pin_table._form(w, with_bias).aligned
+    w, u = make_buffer(shape, torch.float32, layout_of_weight, rng), orthonormal(shape[1], 8, rng).T.contiguous().T
+    layout = lambda *operands: pin_table._form(*operands).layout
+    assert layout(w, u, None, None) == expected and layout(w, u.contiguous(), None, None) == "strided"
+    target = torch.zeros(shape[0], 8)
+    assert layout(w, u, target, None) == expected and layout(w, u, target.T.contiguous().T, None) == "strided"
+    pair = split_basis(orthonormal(shape[1] + 1, 8, rng))
+    w = make_buffer(shape, torch.bfloat16, layout_of_weight, rng)
+    assert layout(w, pair, target, torch.zeros(shape[0])) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,6 +192,26 @@ def test_blocks_fit_a_cache_on_a_cpu_and_are_large_elsewhere(shape, dtype, rank)
     assert held <= 32 << 20 and blocks <= 1 + prod(shape) * 4 // (16 << 20)
 
 
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_columns_of_a_wide_weight_are_widened_some_at_a_time(dtype, target, monkeypatch):
+    """With a bias, in several blocks of rows; whole rows in float32 left a BLAS 45 of them at a time."""
+    rng = torch.Generator().manual_seed(0)
+    w, bias = make_buffer((300, 2000), dtype, "contiguous", rng), make_buffer((300,), dtype, "contiguous", rng)
+    u = orthonormal(2001, 256, rng)
+    b = torch.randn(300, 256, generator=rng) if target else None
+    widened = []
+    columns = torch_backend._pin_columns
+    monkeypatch.setattr(torch_backend, "_pin_columns", lambda *args: widened.append(len(args[0])) or columns(*args))
+    expected, expected_bias, norm = reference.oracle_pin(w, u, b, bias)
+    with gradproj.use_backend("torch"):
+        moved = gradproj.pin_([w], [u], None if b is None else [b], [bias])
+    eps = torch.finfo(dtype).eps
+    assert len(widened) > 1 and sum(widened) == 300 and moved.item() == pytest.approx(norm, rel=1e-4)
+    for found, exact in ((w, expected), (bias, expected_bias)):
+        torch.testing.assert_close(found.double(), torch.from_numpy(exact), rtol=eps, atol=eps * 4)
+
+
 def test_strides_beyond_32_bits_go_to_a_blas(on):
     """Offsets within a tile are 32-bit in Triton. One row, whose stride no element uses."""
     w = torch.randn(1, 4, device=on.device).as_strided((1, 4), (1 << 40, 1))
@@ -178,6 +220,7 @@ def test_strides_beyond_32_bits_go_to_a_blas(on):
 
 
 ONES = torch.ones
+HALF = functools.partial(torch.ones, dtype=torch.bfloat16)
 BUFFER = torch.ones(100)
 WHOLE = BUFFER[:12].view(4, 3)
 
@@ -194,6 +237,9 @@ WHOLE = BUFFER[:12].view(4, 3)
         (([ONES(4, 3).long()], [ONES(3, 1)]), TypeError, r"weights\[0\] has dtype torch.int64"),
         (([ONES(4, 3)], [ONES(3, 1, device="meta")]), ValueError, r"bases\[0\] is on meta"),
         (([ONES(1, 3).expand(4, 3)], [ONES(3, 1)]), ValueError, r"weights\[0\] overlaps itself"),
+        (([ONES(4, 3)], [ONES(2, 3, 1)]), TypeError, r"bases\[0\] .* a pair .* weights\[0\] is torch.float32"),
+        (([HALF(4, 3)], [ONES(2, 3, 1)]), TypeError, r"bases\[0\] .* dtype torch.float32, a pair"),
+        (([HALF(4, 3)], [HALF(3, 3, 1)]), ValueError, r"bases\[0\] has shape \(3, 3, 1\).*pass \[3, rank\]"),
         (([None], [ONES(3, 1)]), TypeError, r"weights\[0\] is a NoneType"),
         (([ONES(4, 3)], [ONES(3, 1)], []), ValueError, "targets has 0 entries"),
         (([ONES(4, 3).to_sparse()], [ONES(3, 1)]), NotImplementedError, r"weights\[0\] has layout torch.sparse"),

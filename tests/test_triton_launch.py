@@ -13,6 +13,7 @@ import triton
 
 import gradproj
 from gradproj import reference
+from gradproj.rows import functional
 from gradproj.triton_kernels import cache, combine, op, pin, pin_table
 from test_triton import DEVICE, randn, table_of
 
@@ -57,6 +58,70 @@ def test_a_pin_has_one_table_for_its_buffers():
             assert strides == (*w.stride(), *u.stride())
     run(lists[0][:2], lists[1][:2], [None, None])
     assert next(reversed(cache._tables.values())) is not first
+
+
+def experts(count, outputs=24, inputs=32):
+    """Slices of one parameter: every third transposed, every fourth strided, of rank 0 up to their width."""
+    rng = torch.Generator().manual_seed(0)
+    whole = torch.randn(count, outputs, inputs, generator=rng).to(DEVICE, torch.bfloat16)
+    across = torch.randn(count, inputs, outputs, generator=rng).to(DEVICE, torch.bfloat16)
+    apart = torch.randn(count, outputs, 2 * inputs, generator=rng).to(DEVICE, torch.bfloat16)
+    weights = [across[k].T if k % 3 == 2 else apart[k, :, ::2] if k % 4 == 3 else whole[k] for k in range(count)]
+    basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=rng))[0].to(DEVICE)
+    pair = functional.split_basis(basis)
+    ranks = [k * 7 % (inputs + 1) for k in range(count)]
+    targets = [
+        w.float() @ basis[:, :r] + 0.1 if k % 5 else None for k, (w, r) in enumerate(zip(weights, ranks, strict=True))
+    ]
+    return weights, [pair[:, :, :r] for r in ranks], targets
+
+
+def test_thousands_of_experts_are_a_launch_for_each_form():
+    """Each program finds its layer, and its rows of it, by one look at the table."""
+    lists = experts(3000)
+    found = pin_table.Table.of(*lists, [None] * 3000)
+    assert not found.others and sorted(form.layout for form, *_ in found.launches) == ["columns", "rows", "strided"]
+    seen = []
+    for form, layers, programs in found.launches:
+        layers = [*map(pin_table.Layer._make, layers.tolist())]
+        for program, number in enumerate(programs.tolist()):
+            layer = layers[number]
+            assert 0 <= program - layer.first < layer.programs == -(-layer.outputs // form.outputs)
+        assert len(programs) == sum(layer.programs for layer in layers)
+        seen += [layer.number for layer in layers]
+    assert sorted(seen) == [k for k, u in enumerate(lists[1]) if u.shape[2]]
+
+
+def test_experts_are_each_pinned():
+    weights, bases, targets = experts(36)
+    before = [w.clone() for w in weights]
+    with gradproj.use_backend("triton"):
+        moved = gradproj.pin_(weights, bases, targets)
+    for k, (w, u, target) in enumerate(zip(before, bases, targets, strict=True)):
+        expected, _, norm = reference.oracle_pin(w, u.sum(0, dtype=torch.float32), target)
+        torch.testing.assert_close(weights[k].double().cpu(), torch.from_numpy(expected), rtol=1e-2, atol=1e-2)
+        assert moved[k].item() == pytest.approx(norm, rel=1e-4, abs=1e-5)
+
+
+def test_a_null_space_splits_each_basis_once(monkeypatch):
+    """q and k have one U, of which each keeps leading columns."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(32, 24) for _ in range(2)]).to(DEVICE, torch.bfloat16)
+    x = torch.randn(200, 32, device=DEVICE, dtype=torch.bfloat16)
+    protection, split, given = gradproj.NullSpace(model, share=0.2), functional.split_basis, []
+    monkeypatch.setattr(functional, "split_basis", lambda u: given.append(u) or split(u))
+    with protection.capture():
+        sum(layer(x).float().square().sum() for layer in model).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    with gradproj.use_backend("triton"):
+        moved = protection.pin().moved.norm()
+        assert protection.pin().moved.norm() < 0.1 * moved
+    with gradproj.use_backend("torch"):
+        assert protection.pin().moved.norm() < 0.1 * moved
+    assert len(given) == 1 and all(u.dim() == 3 for u in protection._lists._bases)
+    assert all(b.vectors.dtype == torch.float32 for b in protection.bases.values())
 
 
 def test_a_pin_of_new_buffers_during_capture_is_refused(monkeypatch):

@@ -5,12 +5,13 @@ For ``pin_`` rows are the rank. Flags:
 
     sm80, sm100   for this architecture instead of sm_90
     strided       directions, or the weight of ``pin_``, have no dense dimension
+    pair          U is a pair
     mixed         directions are bfloat16
     absent        a second column lacks the first direction
     gram_dd       the Gram of the directions is known
     parts         two columns, of a part each
     transposed    a weight whose columns are dense
-    bias          one more row of U, so that its columns are not aligned
+    bias          one more row of U
     orthogonal, conflict, mix     the method
 
 Takes this checkout's kernels, with torch, numpy and triton importable, whether gradproj is installed or not.
@@ -32,6 +33,7 @@ import gradproj
 
 gradproj.__path__.append(str(ROOT))  # its triton_kernels lie there
 
+from gradproj.rows.functional import split_basis
 from gradproj.triton_kernels.combine import combine_
 from gradproj.triton_kernels.gram import gram
 from gradproj.triton_kernels.pin import pin_
@@ -80,7 +82,8 @@ def pin(rank: int, dtype: torch.dtype, flags: list[str]) -> None:
     else:
         weight = torch.zeros(outputs, inputs, dtype=dtype)
     biases = [torch.zeros(outputs, dtype=dtype)] if "bias" in flags else []
-    basis = torch.zeros(rank, inputs + len(biases)).T
+    basis = torch.zeros(rank, inputs + 4)[:, : inputs + len(biases)].T  # as null spaces hold them
+    basis = split_basis(basis) if "pair" in flags else basis
     pin_([weight], [basis], [torch.zeros(outputs, rank)], biases, [0][: len(biases)])
 
 
@@ -104,10 +107,14 @@ def call(op: str, count: int, dtype: torch.dtype, flags: list[str]) -> None:
 
 
 def write(kernel, path: Path) -> None:
+    """Raises if the compiler, which then says nothing, made a kernel that only traps: Triton 3.6 where the sums of its
+    products exceed the tensor memory of sm_100."""
+    if "ld.global" not in kernel.asm["ptx"]:
+        raise RuntimeError(f"{path.stem} was compiled to a trap")
     path.with_suffix(".ptx").write_text(kernel.asm["ptx"])
     path.with_suffix(".cubin").write_bytes(kernel.asm["cubin"])
     usage = subprocess.check_output([CUOBJDUMP, "-res-usage", path.with_suffix(".cubin")], text=True)
-    path.with_suffix(".usage").write_text(usage)
+    path.with_suffix(".usage").write_text(f"{usage}BYTES:{kernel.metadata.shared}\n")  # of shared memory
 
 
 driver.set_active(Device())

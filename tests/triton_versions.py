@@ -24,13 +24,14 @@ PROCESSES = min(2, os.cpu_count() or 1)
 
 
 def pin_cases() -> list[str]:
-    """Layout and alignment, ranks, dtype, architecture: all of ``pin_table.Form``."""
-    layouts = ("", ",bias", ",transposed", ",transposed,bias", ",strided")
+    """Ranks, dtypes of weight and basis, layout, bias, architecture: all of ``pin_table.Form``."""
+    layouts = list(product(("", ",transposed", ",strided"), ("", ",bias")))
     return [
-        f"pin_,{ranks},{dtype}{layout}{architecture}"
-        for architecture, dtype, ranks, layout in product(
-            ("", ",sm80", ",sm100"), ("fp32", "bf16", "fp16"), (64, 128), layouts
-        )
+        f"pin_,{ranks},{kind}{layout}{bias}{architecture}"
+        for architecture, kind in product(("", ",sm80", ",sm100"), ("bf16,pair", "fp32", "bf16", "fp16"))
+        for layout, bias in layouts
+        for ranks in (64, 128, 256)
+        if ranks == 64 or layout != ",strided" and (kind == "bf16,pair" or ranks == 128 and architecture != ",sm80")
     ]
 
 

@@ -60,9 +60,10 @@ class Start(NamedTuple):
     grid: int
     arguments: tuple
     warps: int = 4
+    registers: int | None = None  # of a thread, at most
 
     def run(self) -> None:
-        self.kernel[(self.grid,)](*self.arguments, num_warps=self.warps)
+        self.kernel[(self.grid,)](*self.arguments, num_warps=self.warps, maxnreg=self.registers)
 
 
 _compiled: set[tuple] = set()
@@ -74,7 +75,8 @@ def launch(device: torch.device, starts: Sequence[Start]) -> None:
     for start in starts:
         key = id(start.kernel), device, start.form
         if key not in _compiled:
-            compiled = start.kernel.warmup(*start.arguments, grid=(start.grid,), num_warps=start.warps)
+            settings = {"num_warps": start.warps, "maxnreg": start.registers}
+            compiled = start.kernel.warmup(*start.arguments, grid=(start.grid,), **settings)
             if compiled is not None:  # the interpreter compiles nothing
                 compiled.run  # noqa: B018  loads it
             _compiled.add(key)

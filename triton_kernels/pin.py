@@ -9,146 +9,120 @@ from gradproj.kernels import torch_backend, validate
 from gradproj.triton_kernels.cache import keep
 from gradproj.triton_kernels.op import Start, implement, launch, refusing
 from gradproj.triton_kernels.pin_table import LAYER, Table
-from gradproj.triton_kernels.walk import INTERPRETED, narrow
+from gradproj.triton_kernels.tile import dot, dot_split, load_tile, split, tile_pointers
+from gradproj.triton_kernels.walk import narrow
 
-WARPS = 8
-TILE_INPUTS = tl.constexpr(64)  # inputs that a program takes at a time
 FINISH_BLOCK = 256  # doubles that the finish takes at a time
 
 
 @triton.jit
-def find_layer(layers_ptr, num_layers, program):
-    """The layer that ``program`` works on: the last whose first program is <= ``program``."""
-    low = num_layers * 0
-    high = num_layers - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(layers_ptr + middle * len(LAYER) + LAYER.first) <= program:
-            low = middle
-        else:
-            high = middle - 1
-    return layers_ptr + low * len(LAYER)
+def load_bias(layer_ptr, first_output, outputs, high_ptr, low_ptr, u_column, ranks, form: tl.constexpr):
+    """The last column of W and the last row of U, which make a product of vectors. Loaded where they are used: what
+    lives through the loops takes their registers. Returns pointers and mask of the bias; it and the row in float32."""
+    num_outputs: tl.constexpr = form.outputs
+    num_ranks: tl.constexpr = form.ranks
+    stride = tl.load(layer_ptr + LAYER.bias_stride)
+    bias_ptr = tl.load(layer_ptr + LAYER.bias).to(tl.pointer_type(form.dtype)) + first_output * stride
+    bias_ptr, mask = tile_pointers(bias_ptr, stride, 1, 0, outputs, 1, num_outputs, 1)
+    row = load_tile(high_ptr, 1, u_column, 0, 1, ranks, 1, num_ranks).to(tl.float32)
+    if form.basis == tl.bfloat16:
+        row += load_tile(low_ptr, 1, u_column, 0, 1, ranks, 1, num_ranks).to(tl.float32)
+    return bias_ptr, mask, tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32), row
 
 
 @triton.jit
-def split(x, dtype: tl.constexpr):
-    """float32 as a sum of two for tensor cores: 22 bits in TF32, for which ``dtype`` is float32, or 16 in bfloat16."""
-    if dtype == tl.float32:
-        high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        low = x - high
+def multiply(moved, w, u, low, form: tl.constexpr):
+    """moved + w u^T; of a pair u is the high part."""
+    if form.basis == tl.bfloat16:
+        moved = dot(w, low.trans(), moved)
+        moved = dot(w, u.trans(), moved)
+    else:  # tensor cores truncate their sums: they keep only those of one tile
+        w_high, w_low = split(w.to(tl.float32))
+        high, low = split(u)
+        moved += dot_split(w_high, w_low, high.trans(), low.trans())
+    return moved
+
+
+@triton.jit
+def add_change(w, change, change_low, u, form: tl.constexpr):
+    """w + change u. Of a pair the high part is enough, and one product: W is rounded more coarsely."""
+    if form.basis == tl.bfloat16:
+        pinned = dot(change, u, w.to(tl.float32))
     else:
-        high = narrow(x, dtype)
-        low = narrow(x - high.to(tl.float32), dtype)
-    return high, low
+        high, low = split(u)
+        pinned = w.to(tl.float32) + dot_split(change, change_low, high, low)
+    return narrow(pinned, form.dtype)
 
 
 @triton.jit
-def dot(a, b, sums):
-    """a b + sums on tensor cores, which take a float32 as TF32. Triton's interpreter multiplies no bfloat16."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="tf32")
-
-
-@triton.jit
-def dot_split(a_high, a_low, b_high, b_low):
-    """(a_high + a_low) (b_high + b_low) without the product of the low parts, the small products first."""
-    sums = dot(a_low, b_high, tl.zeros([a_low.shape[0], b_high.shape[1]], dtype=tl.float32))
-    sums = dot(a_high, b_low, sums)
-    return dot(a_high, b_high, sums)
-
-
-@triton.jit
-def tile_pointers(
-    base_ptr, row, column, start, rows, columns, num_rows: tl.constexpr, num_columns: tl.constexpr
-):  # fmt: skip
-    """Pointers to [num_rows, num_columns] of a [rows, columns] matrix from column ``start`` on, and which exist.
-    ``row`` and ``column`` are int64 strides, or the constant 1: ``start`` then stays 32-bit, as offsets within a tile
-    always do, because 64-bit ones take twice the registers."""
-    i = tl.arange(0, num_rows)[:, None]
-    j = tl.arange(0, num_columns)[None, :]
-    tile_ptr = (base_ptr + start * column) + (i * tl.cast(row, tl.int32) + j * tl.cast(column, tl.int32))
-    return tile_ptr, (i < rows) & (j < columns - start)
-
-
-@triton.jit
-def load_tile(base_ptr, row, column, start, rows, columns, num_rows: tl.constexpr, num_columns: tl.constexpr):
-    tile_ptr, mask = tile_pointers(base_ptr, row, column, start, rows, columns, num_rows, num_columns)
-    return tl.load(tile_ptr, mask=mask, other=0.0)
-
-
-@triton.jit(do_not_specialize=["num_layers"])
-def pin_kernel(layers_ptr, partial_ptr, num_layers, form: tl.constexpr):
-    """A program takes some rows of one weight. For every block of columns of U it reads them from memory, then again
-    from cache, the last first, and writes them once; it reads the block twice too. One block after the other is exact,
-    because the columns of U are orthogonal. Writes |W U - B|^2."""
+def pin_kernel(layers_ptr, programs_ptr, partial_ptr, form: tl.constexpr):
+    """A program takes some rows of one weight. For every block of columns of U it reads them from memory, then again,
+    the last first, and writes them once; it reads the block twice too, the low part of a pair once. One block after the
+    other is exact, because the columns of U are orthogonal. Writes |W U - B|^2."""
     num_outputs: tl.constexpr = form.outputs  # Triton 3.6 and 3.7 take no plain number, as in form.outputs, for a shape
     num_ranks: tl.constexpr = form.ranks
+    num_inputs: tl.constexpr = form.inputs
+    stages: tl.constexpr = form.stages
+    pair: tl.constexpr = form.basis == tl.bfloat16
+    strided: tl.constexpr = form.layout == "strided"
     program = tl.program_id(0)
-    layer_ptr = find_layer(layers_ptr, num_layers, program)
+    layer_ptr = layers_ptr + tl.load(programs_ptr + program) * len(LAYER)
     first_output = (program - tl.load(layer_ptr + LAYER.first).to(tl.int32)) * num_outputs
     outputs, inputs = tl.load(layer_ptr + LAYER.outputs).to(tl.int32), tl.load(layer_ptr + LAYER.inputs).to(tl.int32)
     rank = tl.load(layer_ptr + LAYER.rank).to(tl.int32)
-    basis_ptr = tl.load(layer_ptr + LAYER.basis).to(tl.pointer_type(tl.float32))
-    u_row = tl.load(layer_ptr + LAYER.basis_row) if form.layout == "strided" else 1
+    basis_ptr = tl.load(layer_ptr + LAYER.basis).to(tl.pointer_type(form.basis))
+    low_ptr = tl.load(layer_ptr + LAYER.low).to(tl.pointer_type(form.basis))
+    u_row = tl.load(layer_ptr + LAYER.basis_row) if strided and not pair else 1
     u_column = tl.load(layer_ptr + LAYER.basis_column)
-    if form.aligned:
-        basis_ptr, u_column = tl.multiple_of(basis_ptr, 16), tl.multiple_of(u_column, 4)
-        inputs = tl.multiple_of(inputs, 4)
+    if pair or not strided:
+        basis_ptr, low_ptr = tl.multiple_of(basis_ptr, 16), tl.multiple_of(low_ptr, 16)
+        u_column = tl.multiple_of(u_column, 8 if pair else 4)
     weight_ptr = tl.load(layer_ptr + LAYER.weight).to(tl.pointer_type(form.dtype))
     w_row = 1 if form.layout == "columns" else tl.load(layer_ptr + LAYER.weight_row)
     w_column = 1 if form.layout == "rows" else tl.load(layer_ptr + LAYER.weight_column)
     weight_ptr += first_output * w_row
+    if not strided:
+        weight_ptr, inputs = tl.multiple_of(weight_ptr, 16), tl.multiple_of(inputs, 8)
     if form.layout == "rows":
-        weight_ptr, w_row = tl.multiple_of(weight_ptr, 16), tl.multiple_of(w_row, 16)
-        inputs = tl.multiple_of(inputs, 16)
+        w_row = tl.multiple_of(w_row, 8)
     elif form.layout == "columns":
-        weight_ptr, w_column = tl.multiple_of(weight_ptr, 16), tl.multiple_of(w_column, 16)
-        outputs = tl.multiple_of(outputs, 16)
+        w_column, outputs = tl.multiple_of(w_column, 8), tl.multiple_of(outputs, 8)
     outputs -= first_output
-    output = tl.arange(0, num_outputs)[:, None]
-    bias_ptr = tl.load(layer_ptr + LAYER.bias).to(tl.pointer_type(form.dtype))
-    bias_ptr = bias_ptr + (first_output + output) * tl.load(layer_ptr + LAYER.bias_stride)
-    has_bias = tl.load(layer_ptr + LAYER.bias) != 0
+    b_row = tl.load(layer_ptr + LAYER.target_row)
+    b_column = tl.load(layer_ptr + LAYER.target_column) if strided else 1
+    target_ptr = tl.load(layer_ptr + LAYER.target).to(tl.pointer_type(tl.float32)) + first_output * b_row
+    # A branch on the address would serialise all that tensor cores do: ptxas must see where their sums come from.
+    targets = tl.where(tl.load(layer_ptr + LAYER.target) != 0, outputs, 0)
     square = tl.zeros([num_outputs], dtype=tl.float64)
-    stages: tl.constexpr = 3 if num_ranks == 64 else 2  # tiles under way: as many as shared memory holds
     # disable_licm: what every block has in common, kept, would take the registers of the loops within.
     for first in tl.range(0, rank, num_ranks, num_stages=1, disable_licm=True):
-        block_ptr = basis_ptr + first * u_column
-        moved = tl.zeros([num_outputs, num_ranks], dtype=tl.float32)
-        if tl.load(layer_ptr + LAYER.target) != 0:
-            b_row, b_column = tl.load(layer_ptr + LAYER.target_row), tl.load(layer_ptr + LAYER.target_column)
-            target_ptr = tl.load(layer_ptr + LAYER.target).to(tl.pointer_type(tl.float32)) + first_output * b_row
-            moved -= load_tile(target_ptr, b_row, b_column, first, outputs, rank, num_outputs, num_ranks)
-        if has_bias:
-            bias_basis = load_tile(block_ptr + inputs * u_row, 1, u_column, 0, 1, rank - first, 1, num_ranks)
-            moved += tl.load(bias_ptr, mask=output < outputs, other=0.0).to(tl.float32) * bias_basis
-        for start in tl.range(0, inputs, TILE_INPUTS, num_stages=stages):
-            w = load_tile(weight_ptr, w_row, w_column, start, outputs, inputs, num_outputs, TILE_INPUTS)
-            u = load_tile(block_ptr, u_column, u_row, start, rank - first, inputs, num_ranks, TILE_INPUTS)
-            high, low = split(u, form.dtype)
-            if form.dtype == tl.float32:  # tensor cores truncate their sums: they keep only those of one tile
-                w_high, w_low = split(w, form.dtype)
-                moved += dot_split(w_high, w_low, high.trans(), low.trans())
-            else:
-                moved = dot(w, low.trans(), moved)
-                moved = dot(w, high.trans(), moved)
+        block_ptr, rest_ptr, ranks = basis_ptr + first * u_column, low_ptr + first * u_column, rank - first
+        moved = 0.0 - load_tile(target_ptr, b_row, b_column, first, targets, rank, num_outputs, num_ranks)
+        row = inputs * u_row
+        if form.biased:
+            _, _, bias, of_bias = load_bias(
+                layer_ptr, first_output, outputs, block_ptr + row, rest_ptr + row, u_column, ranks, form
+            )
+            moved += bias * of_bias
+        for start in tl.range(0, inputs, num_inputs, num_stages=stages):
+            w = load_tile(weight_ptr, w_row, w_column, start, outputs, inputs, num_outputs, num_inputs)
+            u = load_tile(block_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs)
+            low = load_tile(rest_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs) if pair else u
+            moved = multiply(moved, w, u, low, form)
         square += tl.sum(moved * moved, axis=1).to(tl.float64)
-        if has_bias:
-            bias_basis = load_tile(block_ptr + inputs * u_row, 1, u_column, 0, 1, rank - first, 1, num_ranks)
-            pinned = tl.load(bias_ptr, mask=output < outputs, other=0.0).to(tl.float32)
-            pinned -= tl.sum(moved * bias_basis, axis=1, keep_dims=True)
-            tl.store(bias_ptr, narrow(pinned, form.dtype), mask=output < outputs)
-        half: tl.constexpr = tl.float32 if form.dtype == tl.float32 else tl.bfloat16  # whose range is float32's
-        moved_high, moved_low = split(moved, half)
-        for done in tl.range(0, inputs, TILE_INPUTS, num_stages=stages):  # W is prefetched only if num_stages is given
-            start = (inputs - 1) // TILE_INPUTS * TILE_INPUTS - done
-            w_ptr, mask = tile_pointers(weight_ptr, w_row, w_column, start, outputs, inputs, num_outputs, TILE_INPUTS)
+        if form.biased:
+            bias_ptr, there, bias, of_bias = load_bias(
+                layer_ptr, first_output, outputs, block_ptr + row, rest_ptr + row, u_column, ranks, form
+            )
+            bias -= tl.sum(moved * of_bias, axis=1, keep_dims=True)
+            tl.store(bias_ptr, narrow(bias, form.dtype), mask=there)
+        change, change_low = (narrow(-moved, form.basis), moved) if pair else split(-moved)
+        for done in tl.range(0, inputs, num_inputs, num_stages=stages):  # W is prefetched only if num_stages is given
+            start = (inputs - 1) // num_inputs * num_inputs - done
+            w_ptr, mask = tile_pointers(weight_ptr, w_row, w_column, start, outputs, inputs, num_outputs, num_inputs)
             w = tl.load(w_ptr, mask=mask, other=0.0)
-            u = load_tile(block_ptr, u_column, u_row, start, rank - first, inputs, num_ranks, TILE_INPUTS)
-            high, low = split(u, half)
-            pinned = w.to(tl.float32) - dot_split(moved_high, moved_low, high, low)
-            tl.store(w_ptr, narrow(pinned, form.dtype), mask=mask)
+            u = load_tile(block_ptr, u_column, u_row, start, ranks, inputs, num_ranks, num_inputs)
+            tl.store(w_ptr, add_change(w, change, change_low, u, form), mask=mask)
         tl.debug_barrier()  # the next block reads what other threads have written
     tl.store(partial_ptr + program, tl.sum(square, axis=0))
 
@@ -182,8 +156,9 @@ def pin_(
     squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
     starts = []
     for form, layers, programs in table.launches:
-        partial = torch.empty(programs, dtype=torch.float64, device=device)
-        starts.append(Start(pin_kernel, form, programs, (layers, partial, len(layers), form), WARPS))
+        partial = torch.empty(len(programs), dtype=torch.float64, device=device)
+        arguments = layers, programs, partial, form
+        starts.append(Start(pin_kernel, form, len(programs), arguments, form.warps, form.registers))
         starts.append(Start(pin_finish_kernel, (), len(layers), (layers, partial, squares, FINISH_BLOCK)))
     with torch.cuda.device_of(squares):
         launch(device, starts)

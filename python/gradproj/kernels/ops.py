@@ -10,8 +10,9 @@ gradient. ``gram_dd`` is the [num_rows - 1, num_rows - 1] Gram of rows 1.., copi
 dimension of that length, and every part is projected by itself.
 
 ``pin_`` takes [o, i] weights, [i, r] bases, [o, r] targets, and the biases [o] of the weights numbered ``biased``,
-whose bases are [i + 1, r]; it returns the squared Frobenius norms of W U - B before. The native namespace leaves it to
-a BLAS and has none; the one in plain torch expects its caller to have checked the arguments.
+whose bases are [i + 1, r]; it returns the squared Frobenius norms of W U - B before. For a bfloat16 weight a basis may
+be a bfloat16 pair [2, i, r] that sums to U, which tensor cores take as it is. The native namespace leaves it to a BLAS
+and has none; the one in plain torch expects its caller to have checked the arguments.
 
 A weight of exactly 0 means that its row is not read, and weights (1, 0, .., 0) mean that nothing is read or written.
 """

@@ -215,14 +215,21 @@ def check_pin(weights: Sequence[Tensor], bases: Sequence[Tensor], targets: Row, 
         if w.dim() != 2:
             raise ValueError(f"pin_: weights[{k}] has shape {tuple(w.shape)}; pass a matrix, [outputs, inputs]")
         outputs, inputs = w.shape[0], w.shape[1] + (c is not None)
-        if u.dim() != 2 or u.shape[0] != inputs:
+        pair = u.dim() == 3
+        if pair and not u.dtype == w.dtype == torch.bfloat16:
+            raise TypeError(
+                f"pin_: bases[{k}] has shape {tuple(u.shape)} and dtype {u.dtype}, a pair of high and low parts; those "
+                f"are bfloat16 and for bfloat16 weights, but weights[{k}] is {w.dtype}: pass the float32 basis "
+                f"[{inputs}, rank]"
+            )
+        if not (u.dim() == 2 or pair and u.shape[0] == 2) or u.shape[-2] != inputs:
             with_bias = ", its bias counted as an input" if c is not None else ""
             raise ValueError(
                 f"pin_: bases[{k}] has shape {tuple(u.shape)} but weights[{k}] has shape {tuple(w.shape)}{with_bias}: "
                 f"pass [{inputs}, rank]"
             )
-        if b is not None and b.shape != (outputs, u.shape[1]):
-            wanted = f"weights[{k}] and bases[{k}] want {(outputs, u.shape[1])}"
+        if b is not None and b.shape != (outputs, u.shape[-1]):
+            wanted = f"weights[{k}] and bases[{k}] want {(outputs, u.shape[-1])}"
             raise ValueError(f"pin_: targets[{k}] has shape {tuple(b.shape)}; {wanted}")
         if c is not None and c.shape != (outputs,):
             raise ValueError(f"pin_: biases[{k}] has shape {tuple(c.shape)}; weights[{k}] wants ({outputs},)")

@@ -23,12 +23,13 @@ class PinLists:
         for slot in slots.values():
             p, local = slot.get(), local_tensors([slot.get()])[0]
             self._seen.append((slot.module._parameters, slot.key, p, local, local.data_ptr(), p.requires_grad))
-        moving = movable(matrices, bases)
-        self._names = tuple(matrix.name for matrix in moving)
-        self._weights = [matrix.rows().part for matrix in moving]
-        self._bases = [bases[name].vectors for name in self._names]
+        self._matrices = movable(matrices, bases)
+        self._names = tuple(matrix.name for matrix in self._matrices)
+        self._weights = [matrix.rows().part for matrix in self._matrices]
+        self._vectors = [bases[name].vectors for name in self._names]
+        self._bases = functional.split_bases(self._weights, self._vectors)
         self._targets = [bases[name].target for name in self._names]
-        self._biases = [matrix.bias_rows() for matrix in moving]
+        self._biases = [matrix.bias_rows() for matrix in self._matrices]
 
     def current(self) -> bool:
         """Whether no parameter was replaced, moved, frozen or freed since."""
@@ -39,6 +40,19 @@ class PinLists:
 
     def pin(self) -> Pin:
         return Pin(self._names, functional.pin_(self._weights, self._bases, self._targets, self._biases))
+
+    @torch.no_grad()
+    def project_gradients(self) -> Pin:
+        """G <- G - (G U) U^T on the gradients of the matrices that have one."""
+        moving = [k for k, matrix in enumerate(self._matrices) if matrix.weight.grad is not None]
+        gradients = [self._matrices[k].rows(gradient=True).part for k in moving]
+        biases = [self._matrices[k].bias_rows(gradient=True) for k in moving]
+        spans = []
+        for k, gradient, bias in zip(moving, gradients, biases, strict=True):
+            u = self._bases[k] if gradient.dtype == self._weights[k].dtype else self._vectors[k]
+            # A bias without a gradient does not move: it is no input.
+            spans.append(u[..., :-1, :] if self._matrices[k].bias_at is not None and bias is None else u)
+        return Pin(tuple(self._names[k] for k in moving), functional.pin_(gradients, spans, None, biases))
 
 
 def refuse_optimizers(slots: Sequence[Slot], optimizers: Sequence[Optimizer], sharding: Sharding | None) -> None:
@@ -70,16 +84,3 @@ def movable(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> list[Matr
         if trained == {True} and bases[matrix.name].rank:
             found.append(matrix)
     return found
-
-
-@torch.no_grad()
-def project_gradients(matrices: Sequence[Matrix], bases: Mapping[str, Basis]) -> Pin:
-    """G <- G - (G U) U^T on the gradients of the matrices that have one."""
-    moving = movable([matrix for matrix in matrices if matrix.weight.grad is not None], bases)
-    gradients = [matrix.rows(gradient=True).part for matrix in moving]
-    biases = [matrix.bias_rows(gradient=True) for matrix in moving]
-    spans = [bases[matrix.name].vectors for matrix in moving]
-    for m, matrix in enumerate(moving):
-        if matrix.bias_at is not None and biases[m] is None:
-            spans[m] = spans[m][:-1]  # such a bias does not move: it is no input
-    return Pin(tuple(matrix.name for matrix in moving), functional.pin_(gradients, spans, None, biases))

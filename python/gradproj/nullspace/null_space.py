@@ -17,7 +17,7 @@ from gradproj.nullspace.basis import Basis, add_earlier, make_bases
 from gradproj.nullspace.estimate import Estimate, estimate
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing, experts
-from gradproj.nullspace.lists import PinLists, project_gradients, refuse_optimizers
+from gradproj.nullspace.lists import PinLists, refuse_optimizers
 from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overlaps, unreached
 from gradproj.nullspace.moments import WIDE
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
@@ -46,7 +46,7 @@ class NullSpace(Protection):
     Args:
         model: whose matrices are protected.
         share: part of the covered weights' dimensions that is kept for the capability, in (0, 1), where the curvature
-            is. The bases take about three times that part of the weights' memory.
+            is. The bases take about three times that part of the weights' memory; four in bfloat16 with Triton.
         max_rank: of a matrix, at most. Those of more than 2,048 inputs, and experts of more than 512, are sketched and
             keep at most 512, or twice their share, without it.
         modules: ``(name, module) -> bool``, whose own parameters to cover; None covers all.
@@ -276,7 +276,7 @@ class NullSpace(Protection):
             super().project()  # refuses
         if not self.bases:
             return None
-        self._last = project_gradients(self.matrices, self.bases)
+        self._last = self._current_lists().project_gradients()
         return self._last
 
     def param_groups(

@@ -186,7 +186,8 @@ def pin_(
 
     Args:
         weights: [o, i] each, any strides; float32, float64, bfloat16 or float16. Modified.
-        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], whose last row is for the bias's input, 1.
+        bases: U [i, r], orthonormal, r >= 0; with a bias [i + 1, r], whose last row is for the bias's input, 1. For a
+            bfloat16 weight it may be the pair that :func:`split_basis` makes, which Triton's kernel is made for.
         targets: B [o, r], or None for zeros, the form for gradients; None if all are.
         biases: [o] each or None; treated as one more column of W. Modified.
     Returns:
@@ -203,3 +204,26 @@ def pin_(
     absent = [None] * len(weights)
     rows = [weights, bases, absent if targets is None else targets, absent if biases is None else biases]
     return calls.pin(calls.unpack("pin_", rows)).sqrt_()
+
+
+def split_basis(basis: Tensor) -> Tensor:
+    """U [i, r] as a bfloat16 pair [2, i, r], high and low, whose sum is U to 16 bits. Every column is dense and starts
+    on a 16-byte boundary, so that tensor cores can take it from memory as it is."""
+    inputs, rank = basis.shape
+    pair = basis.new_zeros(2, rank, -(-inputs // 8) * 8, dtype=torch.bfloat16)[:, :, :inputs].mT
+    pair[0] = basis
+    pair[1] = basis - pair[0]
+    return pair
+
+
+def split_bases(weights: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
+    """The bases, as pairs where Triton pins a bfloat16 weight. Those that are leading columns of the same ones stay
+    so."""
+    wanted = [w.dtype == torch.bfloat16 and select(w.device.type, "pin_").name == "triton" for w in weights]
+    places = [(u.data_ptr(), u.stride(), u.shape[0]) for u in bases]
+    pairs: dict[tuple, Tensor] = {}
+    for u, place, split in sorted(zip(bases, places, wanted, strict=True), key=lambda entry: -entry[0].shape[1]):
+        if split and place not in pairs:
+            pairs[place] = split_basis(u)
+    found = zip(bases, places, wanted, strict=True)
+    return [pairs[place][:, :, : u.shape[1]] if split else u for u, place, split in found]
