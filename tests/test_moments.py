@@ -195,6 +195,14 @@ def test_sketch_finds_the_leading_eigenpairs(ones):
     assert float(sketch.trace) == pytest.approx(float(exact.trace))
 
 
+@pytest.mark.parametrize("sketch", [None, 16], ids=["exact", "sketched"])
+def test_inputs_that_are_all_zero_have_no_eigenpairs(sketch):
+    moment = Moment(600, False, sketch, torch.device("cpu"), torch.float32, {})
+    moment.add(torch.zeros(30, 600))
+    assert moment.is_finite() and moment.eigenvalues(20).numel() == 0
+    assert moment.eigenvectors(0).shape == (600, 0)
+
+
 @pytest.mark.parametrize("fall", [0.0, 0.5, 1.5], ids=["flat", "slow", "fast"])
 def test_leading_eigenpairs_without_the_others(fall):
     """Of a wide moment only the leading ones are computed: what they capture is right to a part in 1e5."""

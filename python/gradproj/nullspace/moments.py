@@ -174,6 +174,7 @@ def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenpairs, ascending; both arguments are used up. A shift by a multiple of rounding keeps the Cholesky factor of
     the core well defined."""
     shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sketched)
+    shift.clamp_(min=1e-100)  # of inputs that are all zero
     sketched.add_(test.mul_(shift))
     core = test.T @ sketched / shift
     del test
@@ -187,4 +188,4 @@ def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     # Eigenpairs of half half' from those of half' half, which is small: float64 has digits for the square to spare.
     values, small = torch.linalg.eigh(half.T @ half)
     vectors = (half @ small).div_(values.clamp(min=torch.finfo(values.dtype).tiny).sqrt())
-    return (values - shift).clamp(min=0), vectors
+    return (values - shift) * (values > 1.001 * shift), vectors
