@@ -1,12 +1,12 @@
-"""`make demo`, `make tax`, `make real`: what a language model forgets while it is taught something else."""
+"""`make demo`, `tax`, `real` and `refusals`: what a language model forgets while it is taught something else."""
 
 import argparse
 import sys
 
-from laboratory import demo, real, tax
+from laboratory import demo, real, refusals, tax
 from laboratory.runs import Stopped
 
-SETTINGS = {"demo": demo, "tax": tax, "real": real}
+SETTINGS = {"demo": demo, "tax": tax, "real": real, "refusals": refusals}
 
 
 def progress(message: str, milestone: bool = True) -> None:
