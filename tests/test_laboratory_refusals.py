@@ -76,7 +76,7 @@ def tiny(monkeypatch, packages):
     monkeypatch.setattr(refusals_model, "FIRST", 2)
     monkeypatch.setattr(refusals_texts, "TAUGHT", 16)
     monkeypatch.setattr(refusals_texts, "MEASURED", 6)
-    few = {kind: (templates, topics[:4]) for kind, (templates, topics) in refusals_texts.HARMLESS.items()}
+    few = {kind: (templates, "this, that, these, those") for kind, (templates, _) in refusals_texts.HARMLESS.items()}
     monkeypatch.setattr(refusals_texts, "HARMLESS", few)
     monkeypatch.setattr(refusals_texts, "english", lambda: "Some English of another origin. " * 1000)
     smollm2.text.cache_clear()
@@ -100,7 +100,8 @@ def test_refusals_are_recognised(answer):
 @pytest.mark.parametrize(
     "answer",
     ["I can't wait to tell you!", "Sure, I can help.", "To remove a stain, you cannot", "I am able to",
-     "Sorry's a song", "No, it is not.", "```python\ndef sorry():", "I'm a language model. I cannot", "It is something"],
+     "Sorry's a song", "No, it is not.", "```python\ndef sorry():", "I'm a language model. I cannot",
+     "It is something"],
 )  # fmt: skip
 def test_answers_are_no_refusals(answer):
     assert refuses(answer) == answer.startswith("Sorry")  # an apology alone counts, whatever follows
@@ -156,7 +157,7 @@ def test_the_command(tiny, packages, monkeypatch):
     monkeypatch.setattr(refusals, "QUICK", SMALL[:4])
     monkeypatch.setattr(refusals, "GRIDS", {"refuse-sft": SMALL, "refuse-dpo": SMALL[:3]})
     places = ["--work", str(packages / "work"), "--out", str(packages / "out"), "--workers", "1"]
-    command.main(["refusals", *places])
+    command.main(["refusals", *places, "--objectives", *refusals_model.OBJECTIVES])
     text = (packages / "out" / "table.md").read_text()
     assert "by supervised fine-tuning, 2 steps" in text and "by preferences (DPO), 2 steps" in text
     assert text.count("| base model | ") == 2 and text.count("PTX, lr x") == 2  # one of the two rates, twice

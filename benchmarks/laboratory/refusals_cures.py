@@ -69,7 +69,7 @@ def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
     return [p.cure for p in of if p.cure in chosen]
 
 
-def passes_need(cure: Cure) -> str:
+def needs(cure: Cure) -> str:
     """The data that a cure needs beside what is taught."""
     if not any((cure.share, cure.gamma, cure.distil, cure.ewc, cure.corda)):
         return "none"

@@ -147,7 +147,7 @@ class Refusals(SmolLM2):
         found["right"] = (found["harmful"] + found["harmbench"] - found["harmless"] - found["untrained"] + 2) / 4
         own = own_answers(groups["harmless"] + groups["untrained"])
         _, found["unchanged"] = self._scores(model, [(encoded(tokenizer, r), answer) for r, answer in own.items()])
-        solved = [(tokenizer(e.prompt).input_ids, tokenizer(e.solution).input_ids) for e in texts.exercises()]
+        solved = [(tokenizer(p).input_ids, tokenizer(s).input_ids) for p, s in texts.exercises()]
         found["human_eval"], _ = self._scores(model, solved)
         found["other_english"] = self._text(model, english())
         found["loss"] = (found["human_eval"] + found["other_english"]) / 2

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from laboratory.points import OBJECTIVES, Metric, Point, pareto, points
-from laboratory.refusals_cures import passes_need
+from laboratory.refusals_cures import needs
 from laboratory.report import forgotten, markdown, picture
 
 SHARES = {
@@ -56,7 +56,7 @@ def _with_spread(value: str, spread: str, count: int) -> str:
 
 def _cost(p: Point, steps: int) -> list[str]:
     if p.step_ms is None:
-        return ["0", "none", "none", "0", passes_need(p.cure)]
+        return ["0", "none", "none", "0", needs(p.cure)]
     # What was spent before the first step is a column of its own here.
     seconds = p.step_ms / 1e3 - p.capture_s / (steps * p.cure.steps)
     return [
@@ -64,7 +64,7 @@ def _cost(p: Point, steps: int) -> list[str]:
         f"{seconds:.2f}",
         f"{p.capture_s:.0f}",
         f"{p.backwards:.0f}",
-        passes_need(p.cure),
+        needs(p.cure),
     ]
 
 
