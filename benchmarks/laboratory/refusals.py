@@ -37,7 +37,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     what = "by what it is taught (default: refuse-sft; both take twice as long)"
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["refuse-sft"], help=what)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each reported setting (default 1)")
-    parser.add_argument("--quick", action="store_true", help=f"seven settings, {SHORT} steps, one objective; half an hour")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"seven settings, {SHORT} steps, one objective; half an hour"
+    )
     work = Path("build/refusals")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
     where = "table, figure, runs (default benchmarks/results/refusals, for --quick WORK/quick)"
