@@ -24,6 +24,7 @@ SMALL = [
     NONE,
     Cure("interpolation", "alpha 0.5", alpha=0.5),
     *at("PTX", 1, 3, gamma=1.0),
+    Cure("EWC", "lambda 0.1", ewc=0.1, fill=2),
     *at("OSF", 1, osf=0.5),
     *at("CorDA", 3, lora=True, corda=True, fill=2),
     *at("NullSpace", 1, share=0.3, damping=0.3, fill=2),

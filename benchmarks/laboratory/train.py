@@ -25,8 +25,8 @@ class Cost(NamedTuple):
             with what else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
-            directions, a null space's bases and targets, K-FAC's and OSF's bases, EWC's importance and copy of
-            the parameters.
+            directions, a null space's bases and targets, K-FAC's and OSF's bases, EWC's importance and copy of the
+            parameters.
         capture_s: the part of the time that was spent before the first step, in seconds.
     """
 
@@ -159,21 +159,19 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
 
 
 def fresh(base: nn.Module, cure: Cure, seed: int, capability: Capability | None = None) -> nn.Module:
-    """A copy of which those parameters train that the cure says; ``capability`` is then a text for it."""
+    """A copy of which those parameters train that the cure says. ``capability``'s passes are then its own."""
     pupil = copy.deepcopy(base)
     if cure.lora or cure.osf:
         pupil = adapted(pupil, cure, seed, capability)
+    elif cure.frozen:
+        freeze(pupil)
     if capability is not None:
         capability.pupil = pupil
-    if cure.lora or cure.osf:
-        return pupil
-    if cure.frozen:
-        freeze(pupil)
     return pupil
 
 
 def adapted(pupil: nn.Module, cure: Cure, seed: int, capability: Capability | None) -> nn.Module:
-    """With adapters of PEFT's on all linear layers but the head."""
+    """With adapters of PEFT's on all linear layers but the head. CorDA runs the capability through the model first."""
     import peft
 
     torch.manual_seed(seed)
