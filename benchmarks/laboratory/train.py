@@ -25,7 +25,8 @@ class Cost(NamedTuple):
             with what else the machine does; elsewhere wall time.
         capability_backwards: backward passes over capability batches in the whole run.
         extra_bytes: held from step to step beyond model, gradient and optimizer state: the base model, protected
-            directions, a null space's bases and targets, K-FAC's bases, EWC's importance and copy of the parameters.
+            directions, a null space's bases and targets, K-FAC's and OSF's bases, EWC's importance and copy of the
+            parameters.
         capture_s: the part of the time that was spent before the first step, in seconds.
     """
 
@@ -101,16 +102,18 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
         FloatingPointError: the loss of a step is not finite.
     """
     task, base, lr = model.objectives[objective], model.base(), cure.lr * model.lr(objective)
-    pupil = fresh(base, cure, seed)
     text = cure.text or task.capability
-    capability = Capability(model, pupil, text, seed)
+    capability = Capability(model, base, text, seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     # Texts are read now, and what a first optimizer imports (a second of CPU time), so that no step pays for it.
     task.batch(1, torch.Generator()), next(model.texts[text](1, torch.Generator().manual_seed(2000 + seed)))
     torch.optim.AdamW([nn.Parameter(torch.zeros(()))])
+    if cure.lora or cure.osf:
+        import peft  # noqa: F401
 
     clock = time.process_time if model.device == "cpu" else time.perf_counter
     start = clock()
+    pupil = fresh(base, cure, seed, capability)
     kfac = ewc = None
     if cure.kfac:
         freeze(pupil)
@@ -151,20 +154,48 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
         held_bytes(pupil, protection) + (kfac.nbytes() if kfac else 0) + (2 * nbytes(pupil.parameters()) if ewc else 0)
     )
     held += nbytes(base.parameters()) if task.preferences or cure.kl or cure.distil else 0
+    held += nbytes(pupil.buffers()) if cure.osf else 0
     return pupil, Cost(1e3 * spent / steps, capability.backwards, held, captured)
 
 
-def fresh(base: nn.Module, cure: Cure, seed: int) -> nn.Module:
-    """A copy of which those parameters train that the cure says."""
+def fresh(base: nn.Module, cure: Cure, seed: int, capability: Capability | None = None) -> nn.Module:
+    """A copy of which those parameters train that the cure says. ``capability``'s passes are then its own."""
     pupil = copy.deepcopy(base)
-    if cure.lora:
-        import peft
-
-        torch.manual_seed(seed)
-        return peft.get_peft_model(pupil, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    if cure.frozen:
+    if cure.lora or cure.osf:
+        pupil = adapted(pupil, cure, seed, capability)
+    elif cure.frozen:
         freeze(pupil)
+    if capability is not None:
+        capability.pupil = pupil
     return pupil
+
+
+def adapted(pupil: nn.Module, cure: Cure, seed: int, capability: Capability | None) -> nn.Module:
+    """With adapters of PEFT's on all linear layers but the head. CorDA runs the capability through the model first."""
+    import peft
+
+    torch.manual_seed(seed)
+    if cure.osf:
+        return peft.get_peft_model(pupil, peft.OSFConfig(effective_rank=cure.osf, target_modules="all-linear"))
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+    if not cure.corda:
+        return peft.get_peft_model(pupil, peft.LoraConfig(**settings))
+    from peft.tuners.lora.corda import preprocess_corda
+
+    assert capability is not None
+    capability.pupil = pupil
+    head = pupil.get_output_embeddings()
+    settings["target_modules"] = [n for n, m in pupil.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    corda = peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+    config = peft.LoraConfig(**settings, init_lora_weights="corda", corda_config=corda)
+
+    @torch.no_grad()
+    def run_model() -> None:
+        for _ in range(cure.fill):
+            capability.losses(capability.model.capability_batch)  # its hooks take one sequence at a time
+
+    preprocess_corda(pupil, config, run_model)
+    return peft.get_peft_model(pupil, config)
 
 
 def freeze(model: nn.Module) -> None:
