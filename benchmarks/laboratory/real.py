@@ -1,6 +1,7 @@
 """`make real`: what a real language model forgets while it is taught something narrow, under some of the cures."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,17 @@ def _table(finished: list[dict[str, Any]], task: str) -> str:
         texts, heads = (*texts, "answers"), [*heads, "its own answers"]
     heads += ["capability passes", "MB held", "capture, s", "a step, s"]
     rows = []
+    counts = {len(p.values["target"]) for p in of}
     for p in of:
         steps = round(p.cure.steps * SmolLM2.steps)
         # What was spent before the first step is a column of its own here.
         seconds = p.step_ms / 1e3 - p.capture_s / steps
-        changes = [f"{forgotten(base, p, text):+.3f}" for text in texts]
+        changes = [f"{forgotten(base, p, text):+.3f}" if text in p.values else "" for text in texts]
         cost = [f"{p.backwards:.0f}", f"{p.extra_bytes / 1e6:.0f}", f"{p.capture_s:.0f}", f"{seconds:.2f}"]
-        rows.append([p.cure.name, str(steps), f"{p.mean('target'):.3f}", *changes, *cost])
-    count = len(of[0].values["target"])
-    seeds = f"mean of {count} seeds" if count > 1 else "one seed"
+        name = p.cure.name if len(counts) == 1 else f"{p.cure.name} ({len(p.values['target'])})"
+        rows.append([name, str(steps), f"{p.mean('target'):.3f}", *changes, *cost])
+    several = f"mean of {max(counts)} seeds" if max(counts) > 1 else "one seed"
+    seeds = several if len(counts) == 1 else "mean of as many seeds as a row says"
     return (
         f"SmolLM2-135M-Instruct taught {OBJECTIVES[task].title}; {seeds}. "
         f"Before: {before} nats a token; what is shown of the texts is the change.\n\n"
@@ -222,8 +225,9 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     finished = make_all(Plan(SmolLM2(), options.work), runs, workers, progress)
     made = {**machine("cpu"), "workers": workers, "seeds": " ".join(map(str, seeds))}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.set}.json").write_text(report.dump({"made": made}, runs=finished))
-    text = tables(finished)
+    dumped = report.dump({"made": made}, runs=finished)
+    (options.out / f"{options.set}.json").write_text(dumped)
+    text = tables(json.loads(dumped)["runs"])  # whose figures are rounded
     (options.out / f"{options.set}.md").write_text(f"Made by {report.header(made)}.\n\n{text}\n")
     if options.set == "table":
         draw(finished, options.out / "figure.png")
