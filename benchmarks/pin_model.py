@@ -58,6 +58,15 @@ def traffic(outputs: int, inputs: int, rank: int, dtype: torch.dtype, tile: "Til
     return Traffic(2 * weight, memory, l2, 2 * products * outputs * inputs * blocks * tile.ranks)
 
 
+def of_all(shapes: Sequence[tuple[int, ...]], rank: int, dtype: torch.dtype, gpu: Gpu) -> Traffic:
+    """Of weights [outputs, inputs], each with a tile of its own rank, which is ``rank`` or all inputs."""
+    total = Traffic(0.0, 0.0, 0.0, 0.0)
+    for outputs, inputs in shapes:
+        of_layer = min(rank, inputs)
+        total += traffic(outputs, inputs, of_layer, dtype, tile_of(dtype, of_layer), gpu)
+    return total
+
+
 def seconds(t: Traffic, dtype: torch.dtype, programs: int, gpu: Gpu) -> tuple[float, float]:
     """At best memory, L2 and tensor cores work at once; at worst these wait, in each of the programs, for the rest."""
     slow, fast = (t.l2 / (rate * CLOCK * gpu.sms) for rate in L2_BYTES)
@@ -67,10 +76,7 @@ def seconds(t: Traffic, dtype: torch.dtype, programs: int, gpu: Gpu) -> tuple[fl
 
 def share(shapes: Sequence[tuple[int, ...]], rank: int, dtype: torch.dtype, gpu: Gpu) -> tuple[float, float]:
     """Of the limit, 2 N at the bandwidth of a copy: at worst and at best."""
-    total = Traffic(0.0, 0.0, 0.0, 0.0)
-    for outputs, inputs in shapes:
-        of_layer = min(rank, inputs)
-        total += traffic(outputs, inputs, of_layer, dtype, tile_of(dtype, of_layer), gpu)
+    total = of_all(shapes, rank, dtype, gpu)
     best, worst = seconds(total, dtype, together(tile_of(dtype, rank)), gpu)
     limit = total.minimal / gpu.copy
     return limit / worst, limit / best
@@ -80,10 +86,7 @@ def line(name: str, shapes: Sequence[tuple[int, ...]], rank: int, dtype: torch.d
     """Of a table: bytes over N, and shares of the limit on each known GPU."""
     cells = []
     for gpu in GPUS.values():
-        tile = tile_of(dtype, rank)
-        total = Traffic(0.0, 0.0, 0.0, 0.0)
-        for outputs, inputs in shapes:
-            total += traffic(outputs, inputs, min(rank, inputs), dtype, tile, gpu)
+        total = of_all(shapes, rank, dtype, gpu)
         low, high = share(shapes, rank, dtype, gpu)
         n = total.minimal / 2
         cells.append(f"{total.memory / n:.1f} N | {total.l2 / n:.1f} N | {low:.0%} to {high:.0%}")

@@ -103,6 +103,11 @@ def test_ranks_that_multiply_with_a_bias_and_without(pool):
     pool(2, nullspace_checks.several_biases)
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_an_adapter_of_an_embedding_whose_ranks_see_other_tokens(pool, way):
+    pool(2, nullspace_checks.adapted_embedding, way)
+
+
 def test_experts_as_slices_of_a_sharded_parameter(pool, world, tmp_path):
     expected = nullspace_checks.stacked_alone(world)
     pool(world, nullspace_checks.stacked_experts, str(tmp_path / "bases.safetensors"), expected)

@@ -143,6 +143,29 @@ def several_biases(rank: int, world: int) -> None:
     assert len(protection) == 0
 
 
+def adapted_embedding(rank: int, world: int, way: str) -> None:
+    """Ranks capture other tokens; what any of them has captured stays on all of them."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 5))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    shown = [torch.tensor([[1, 2, 3], [3, 5, 1]]), torch.tensor([[2, 7, 9], [11, 5, 5]])]
+    others = torch.tensor([0, 4, 6])
+    before, free = model(torch.cat(shown)).detach(), model(others).detach()
+    run = DistributedDataParallel(model) if way == "ddp" else fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    protection = NullSpace(model, share=0.6)
+    with protection.capture():
+        run(shown[rank]).square().sum().backward()
+    assert sum("lora_embedding_A" in name for name in protection.bases) == 7
+    opt = ProjectedOptimizer(torch.optim.AdamW(protection.param_groups(lr=0.05)), protection)
+    for _ in range(5):
+        opt.zero_grad()
+        (run(torch.arange(20)) - 1).square().mean().backward()
+        opt.step()
+    assert (run(torch.cat(shown)) - before).abs().max() < 1e-4
+    assert (run(others) - free).abs().max() > 1e-2
+
+
 class StackedExperts(nn.Module):
     """Four experts as slices of two parameters, of which a rank's tokens reach some."""
 

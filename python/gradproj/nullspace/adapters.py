@@ -33,11 +33,7 @@ class Adapter(NamedTuple):
     @property
     def is_heard(self) -> bool:
         """Whether hearing knows it: added to a parameter, or looked up. Else its layer's calls are told."""
-        return self.is_folded or is_looked_up(self.down)
-
-    @property
-    def is_folded(self) -> bool:
-        return type(self.module).__name__ == "ParamWrapper"
+        return type(self.module).__name__ == "ParamWrapper" or is_looked_up(self.down)
 
     def parts(self, x: Tensor) -> list[Part]:
         """The adapter's A, told by the inputs and the output gradients of its layer: its own are zero while B is."""

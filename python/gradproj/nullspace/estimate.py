@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
         matrices, weights: how many are covered.
         gathered: bytes of the moments, at the end of a capture.
         closing: bytes beside them while it closes: what the eigenpairs of one moment need.
-        held: bytes of bases and targets afterwards.
+        held: bytes of bases and targets afterwards, without the pairs that Triton takes of bases of bfloat16 weights.
         multiply_adds: of the pin after a step.
 
     What is held, and the multiply-adds, depend on the ranks, which only a capture knows. Of SmolLM2-135M both are right
@@ -81,7 +81,7 @@ def estimate(
     for number, moment in enumerate(gather.moments):
         size = 4 * moment.width * (moment.sketch or moment.width)
         gathered += size
-        closing = max(closing, size * (8 if moment.sketch else 4))
+        closing = max(closing, size * (8 if moment.sketch else 10))
         users = [m for m, n in enumerate(gather.moment_of) if n == number]
         held += 4 * moment.width * max(ranks[m] for m in users)  # the eigenvectors, which they share
     for matrix, rank in zip(gather.matrices, ranks, strict=True):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 BLOCK = 256  # columns of an exact moment that are added to at once
-SMALL = 512  # inputs up to which all eigenpairs are as fast as the leading ones
+SMALL = 512  # inputs up to which all eigenpairs are computed: the leading ones would save little
+LEADING = 8  # of more inputs, the leading ones if they are at most this part of all: more take as long as all
 STEPS = 8  # products of the block Lanczos method
 
 
@@ -105,13 +106,14 @@ class Moment:
     def eigenvalues(self, count: int) -> Tensor:
         """At most ``count`` leading ones of the mean, descending, float64 on the CPU; without those below rounding.
         Their vectors are kept; the sum too, if there may be more."""
-        self.has_more = self.sketch is None and self.width > SMALL and 8 * count <= self.width
+        self.has_more = self.sketch is None and self.width > SMALL and LEADING * count <= self.width
         if self.sketch is not None:
             values, vectors = _nystrom(self.sum.double(), self._test(self.sum).to(torch.float64, copy=True))
         else:
             below = self.sum.tril(-1)
             self.sum.tril_().add_(below.T)
             del below
+            # In float64: eigenvectors of small eigenvalues would have rounding of the largest one's among them.
             values, vectors = _leading(self.sum, count) if self.has_more else torch.linalg.eigh(self.sum.double())
         values = values.double().flip(0).cpu() / max(1, self.tokens)
         self.values = values[values > 8 * torch.finfo(self.sum.dtype).eps * values[:1].clamp(min=0)]
