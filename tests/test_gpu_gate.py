@@ -261,7 +261,9 @@ def test_a_stage_that_does_not_exist(tmp_path):
 
 
 def test_the_deadline_ends_a_stage_with_its_children(tmp_path):
-    hangs = "trap 'echo last words' INT; sleep 60 & echo child $!; echo process $$; wait; sleep 60"
+    # A signal between two commands is noticed at the next; just before `wait` it would not be.
+    goes_on = "while :; do sleep 0.1; done"
+    hangs = f"trap 'echo last words' INT; sleep 60 & echo child $!; echo process $$; {goes_on}"
     run = Run(tmp_path, [FIRST, sh("hangs", row("one") + hangs, 60), sh("next", "true")], "--deadline", "5")
     processes = run.wait_for("child "), run.wait_for("process ")
     code, results, rows = run.end()
