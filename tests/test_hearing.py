@@ -18,8 +18,8 @@ class Check:
     def __init__(self):
         self.gather, self.heard = Gather(lambda matrix: None), []
 
-    def before(self, x, parts):
-        return x, (x, parts)
+    def before(self, x, weights, parts):
+        return x if x.requires_grad else x.detach().requires_grad_(), (x, parts)
 
     def after(self, call, y):
         x, parts = call
@@ -35,6 +35,11 @@ class Check:
 def parameters(**shapes):
     torch.manual_seed(0)
     return nn.ParameterDict({name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
+
+
+def gradients(model, y):
+    """How many of the parameters get one of what was heard, which takes them detached."""
+    return sum(g is not None for g in torch.autograd.grad(y.sum(), [*model.parameters()], allow_unused=True))
 
 
 def conv(dims, **settings):
@@ -99,7 +104,8 @@ def test_every_function(name):
     with Hearing(find_slots(model), [check]):
         y = run(model, x)
     assert check.heard == expected
-    torch.testing.assert_close(y, run(model, x), rtol=0, atol=0)
+    assert not expected or gradients(model, y) == 0
+    torch.testing.assert_close(y, run(model, x), rtol=1e-5, atol=1e-6)  # torch folds batches where gradients are off
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -111,7 +117,7 @@ def test_convolutions(dims, settings, batched):
     model, check = conv(dims, **settings), Check()
     x = torch.randn(*((2,) if batched else ()), 8, *[7] * dims)
     with Hearing(find_slots(model), [check]):
-        model(x)
+        assert gradients(model, model(x)) == 0
     assert check.heard == (["weight[0:8]", "weight[8:16]"] if settings.get("groups") else [""])
 
 
@@ -142,7 +148,8 @@ def test_attention_inside_of_its_function(same, trains):
     x, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     with Hearing(find_slots(model), [check]):
         y, _ = model(x, x, x) if same else model(x, memory, memory)
-    torch.testing.assert_close(y, (model(x, x, x) if same else model(x, memory, memory))[0], rtol=0, atol=0)
+    torch.testing.assert_close(y, (model(x, x, x) if same else model(x, memory, memory))[0], rtol=1e-5, atol=1e-6)
+    assert gradients(model, y) == 0
     parts = ["in_proj_weight"] if same else ["in_proj_weight[0:8]", "in_proj_weight[8:24]"]
     assert check.heard == [*parts, "out_proj"]
 
@@ -152,8 +159,8 @@ def test_matrices_that_share_elements_are_refused(at_once, few):
     """Both cannot be pinned exactly."""
     model = parameters(w=(12, 12), v=(12, 12))
     protection = NullSpace(model, share=0.9)
-    message = "gradient of w.*used elsewise" if at_once else "w is multiplied by as several matrices.*modules="
-    with pytest.raises((RuntimeError, NotImplementedError), match=message), protection.capture():
+    message = "w is multiplied by as several matrices.*modules="
+    with pytest.raises(NotImplementedError, match=message), protection.capture():
         if at_once:
             (few @ model["w"] + few @ model["w"].T).square().sum().backward()
         else:

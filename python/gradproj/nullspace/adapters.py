@@ -45,7 +45,7 @@ class Adapter(NamedTuple):
             func = getattr(F, f"conv{weight.dim() - 2}d")
             settings = None, down.stride, down.padding, down.dilation, down.groups
         heard = read(func, lambda *_: at, (x, weight, *settings), {})
-        return heard[1] if heard else []
+        return heard.parts if heard else []
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -140,7 +140,7 @@ class _Calls:
         if not torch.is_grad_enabled():
             return None
         x, keyword = _input(module, args, kwargs)
-        tapped, self._heard = self._listener.before(x, self._adapter.parts(x))
+        tapped, self._heard = self._listener.before(x, (), self._adapter.parts(x))
         return (args, {**kwargs, keyword: tapped}) if keyword else ((tapped, *args[1:]), kwargs)
 
     def after(self, module, args, y):

@@ -53,7 +53,7 @@ class _Shapes:
     def __init__(self, sketch: Callable[[Matrix], int | None]):
         self.gather = Gather(sketch)
 
-    def before(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, None]:
+    def before(self, x: Tensor, weights: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Tensor, None]:
         for part in parts:
             self.gather.call(part, x)
         return x, None

@@ -33,10 +33,13 @@ class _Call:
 
 class _Tap(torch.autograd.Function):
     """Hands a call's input to ``report`` when its backward pass is done. It is saved as autograd saves things, so that
-    gradient checkpointing drops it and makes it again."""
+    gradient checkpointing drops it and makes it again.
+
+    Its result depends on ``weights``, although they get no gradient: the call's does so too, and DDP waits for all.
+    """
 
     @staticmethod
-    def forward(ctx, x, report):
+    def forward(ctx, x, report, *weights):
         ctx.save_for_backward(x)
         ctx.report = report
         return x.view_as(x)
@@ -44,7 +47,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         ctx.report(ctx.saved_tensors[0])
-        return gradient, None
+        return gradient if ctx.needs_input_grad[0] else None, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _Heard(NamedTuple):
@@ -60,6 +63,7 @@ class Gather:
     Args:
         sketch: matrix -> columns of the sketch of its inputs, None for an exact moment.
         without: names of parameters that are not gathered.
+        tick: called after every backward pass.
     Attributes:
         matrices: those that were multiplied by, in the order in which they were.
         moments: of the inputs; matrix m has number ``moment_of[m]``.
@@ -68,8 +72,14 @@ class Gather:
         ddp: the module of the forward pass, if it was DistributedDataParallel's.
     """
 
-    def __init__(self, sketch: Callable[[Matrix], int | None], without: Collection[str] = ()):
-        self._sketch, self._without = sketch, without
+    def __init__(
+        self,
+        sketch: Callable[[Matrix], int | None],
+        without: Collection[str] = (),
+        tick: Callable[[], object] = lambda: None,
+    ):
+        self._sketch, self._without, self._tick = sketch, without, tick
+        self.last_pass: int | None = None  # the number of the backward pass of which something was heard
         self.matrices: list[Matrix] = []
         self.moments: list[Moment] = []
         self.moment_of: list[int | None] = []
@@ -104,29 +114,32 @@ class Gather:
         self.tokens = [self.tokens[m] for m in numbers]
         self._numbers = {matrix.key: m for m, matrix in enumerate(self.matrices)}
 
-    def before(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, _Heard | None]:
+    def before(self, x: Tensor, weights: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Tensor, _Heard]:
         calls = []
         for part in parts:
             if part.at.consumer or part.at.slot.name not in self._without:
                 calls.append((*self.call(part, x), part))
-        if not calls:
-            return x, None
-        _refuse_split_inputs(self.matrices[calls[0][1]], x)
+        if calls:
+            _refuse_split_inputs(self.matrices[calls[0][1]], x)
         self.ddp = self.ddp or DistributedDataParallel._get_active_ddp_module()
         heard = _Heard(calls, {})
-        if not x.requires_grad:
+        if not (weights or x.requires_grad):
             heard.arrived["input"] = x.detach()
             return x, heard
-        return _Tap.apply(x, lambda rows: self._report(heard, rows)), heard
+        return _Tap.apply(x, lambda rows: self._report(heard, rows), *weights), heard
 
-    def after(self, heard: _Heard | None, y: Tensor) -> None:
-        if heard is None:
+    def after(self, heard: _Heard, y: Tensor) -> None:
+        if not heard.calls:
             return
         for call, m, _ in heard.calls:
             call.matrices.add(m)
             call.waiting += 1
 
         def seen(gradient: Tensor) -> None:
+            number = torch._C._current_graph_task_id()
+            if number != self.last_pass:
+                self.last_pass = number
+                torch.autograd.Variable._execution_engine.queue_callback(self._tick)
             heard.arrived["gradient"] = gradient.detach()
             if "input" in heard.arrived:
                 self._report(heard, heard.arrived["input"])

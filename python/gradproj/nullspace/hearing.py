@@ -1,7 +1,7 @@
 """Hears every product of an input with a parameter that trains, in the forward passes of a capture."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -12,13 +12,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradproj.nullspace.matrices import At, Slot
-from gradproj.nullspace.products import CASTS, HEARD, OPENED, Part, look_up, read
+from gradproj.nullspace.products import CASTS, HEARD, OPENED, Heard, Part, look_up, read
 from gradproj.nullspace.regions import Region, locate
 
 
 class Listener(Protocol):
-    def before(self, x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Any]:
-        """What the call shall take in place of its input ``x``, and what :meth:`after` is to be given."""
+    def before(self, x: Tensor, weights: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Tensor, Any]:
+        """What the call shall take in place of its input ``x``, and what :meth:`after` is to be given.
+
+        Args:
+            weights: what ``x`` is multiplied by and what is added. The call takes them detached: a capture needs no
+                gradients of them, a third of a pass's work, and what arrives at them comes from another use.
+        """
 
     def after(self, call: Any, y: Tensor) -> None:
         """With what the call returned."""
@@ -70,17 +75,16 @@ class Hearing(TorchFunctionMode):
             heard = look_up(self._find_looked_up, *args, **kwargs) if self._adapters else None
         else:
             heard = read(func, self._find, args, kwargs)
-        return self._listen(func, args, kwargs, *heard) if heard else func(*args, **kwargs)
+        return self._listen(func, args, kwargs, heard) if heard else func(*args, **kwargs)
 
-    def _listen(self, func, args, kwargs, x: Tensor, parts: list[Part]) -> Any:
+    def _listen(self, func, args, kwargs, heard: Heard) -> Any:
         calls = []
-        tapped = x
+        x, weights, parts = heard
         for listener in self._listeners:
-            tapped, call = listener.before(tapped, parts)
+            x, call = listener.before(x, weights, parts)
             calls.append(call)
-        if tapped is not x:
-            args, kwargs = _put(args, x, tapped), {k: _put((v,), x, tapped)[0] for k, v in kwargs.items()}
-        y = func(*args, **kwargs)
+        instead = {id(heard.input): x, **{id(w): w.detach() for w in weights}}
+        y = func(*_put(args, instead), **dict(zip(kwargs, _put(kwargs.values(), instead), strict=True)))
         if y.requires_grad:
             for listener, call in zip(self._listeners, calls, strict=True):
                 listener.after(call, y)
@@ -149,8 +153,8 @@ def _within(outer: Region, inner: Region) -> Region:
     return Region(tuple(ranges), outputs, inputs)
 
 
-def _put(values: Sequence[Any], old: Tensor, new: Tensor) -> tuple:
-    return tuple(new if v is old else _put(v, old, new) if isinstance(v, list | tuple) else v for v in values)
+def _put(values: Iterable[Any], instead: Mapping[int, Tensor]) -> tuple:
+    return tuple(_put(v, instead) if isinstance(v, list | tuple) else instead.get(id(v), v) for v in values)
 
 
 @contextlib.contextmanager

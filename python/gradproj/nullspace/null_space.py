@@ -147,8 +147,8 @@ class NullSpace(Protection):
         are given up; raise ``protection.share`` first to keep all.
 
         Every product of an input with a parameter that trains, or with a slice of one, is heard; that all were is
-        proved: in every backward pass the parameter's gradient is compared with the sum of y x^T over the products.
-        Not so where the parameter is sharded (tensor parallelism). A parameter that is multiplied by nowhere is held.
+        proved: inside, products take their weights detached, so that a weight gets a gradient from another use alone,
+        which is an error. So the passes cost less than others. A parameter that is multiplied by nowhere is held.
 
         Raises:
             RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
@@ -166,12 +166,12 @@ class NullSpace(Protection):
             raise RuntimeError(moving)
         self.pin()
         blind = [adapter for adapter in self._adapters if adapter.starts_at_zero]
-        gather = Gather(self._sketch, adapters.names(blind))
-        for matrix in self.matrices:  # of earlier captures; an adapter that has learned since is a matrix like others
-            if self.bases[matrix.name].tokens:
-                gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
+        proof = Proof()
         with self._while_capturing(), gradients_aside(self._trained) as aside, progress("capture", "passes") as tick:
-            proof = Proof(tick)
+            gather = Gather(self._sketch, adapters.names(blind), tick)
+            for matrix in self.matrices:  # of earlier captures; an adapter that has learned is a matrix like others
+                if self.bases[matrix.name].tokens:
+                    gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
             with (
                 experts(self.model, "eager"),
                 torch.compiler.set_stance("force_eager"),
@@ -180,8 +180,8 @@ class NullSpace(Protection):
                 Hearing(self._slots, [proof, gather], adapters.heard(self._adapters, blind)),
             ):
                 yield
-            reached = {slot.name for slot in self._slots if slot.get().grad is not None}
-            empty = all(p.grad is None for p in self._trained())
+            reached = proof.heard | {slot.name for slot in self._slots if slot.get().grad is not None}
+            empty = gather.last_pass is None and all(p.grad is None for p in self._trained())
         gather.end()
         sum_over_ranks(gather, self._slots, reached, group_of(self.model, self.group, self.sharding, gather.ddp))
         if not any(gather.tokens):

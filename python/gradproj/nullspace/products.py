@@ -32,7 +32,12 @@ class Part(NamedTuple):
     reading: tuple
 
 
-Heard = tuple[Tensor, list[Part]]  # the input of a call, and its parts
+class Heard(NamedTuple):
+    """One call: its input, the operands that it is multiplied by (the biases that train among them), and its parts."""
+
+    input: Tensor
+    weights: tuple[Tensor, ...]
+    parts: list[Part]
 
 
 class Find(Protocol):
@@ -48,8 +53,7 @@ class Find(Protocol):
 
 def _linear(find: Find, input, weight, bias=None) -> Heard | None:
     tokens = "abcdefgh"[: input.dim() - 1]
-    parts = _contract(find, input, weight, f"{tokens}i", "oi", f"{tokens}o", bias)
-    return (input, parts) if parts else None
+    return _contract(find, input, weight, f"{tokens}i", "oi", f"{tokens}o", bias)
 
 
 def _matmul(find: Find, a, b, bias=None) -> Heard | None:
@@ -88,15 +92,15 @@ def _first(find: Find, forms, bias=None) -> Heard | None:
     """The form that is a product with a parameter; none if both operands are one, which makes a weight."""
     for x, w, of_x, of_w, of_y in forms:
         if w.requires_grad and not (x.requires_grad and find(x, range(x.dim()))):
-            parts = _contract(find, x, w, of_x, of_w, of_y, bias)
-            if parts:
-                return x, parts
+            heard = _contract(find, x, w, of_x, of_w, of_y, bias)
+            if heard:
+                return heard
     return None
 
 
-def _contract(find: Find, x: Tensor, w: Tensor, of_x: str, of_w: str, of_y: str, bias=None) -> list[Part] | None:
-    """The parts of ``einsum(f"{of_x},{of_w}->{of_y}", x, w)``: a matrix for each index that both operands have and the
-    result too."""
+def _contract(find: Find, x: Tensor, w: Tensor, of_x: str, of_w: str, of_y: str, bias=None) -> Heard | None:
+    """Of ``einsum(f"{of_x},{of_w}->{of_y}", x, w)``: a matrix for each index that both operands have and the result
+    too."""
     if not w.requires_grad or any(len(set(letters)) < len(letters) for letters in (of_x, of_w, of_y)):
         return None
     batch = [c for c in of_w if c in of_x and c in of_y]
@@ -122,7 +126,7 @@ def _contract(find: Find, x: Tensor, w: Tensor, of_x: str, of_w: str, of_y: str,
         rows = functools.partial(_rows, letters=of_x, pick=pick, last=inputs)
         made = functools.partial(_rows, letters=of_y, pick=pick, last=outputs)
         parts.append(Part(at, of_bias, rows, made, (of_x, *inputs, *(i for c, i in pick.items() if c in of_x))))
-    return parts
+    return Heard(x, (w, bias) if of_bias else (w,), parts)
 
 
 def _is_one(w: Tensor, dims: Sequence[int]) -> bool:
@@ -163,7 +167,7 @@ def _convolution(
         made = functools.partial(_pixels, dims=dims, groups=groups, group=g)
         reading = (*weight.shape[1:], *pads, *stride, *dilation, g)
         parts.append(Part(_group(whole, g, groups), of_bias and _group(of_bias, g, groups), rows, made, reading))
-    return input, parts
+    return Heard(input, (weight, bias) if of_bias else (weight,), parts)
 
 
 def _group(at: At, g: int, groups: int) -> At:
@@ -202,7 +206,7 @@ def _grouped_mm(find: Find, a, b, offs=None, bias=None, out_dtype=None) -> Heard
             return None
         take = functools.partial(_between, begin=begin, end=end)
         parts.append(Part(at, None, take, take, (e, begin, end)))
-    return a, parts
+    return Heard(a, (b,), parts)
 
 
 def _between(t: Tensor, begin: int, end: int) -> Tensor:
@@ -210,7 +214,8 @@ def _between(t: Tensor, begin: int, end: int) -> Tensor:
 
 
 def look_up(find: Find, tokens, weight, *settings, **others) -> Heard | None:
-    """Of ``F.embedding``: a matrix of a single input, which is 1, for each token."""
+    """Of ``F.embedding``: a matrix of a single input, which is 1, for each token. Without operands that it is multiplied
+    by: what is looked up has a gradient by them alone."""
     if not weight.requires_grad or tokens.is_meta or find(weight, [1], [0]) is None:
         return None
     parts = []
@@ -220,7 +225,7 @@ def look_up(find: Find, tokens, weight, *settings, **others) -> Heard | None:
             return None
         rows, made = functools.partial(_ones, token=token), functools.partial(_of_token, tokens=tokens, token=token)
         parts.append(Part(at, None, rows, made, (token,)))
-    return tokens, parts
+    return Heard(tokens, (), parts)
 
 
 def _ones(tokens: Tensor, token: int) -> Tensor:
