@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradproj.nullspace.matrices import Matrix
-from gradproj.nullspace.moments import Moment, sum_of_squares
+from gradproj.nullspace.moments import Moment, row_norms
 from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.products import Part
 from gradproj.rows.sharding import local_tensors
@@ -211,8 +211,9 @@ class Gather:
         with torch.no_grad(), without_autocast(x.device):
             for call, m, part in heard.calls:
                 rows, gradients = part.rows(x), part.outputs(y)
-                mask = gradients.abs().amax(1) != 0
-                square = sum_of_squares(gradients) / gradients.shape[1]
+                norms = row_norms(gradients)
+                mask = norms != 0
+                square = norms.square().sum() / gradients.shape[1]
                 self.squares[m] = self.squares[m].to(square.device) + square
                 self.tokens[m] += int(mask.sum())
                 call.mask = mask if call.mask is None else call.mask | mask

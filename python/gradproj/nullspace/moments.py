@@ -80,7 +80,7 @@ class Moment:
                 total[begin:, begin : begin + BLOCK].addmm_(rows[:, begin:].T, rows[:, begin : begin + BLOCK])
         else:
             total.addmm_(rows.T, self._times_test(rows))
-        self.trace += sum_of_squares(rows)
+        self.trace += row_norms(rows).square().sum()
         self.tokens += len(rows)
 
     def add_eigen(self, values: Tensor, vectors: Tensor, tokens: int) -> None:
@@ -110,9 +110,9 @@ class Moment:
         if self.sketch is not None:
             values, vectors = _nystrom(self.sum.double(), self._test(self.sum).to(torch.float64, copy=True))
         else:
-            below = self.sum.tril(-1)
-            self.sum.tril_().add_(below.T)
-            del below
+            for begin in range(0, self.width, BLOCK):  # the blocks on the diagonal are whole
+                end = begin + BLOCK
+                self.sum[begin:end, end:] = self.sum[end:, begin:end].T
             # In float64: eigenvectors of small eigenvalues would have rounding of the largest one's among them.
             values, vectors = _leading(self.sum, count) if self.has_more else torch.linalg.eigh(self.sum.double())
         values = values.double().flip(0).cpu() / max(1, self.tokens)
@@ -168,10 +168,10 @@ def _orthonormal(vectors: Tensor) -> Tensor:
     return vectors @ (1.5 * torch.eye(vectors.shape[1]).to(vectors) - 0.5 * (vectors.T @ vectors))
 
 
-def sum_of_squares(rows: Tensor) -> Tensor:
-    """Of [tokens, inputs]: in float32 at least within a token, in float64 over tokens."""
+def row_norms(rows: Tensor) -> Tensor:
+    """Of [tokens, inputs]: [tokens] float64, of sums of squares in float32 at least."""
     dtype = torch.float32 if rows.dtype.itemsize < 4 else rows.dtype
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double().square().sum()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double()
 
 
 def _nystrom(sketched: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
