@@ -122,7 +122,7 @@ def test_conv1d_sharded_over_its_outputs(pool, world, tmp_path):
     pool(world, nullspace_checks.conv1d_over_outputs, str(tmp_path / "bases.safetensors"), expected)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "tp"])
 def test_a_use_that_was_not_heard_is_found_on_every_rank(pool, way):
     pool(2, nullspace_checks.proof, way)
 

@@ -140,6 +140,15 @@ def test_a_use_that_was_not_heard_is_found_in_the_first_batch(model, name, few):
     assert len(batches) == 0 and len(protection) == 0
 
 
+def test_a_capture_makes_no_gradients_of_what_it_hears(few):
+    """A third of a pass's work, and N bytes."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 3))
+    with NullSpace(model, share=0.9).capture():
+        model(few).square().sum().backward()
+        with_gradient = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert with_gradient == ["1.weight", "1.bias"]
+
+
 def test_the_way_out_that_the_message_names(few):
     model = Penalty()
     without = NullSpace(model, modules=lambda n, _: n != "layer", share=0.9)

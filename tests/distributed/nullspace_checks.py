@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import models
@@ -285,12 +286,16 @@ class Penalty(nn.Module):
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x):
-        return torch.tanh(self.layer(x)) + 0.1 * self.layer.weight.sin().sum()
+        penalty = self.layer.weight.sin().sum()
+        return torch.tanh(self.layer(x)) + 0.1 * (penalty.full_tensor() if isinstance(penalty, DTensor) else penalty)
 
 
 def proof(rank: int, world: int, way: str) -> None:
-    """Each rank's own gradient, before it is reduced, is compared with what the rank heard."""
+    """Each rank's own gradient, before it is reduced, is looked at."""
     model: nn.Module = Penalty()
-    model = DistributedDataParallel(model) if way == "ddp" else fully_shard(model)
+    if way == "tp":
+        parallelize_module(model.layer, init_device_mesh("cpu", (world,)), ColwiseParallel(output_layouts=Replicate()))
+    else:
+        model = DistributedDataParallel(model) if way == "ddp" else fully_shard(model)
     with pytest.raises(RuntimeError, match=r"the gradient of layer.weight.*used elsewise"), NullSpace(model).capture():
         model(_experts_batch(rank)).square().sum().backward()

@@ -6,7 +6,7 @@ are always multiplied with the same rows of the same tensor share one moment.
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Gather:
         self,
         sketch: Callable[[Matrix], int | None],
         without: Collection[str] = (),
-        tick: Callable[[], object] = lambda: None,
+        tick: Callable[[], Any] = lambda: None,
     ):
         self._sketch, self._without, self._tick = sketch, without, tick
         self.last_pass: int | None = None  # the number of the backward pass of which something was heard

@@ -8,7 +8,7 @@ from torch import Tensor
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
 BLOCK = 256  # columns of an exact moment that are added to at once
 SMALL = 512  # inputs up to which all eigenpairs are computed: the leading ones would save little
-LEADING = 8  # of more inputs, the leading ones if they are at most this part of all: more take as long as all
+LEADING = 6  # of more inputs, the leading ones if they are at most this part of all: more take as long as all
 STEPS = 8  # products of the block Lanczos method
 
 
@@ -147,7 +147,7 @@ def _leading(total: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Source: Golub & Underwood 1977, "The block Lanczos method for computing eigenvalues"; Musco & Musco 2015,
     "Randomized block Krylov methods for stronger and faster approximate singular value decomposition".
     """
-    width, columns = len(total), 3 * count // 10 + 8
+    width, columns = len(total), -(-(3 * count // 10 + 8) // 8) * 8  # products of whole vector registers
     generator = torch.Generator().manual_seed(width)
     block = torch.randn(width, columns, generator=generator).to(total)
     basis, products = total.new_empty(2, width, STEPS * columns)
@@ -160,7 +160,7 @@ def _leading(total: Tensor, count: int) -> tuple[Tensor, Tensor]:
     small = (basis.T @ products).double()
     vectors = torch.linalg.eigh((small + small.T) / 2).eigenvectors
     rough = _orthonormal((basis @ vectors[:, -count:].to(basis)).double())
-    return _nystrom(total.double() @ rough, rough)
+    return _nystrom((rough.T @ total.double()).T, rough)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 PATIENCE = 3.0  # seconds before it is shown
 
 
 @contextlib.contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], object]]:
+def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], Any]]:
     """Gives what to call after each ``unit``."""
     try:
         from tqdm.auto import tqdm
