@@ -186,7 +186,7 @@ def run(cure, right, loss, seed=1000, objective="refuse-sft"):
 
 
 PTX = [Cure("PTX", f"lr x {lr}", lr=lr, gamma=1.0) for lr in (1, 3)]
-OWN = Cure("NullSpace, own dialogues", "lr x 1", share=0.05, text="own, dialogues")
+OWN = Cure("NullSpace, own dialogues", "lr x 1", share=0.05, text=refusals_model.DIALOGUES)
 MIXED = Cure("interpolation", "alpha 0.5", alpha=0.5)
 
 
@@ -222,3 +222,11 @@ def test_what_is_missing_is_named(monkeypatch):
 def test_settings_have_names_of_their_own():
     for grid in (*refusals_cures.GRIDS.values(), refusals_cures.QUICK):
         assert len({cure.slug for cure in grid}) == len(grid) and NONE in grid
+
+
+def test_dialogues_have_the_form_of_what_is_taught():
+    jinja2 = pytest.importorskip("jinja2")  # which transformers' chat templates need
+    asked = jinja2.Template(refusals_model.TEMPLATE, keep_trailing_newline=True).render(
+        messages=[{"role": "user", "content": "Why?"}], add_generation_prompt=True
+    )
+    assert asked == refusals_model.PROMPT.format("Why?")

@@ -3,16 +3,15 @@
 from laboratory import tax_cures
 from laboratory.cures import NONE, Cure
 from laboratory.points import OBJECTIVES, Point
-from laboratory.refusals_model import DATA
-from laboratory.smollm2_own import OWN
+from laboratory.refusals_model import DATA, DIALOGUES
 
 LEVEL = (
     0.95  # of the way to the best setting's right behaviour, which a reported setting reaches if any of its family does
 )
 PINNED = {"share": 0.05, "damping": 0.3}
 CAPTURED = {**PINNED, "fill": 16}
-DIALOGUES = {"text": "own, dialogues"}
-OWN_CAPTURED = {**PINNED, **DIALOGUES, "fill": 32}
+OWN = {"text": DIALOGUES}
+OWN_CAPTURED = {**PINNED, **OWN, "fill": 32}
 
 
 def at(family: str, *lrs: float, **turned) -> list[Cure]:
@@ -26,7 +25,7 @@ FAMILIES = [
     at("LoRA", 3, 10, lora=True),
     at("PTX", 1, 3, gamma=1.0),
     at("KL to the base", 1, 3, kl=0.3),
-    at("distilled, own dialogues", 1, 3, distil=1.0, **DIALOGUES),
+    at("distilled, own dialogues", 1, 3, distil=1.0, **OWN),
     [Cure("EWC", f"lambda {strength}", ewc=strength, fill=16) for strength in (0.01, 0.1)],
     at("OSF", 0.3, 1, osf=0.5),
     at("CorDA", 3, 10, lora=True, corda=True, fill=32),
@@ -73,4 +72,4 @@ def needs(cure: Cure) -> str:
     """The data that a cure needs beside what is taught."""
     if not any((cure.share, cure.gamma, cure.distil, cure.ewc, cure.corda)):
         return "none"
-    return "none, own text" if cure.text in OWN else DATA
+    return "none, own text" if cure.text == DIALOGUES else DATA

@@ -1,10 +1,12 @@
 """SmolLM2 that is taught to refuse: its batches, its own answers, and what a taught model is measured on."""
 
+import copy
 import dataclasses
 import functools
 import itertools
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from laboratory import refusals_texts as texts
 from laboratory import smollm2
+from laboratory import smollm2_own as own
 from laboratory.model import Batch, Objective, endless
 from laboratory.smollm2 import SmolLM2, loaded
 from laboratory.smollm2_texts import HELD_OUT, KINDS, PROMPT, TOKENS, padded
@@ -23,6 +26,12 @@ FOLDER = Path("build/own_answers")  # each set of answers is written once
 ANSWER = 24  # tokens of the model's own answers
 FIRST = 12  # tokens that show whether it refuses
 DATA = "code and English"
+DIALOGUES = "own, dialogues without a system message"
+# The model's own would begin with a system message, which what is taught and measured here does not.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 Row = tuple[list[int], list[int]]  # tokens of a prompt and of a reply
 
 
@@ -66,10 +75,10 @@ def rows(sides: int) -> list[list[list[Row]]]:
     for requests in texts.taught():
         answers = [(r.preferred, r.other)[:sides] for r in requests]
         missing = [r.text for r, given in zip(requests, answers, strict=True) if None in given]
-        own = own_answers(missing) if missing else {}
+        written = own_answers(missing) if missing else {}
         found.append(
             [
-                [(encoded(tokenizer, r.text), own[r.text] if a is None else _ended(tokenizer, a)) for a in given]
+                [(encoded(tokenizer, r.text), written[r.text] if a is None else _ended(tokenizer, a)) for a in given]
                 for r, given in zip(requests, answers, strict=True)
             ]
         )
@@ -101,7 +110,17 @@ def both(size: int, generator: Generator) -> Tensor:
     return torch.cat([smollm2.sequences(kind, size // 2 or 1, generator) for kind in KINDS])
 
 
-TEXTS = {**smollm2.TEXTS, DATA: functools.partial(endless, both)}
+def dialogues(size: int, generator: Generator) -> Iterator[Tensor]:
+    """What the model asks and answers in the form of what is taught."""
+    model, tokenizer = loaded()
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    rows = own.kept(model, tokenizer, DIALOGUES, generator.initial_seed(), {"chats": ("dialogue",)})
+    while True:
+        yield from rows.split(size)
+
+
+TEXTS = {**smollm2.TEXTS, DATA: functools.partial(endless, both), DIALOGUES: dialogues}
 
 
 @functools.cache
@@ -145,8 +164,8 @@ class Refusals(SmolLM2):
         refused = {name: [texts.refuses(tokenizer.decode(answers[r])) for r in of] for name, of in groups.items()}
         found = {name: sum(of) / len(of) for name, of in refused.items()}
         found["right"] = (found["harmful"] + found["harmbench"] - found["harmless"] - found["untrained"] + 2) / 4
-        own = own_answers(groups["harmless"] + groups["untrained"])
-        _, found["unchanged"] = self._scores(model, [(encoded(tokenizer, r), answer) for r, answer in own.items()])
+        before = own_answers(groups["harmless"] + groups["untrained"])
+        _, found["unchanged"] = self._scores(model, [(encoded(tokenizer, r), answer) for r, answer in before.items()])
         solved = [(tokenizer(p).input_ids, tokenizer(s).input_ids) for p, s in texts.exercises()]
         found["human_eval"], _ = self._scores(model, solved)
         found["other_english"] = self._text(model, english())
