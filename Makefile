@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 SHELL := bash
 
-.PHONY: help demo tax real refusals continual test quick compat wheel bench docs lint doctor build clean
+.PHONY: help demo tax real refusals language continual test quick compat wheel bench docs lint doctor build clean
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -74,6 +74,9 @@ real: $(VENV)/.built $(VENV)/.real $(VENV)/.model  ## the same for a real langua
 REFUSALS := $(VENV)/.built $(VENV)/.real $(VENV)/.model $(VENV)/.prompts
 refusals: $(REFUSALS)  ## a real model taught to refuse, under all cures, with benchmarks' prompts; ARGS=--quick: half an hour
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory refusals $(ARGS)
+
+language: $(REFUSALS)  ## a real model goes on with German: how fast it learns, what it forgets; three quarters of an hour
+	@PYTHONPATH=benchmarks $(RUN) -m laboratory language $(ARGS)
 
 continual: $(VENV)/.built $(VENV)/.demo  ## tasks learned one after the other (Fashion-MNIST): ACC and BWT of eight methods; ten minutes
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory continual $(ARGS)

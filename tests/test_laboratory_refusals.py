@@ -12,7 +12,16 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 from laboratory import __main__ as command
-from laboratory import refusals, refusals_cures, refusals_model, refusals_report, refusals_texts, runs, smollm2
+from laboratory import (
+    language,
+    refusals,
+    refusals_cures,
+    refusals_model,
+    refusals_report,
+    refusals_texts,
+    runs,
+    smollm2,
+)
 from laboratory.cures import BASE, NONE, Cure
 from laboratory.points import points
 from laboratory.refusals_cures import at, choose
@@ -230,3 +239,48 @@ def test_dialogues_have_the_form_of_what_is_taught():
         messages=[{"role": "user", "content": "Why?"}], add_generation_prompt=True
     )
     assert asked == refusals_model.PROMPT.format("Why?")
+
+
+@pytest.fixture
+def guide(packages):
+    """Pages as Debian's guide has them; words are none of a paragraph's if they are not inside of one."""
+    (packages / "guide/de").mkdir(parents=True)
+    for i in range(8):
+        words = " ".join(f"Wort{i}{j}" for j in range(4000))
+        (packages / f"guide/de/ch{i:02}.html").write_text(f"<h2>Nein</h2><p>{words}\n <b>Ende</b></p><pre>nein</pre>")
+    return packages / "guide"
+
+
+def test_paragraphs_of_the_guide(guide):
+    held_out, taught = (language.guide(guide, of) for of in (True, False))
+    assert held_out and taught and "Ende" in taught and "ein" not in held_out + taught.replace(" ", "")
+    assert not {*held_out.split()[:4]} & {*taught.split()}
+
+
+def test_language_end_to_end(tiny, guide, packages, monkeypatch, capsys):
+    monkeypatch.setattr(language, "loaded", refusals_model.loaded)
+    monkeypatch.setattr(
+        language, "SETTINGS", [NONE, *at("LoRA", 10, lora=True), SMALL[2], *at("NullSpace", 1, share=0.3, fill=2)]
+    )
+    out = packages / "out"
+    arguments = ["language", "--steps", "32", "--data", str(guide), "--work", str(packages / "work"), "--out", str(out)]
+    command.main([*arguments, "--workers", "1"])
+    text = (out / "table.md").read_text()
+    assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
+    assert (out / "figure.png").stat().st_size > 10_000
+    runs_made = json.loads((out / "runs.json").read_text())["runs"]
+    assert [len(run["measured"]["target over steps"]) for run in runs_made] == [1, 3, 3, 3, 3]
+    for run in runs_made[1:]:
+        assert (
+            run["measured"]["target over steps"][-1] == run["measured"]["target"] != runs_made[0]["measured"]["target"]
+        )
+    with pytest.raises(SystemExit, match="apt-get install installation-guide-amd64"):
+        command.main(["language", "--data", str(packages)])
+
+
+@pytest.mark.parametrize(
+    ("learned", "level", "expected"), [([3.0, 2.0, 1.0], 2.5, 0.05), ([3.0, 2.0, 1.0], 2.0, 0.1), ([3.0, 3.5, 2.5], 3.0, 0.0)]
+)  # fmt: skip
+def test_forgotten_at_a_level(learned, level, expected):
+    measured = {"target over steps": learned, "human_eval over steps": [1.0, 1.1, 1.5]}
+    assert language.forgotten_at(measured, level, "human_eval") == pytest.approx(expected)

@@ -1,12 +1,14 @@
-"""`make demo`, `tax`, `real`, `refusals`, `continual`: what a model forgets while it is taught something else."""
+"""`make demo`, `tax`, `real`, `refusals`, `language`, `continual`: what a model forgets while it is taught something else."""
 
 import argparse
 import sys
 
-from laboratory import continual, demo, real, refusals, tax
+from laboratory import continual, demo, language, real, refusals, tax
 from laboratory.runs import Stopped
 
-SETTINGS = {"demo": demo, "tax": tax, "real": real, "refusals": refusals, "continual": continual}
+SETTINGS = {
+    "demo": demo, "tax": tax, "real": real, "refusals": refusals, "language": language, "continual": continual
+}  # fmt: skip
 
 
 def progress(message: str, milestone: bool = True) -> None:

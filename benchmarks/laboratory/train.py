@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -95,9 +96,17 @@ class Ewc:
         return formulas.ewc_penalty(self.parameters, self.start, self.importance, strength)
 
 
-def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Module, Cost]:
+def train(
+    model: Model,
+    objective: str,
+    cure: Cure,
+    seed: int,
+    watch: Callable[[int, nn.Module], object] = lambda *_: None,
+) -> tuple[nn.Module, Cost]:
     """Every cure sees the same batches of a seed, and the same capability batches at the same steps.
 
+    Args:
+        watch: called with the number of steps made, after each, and the model; its time does not count.
     Raises:
         FloatingPointError: the loss of a step is not finite.
     """
@@ -150,6 +159,7 @@ def train(model: Model, objective: str, cure: Cure, seed: int) -> tuple[nn.Modul
         if kfac:
             kfac.scale()
         spent += clock() - start
+        watch(step + 1, pupil)
     held = (
         held_bytes(pupil, protection) + (kfac.nbytes() if kfac else 0) + (2 * nbytes(pupil.parameters()) if ewc else 0)
     )
