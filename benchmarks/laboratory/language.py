@@ -37,7 +37,6 @@ SETTINGS = [
     *at("none", 0.3),
     *at("LoRA", 10, lora=True),
     *at("PTX", 1, gamma=1.0),
-    *at("NullSpace", 1, 3, **CAPTURED),
     *at("NullSpace, own text", 1, 3, text="own", **CAPTURED),
 ]
 
