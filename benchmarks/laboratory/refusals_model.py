@@ -1,6 +1,5 @@
 """SmolLM2 that is taught to refuse: its batches, its own answers, and what a taught model is measured on."""
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -26,12 +25,7 @@ FOLDER = Path("build/own_answers")  # each set of answers is written once
 ANSWER = 24  # tokens of the model's own answers
 FIRST = 12  # tokens that show whether it refuses
 DATA = "code and English"
-DIALOGUES = "own, dialogues without a system message"
-# The model's own would begin with a system message, which what is taught and measured here does not.
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+DIALOGUES = "own, dialogues of 96 tokens, their system message cut off"
 Row = tuple[list[int], list[int]]  # tokens of a prompt and of a reply
 
 
@@ -111,13 +105,19 @@ def both(size: int, generator: Generator) -> Tensor:
 
 
 def dialogues(size: int, generator: Generator) -> Iterator[Tensor]:
-    """What the model asks and answers in the form of what is taught."""
+    """What the model asks and answers, from the user's turn on, as what is taught begins. The system message is there
+    while it is written: without one the model hardly asks, but goes on with code and documents."""
     model, tokenizer = loaded()
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    rows = own.kept(model, tokenizer, DIALOGUES, generator.initial_seed(), {"chats": ("dialogue",)})
+    rows = own.kept(model, tokenizer, DIALOGUES, generator.initial_seed(), {"chats": ("dialogue",), "tokens": 96})
+    rows = rows[:, turn(tokenizer, rows[0]) :]
     while True:
         yield from rows.split(size)
+
+
+def turn(tokenizer: Any, row: Tensor) -> int:
+    """Where the user's turn begins."""
+    begin = tokenizer(PROMPT.partition("{}")[0]).input_ids
+    return next(i for i in range(len(row)) if row[i : i + len(begin)].tolist() == begin)
 
 
 TEXTS = {**smollm2.TEXTS, DATA: functools.partial(endless, both), DIALOGUES: dialogues}
