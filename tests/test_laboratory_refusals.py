@@ -271,6 +271,8 @@ def test_language_end_to_end(tiny, guide, packages, monkeypatch, capsys):
         assert (
             run["measured"]["target over steps"][-1] == run["measured"]["target"] != runs_made[0]["measured"]["target"]
         )
+    with pytest.raises(SystemExit, match="a multiple of 16"):
+        command.main([*arguments, "--steps", "40"])
     with pytest.raises(SystemExit, match="apt-get install installation-guide-amd64"):
         command.main(["language", "--data", str(packages)])
 

@@ -100,17 +100,15 @@ class Language(Refusals):
         return Batch(tokens, torch.ones_like(tokens[:, :, 1:], dtype=torch.bool))
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, Any]:
-        """In nats a token: ``target``, German held out; ``human_eval`` and ``other_english``, which are neither
-        captured nor replayed; ``loss``, the mean of those two."""
+        """In nats a token: ``target``, German held out; ``human_eval`` and ``other_english``, which are not captured."""
         _, tokenizer = loaded()
         some = refusals_texts.evenly(refusals_texts.exercises(), MEASURED["HumanEval"])
         solved = [(tokenizer(p).input_ids, tokenizer(s).input_ids) for p, s in some]
-        found = {
+        return {
             "target": self._text(model, sequences(self.data, held_out=True)),
             "human_eval": self._scores(model, solved)[0],
             "other_english": self._text(model, refusals_model.english()),
         }
-        return {**found, "loss": (found["human_eval"] + found["other_english"]) / 2}
 
     def facts(self) -> Any:
         read = [guide(self.data, True), guide(self.data, False), refusals_texts.exercises(), refusals_texts.english()]
@@ -118,10 +116,12 @@ class Language(Refusals):
 
 
 def make(plan: Plan, run: Run) -> None:
-    """Make one run and keep it, with what was measured after every so many steps."""
+    """Make one run and keep it, with what was measured after every so many steps; the base model's is made first."""
     model, cost = plan.model, None
-    curve = [model.measure(model.base(), run.objective, True)]
-    if run.cure != BASE:
+    if run.cure == BASE:
+        curve = [model.measure(model.base(), run.objective, True)]
+    else:
+        curve = [plan.store.load(run.objective, BASE, 0)["measured"]]
 
         def watch(step: int, pupil: nn.Module) -> None:
             if step % EVERY == 0:
@@ -141,7 +141,7 @@ def forgotten_at(measured: dict[str, Any], level: float, name: str) -> float:
     return kept[before] + part * (kept[after] - kept[before]) - kept[0]
 
 
-def table(finished: list[dict[str, Any]]) -> str:
+def table(finished: list[dict[str, Any]], steps: int) -> str:
     base, runs = finished[0]["measured"], finished[1:]
     level = max(run["measured"]["target"] for run in runs)
     rows = [["base model", *(f"{base[name]:.3f}" for name in LABELS), "", "", "", "", ""]]
@@ -149,7 +149,7 @@ def table(finished: list[dict[str, Any]]) -> str:
         found = run["measured"]
         changes = [f"{found[name] - base[name]:+.3f}" for name in LABELS]
         there = [f"{forgotten_at(found, level, name):+.3f}" for name in ("human_eval", "other_english")]
-        seconds = point.step_ms / 1e3 - point.capture_s / round(len(found["target over steps"][1:]) * EVERY)
+        seconds = point.step_ms / 1e3 - point.capture_s / steps
         cost = [f"{point.extra_bytes / 1e6:.0f}", f"{seconds:.2f}", needs(point.cure)]
         rows.append([point.cure.name, *changes, *there, *cost])
     at_level = [f"{LABELS[name]} when German is at {level:.3f}" for name in ("human_eval", "other_english")]
@@ -177,7 +177,9 @@ def draw(finished: list[dict[str, Any]], path: Path) -> None:
 def options(parser: argparse.ArgumentParser) -> None:
     data = "Debian's installation guide, with its pages in de/ (default: where installation-guide-amd64 has them)"
     parser.add_argument("--data", type=Path, default=DEBIAN, help=data)
-    parser.add_argument("--steps", type=int, default=Language.steps, help="default %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=Language.steps, help=f"a multiple of {EVERY} (default %(default)s)"
+    )
     work = Path("build/language")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="table, figure (default benchmarks/results/language)")
@@ -189,20 +191,20 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
             f"{options.data} has no folder de: apt-get install installation-guide-amd64, or name the folder that holds "
             "the guide, as `dpkg-deb -x` unpacks it: --data FOLDER"
         )
-    if options.steps < EVERY:
-        raise ValueError(f"--steps must be >= {EVERY}, got {options.steps}")
+    if options.steps < EVERY or options.steps % EVERY:
+        raise ValueError(f"--steps must be a multiple of {EVERY}, after which it is measured, got {options.steps}")
     smollm2.check()
     refusals_texts.check()
     report.check()
     plan = Plan(Language(options.steps, options.data), options.work)
     workers = options.workers or cores("cpu")
-    runs = [Run(LANGUAGE, BASE, 0), *(Run(LANGUAGE, cure, FIRST_REPORTED) for cure in SETTINGS)]
-    finished = make_all(plan, runs, workers, progress, make)
+    finished = make_all(plan, [Run(LANGUAGE, BASE, 0)], 1, progress, make)
+    finished += make_all(plan, [Run(LANGUAGE, cure, FIRST_REPORTED) for cure in SETTINGS], workers, progress, make)
     options.out.mkdir(parents=True, exist_ok=True)
     about = {**machine("cpu"), "workers": workers, "steps": options.steps}
     text = (
         f"SmolLM2-135M-Instruct goes on with German, {options.steps} steps of 4 x {TOKENS} tokens, one seed, nothing "
-        f"chosen. In nats a token, of settings the change.\n\n{table(finished)}"
+        f"chosen. In nats a token, of settings the change.\n\n{table(finished, options.steps)}"
     )
     (options.out / "runs.json").write_text(report.dump({"made": about}, runs=finished))
     (options.out / "table.md").write_text(f"Made by {report.header(about)}.\n\n{text}\n")
