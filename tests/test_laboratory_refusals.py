@@ -81,6 +81,7 @@ def tiny(monkeypatch, packages):
     for module in (smollm2, refusals_model):
         monkeypatch.setattr(module, "loaded", lambda: (made, Tokenizer()))
     monkeypatch.setattr(smollm2, "check", lambda: None)
+    monkeypatch.setattr(smollm2.SmolLM2, "facts", lambda self: [self.batch, self.steps])  # the packages may be missing
     monkeypatch.setattr(refusals_model, "FOLDER", packages / "own_answers")
     monkeypatch.setattr(refusals_model, "ANSWER", 6)
     monkeypatch.setattr(refusals_model, "FIRST", 2)
