@@ -9,7 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 from laboratory import __main__ as command
 from laboratory import (
@@ -21,6 +21,7 @@ from laboratory import (
     refusals_texts,
     runs,
     smollm2,
+    train,
 )
 from laboratory.cures import BASE, NONE, Cure
 from laboratory.points import points
@@ -35,7 +36,8 @@ SMALL = [
     *at("PTX", 1, 3, gamma=1.0),
     Cure("EWC", "lambda 0.1", ewc=0.1, fill=2),
     *at("OSF", 1, osf=0.5),
-    *at("CorDA", 3, lora=True, corda=True, fill=2),
+    *at("CorDA", 3, lora=True, init="corda", fill=2),
+    *at("LoRA-Null", 3, lora=True, init="null", fill=2),
     *at("NullSpace", 1, share=0.3, damping=0.3, fill=2),
 ]
 
@@ -174,12 +176,37 @@ def test_the_command(tiny, packages, monkeypatch):
     assert text.count("| base model | ") == 2 and text.count("PTX, lr x") == 2  # one of the two rates, twice
     kept = json.loads((packages / "out" / "runs.json").read_text())
     costs = {r["cure"]["family"]: r["cost"] for r in kept["runs"] if r["objective"] == "refuse-sft"}
-    assert [costs[f]["capability_backwards"] for f in ("none", "PTX", "OSF", "CorDA", "NullSpace")] == [0, 2, 0, 4, 2]
+    assert [costs[f]["capability_backwards"] for f in ("none", "PTX", "OSF", "CorDA", "LoRA-Null", "NullSpace")] == [
+        0,
+        2,
+        0,
+        4,
+        4,
+        2,
+    ]
     assert costs["OSF"]["extra_bytes"] > 0 == costs["CorDA"]["extra_bytes"] and costs["CorDA"]["capture_s"] > 0
     assert {r["seed"] for r in kept["chosen_from"]} == {0} and len(kept["chosen_from"]) == 2 + len(SMALL) + 3
     command.main(["refusals", *places, "--quick", "--seeds", "2"])
     quick = (packages / "out" / "table.md").read_text()
     assert "1 steps of 4 sequences; mean ± standard deviation of 2 seeds" in quick
+
+
+def test_lora_null_begins_as_the_model_on_inputs_that_are_seen_least():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.arange(30)[None] % 11
+    with torch.no_grad():
+        before = model(tokens).logits
+        capability = SimpleNamespace(losses=lambda parts: model(tokens), model=SimpleNamespace(capability_batch=1))
+        adapted = train.adapted(model, Cure("LoRA-Null", lora=True, init="null"), 0, capability)
+        torch.testing.assert_close(adapted(tokens).logits, before, rtol=0, atol=1e-5)
+        layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)]
+        assert len(layers) == 14 and all(m.lora_B["default"].weight.abs().max() > 1e-3 for m in layers)
+        seen = []  # of the first layer: 11 tokens in 32 dimensions leave room for 8 that see nothing
+        layers[0].lora_A["default"].register_forward_hook(lambda m, inputs, output: seen.append((inputs[0], output)))
+        adapted(tokens)
+        ((inputs, output),) = seen
+        assert output.abs().max() < 1e-5 * inputs.abs().max()
 
 
 def run(cure, right, loss, seed=1000, objective="refuse-sft"):

@@ -27,7 +27,8 @@ class Cure(NamedTuple):
             the step's update.
         frozen: whether embeddings, norms and positions are held. None: as the cure does; NullSpace and K-FAC hold them.
         lora: adapters of rank 8 on all linear layers train, instead of the weights.
-        corda: those adapters start as PEFT's CorDA sets them to preserve the text's knowledge.
+        init: how those adapters start, from the text: "corda" as PEFT's CorDA sets them to preserve its knowledge, "null"
+            as LoRA-Null does; no text otherwise.
         osf: PEFT's OSF trains instead, which holds this share of each matrix's singular directions; 0 is without.
         every: steps between capability batches.
         fill: capability batches before the first step: a direction each, or all of a capture.
@@ -56,7 +57,7 @@ class Cure(NamedTuple):
     elastic: bool = False
     frozen: bool | None = None
     lora: bool = False
-    corda: bool = False
+    init: str | None = None
     osf: float = 0.0
     every: int = 1
     fill: int = 1

@@ -26,9 +26,10 @@ FAMILIES = [
     at("PTX", 1, 3, gamma=1.0),
     at("KL to the base", 1, 3, kl=0.3),
     at("distilled, own dialogues", 1, 3, distil=1.0, **OWN),
-    [Cure("EWC", f"lambda {strength}", ewc=strength, fill=16) for strength in (0.01, 0.1)],
+    [Cure("EWC", f"lambda {strength}", ewc=strength, fill=16) for strength in (0.01, 0.1, 1.0)],
     at("OSF", 0.3, 1, osf=0.5),
-    at("CorDA", 3, 10, lora=True, corda=True, fill=32),
+    at("CorDA", 3, 10, lora=True, init="corda", fill=32),
+    at("LoRA-Null", 3, 10, lora=True, init="null", fill=32),
     at("NullSpace", 1, 3, **CAPTURED),
     at("NullSpace, own dialogues", 1, 3, **OWN_CAPTURED),
     at("LoRA, NullSpace", 3, 10, lora=True, **CAPTURED),
@@ -70,6 +71,6 @@ def choose(base: dict[str, float], of: list[Point]) -> list[Cure]:
 
 def needs(cure: Cure) -> str:
     """The data that a cure needs beside what is taught."""
-    if not any((cure.share, cure.gamma, cure.distil, cure.ewc, cure.corda)):
+    if not any((cure.share, cure.gamma, cure.distil, cure.ewc, cure.init)):
         return "none"
     return "none, own text" if (cure.text or "").startswith("own") else DATA

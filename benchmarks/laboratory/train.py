@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -181,31 +182,76 @@ def fresh(base: nn.Module, cure: Cure, seed: int, capability: Capability | None 
 
 
 def adapted(pupil: nn.Module, cure: Cure, seed: int, capability: Capability | None) -> nn.Module:
-    """With adapters of PEFT's on all linear layers but the head. CorDA runs the capability through the model first."""
+    """With adapters of PEFT's on all linear layers but the head. Some run the capability through the model first."""
     import peft
 
     torch.manual_seed(seed)
     if cure.osf:
         return peft.get_peft_model(pupil, peft.OSFConfig(effective_rank=cure.osf, target_modules="all-linear"))
     settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-    if not cure.corda:
+    if not cure.init:
         return peft.get_peft_model(pupil, peft.LoraConfig(**settings))
-    from peft.tuners.lora.corda import preprocess_corda
-
     assert capability is not None
     capability.pupil = pupil
-    head = pupil.get_output_embeddings()
-    settings["target_modules"] = [n for n, m in pupil.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    corda = peft.tuners.lora.config.CordaConfig(corda_method="kpm")
-    config = peft.LoraConfig(**settings, init_lora_weights="corda", corda_config=corda)
+    linear = adaptable(pupil)
 
     @torch.no_grad()
     def run_model() -> None:
         for _ in range(cure.fill):
-            capability.losses(capability.model.capability_batch)  # its hooks take one sequence at a time
+            capability.losses(capability.model.capability_batch)  # CorDA's hooks take one sequence at a time
 
+    if cure.init == "null":
+        moments = second_moments(linear, run_model)
+        wrapped = peft.get_peft_model(pupil, peft.LoraConfig(**settings))
+        start_in_null_space(wrapped, moments)
+        return wrapped
+    from peft.tuners.lora.corda import preprocess_corda
+
+    settings["target_modules"] = list(linear)
+    corda = peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+    config = peft.LoraConfig(**settings, init_lora_weights="corda", corda_config=corda)
     preprocess_corda(pupil, config, run_model)
     return peft.get_peft_model(pupil, config)
+
+
+def adaptable(model: Any) -> dict[str, nn.Linear]:
+    """The layers that PEFT calls all-linear, by name."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def second_moments(linear: dict[str, nn.Linear], run_model: Callable[[], None]) -> dict[str, Tensor]:
+    """[inputs, inputs] of each layer: the sum of x x^T over what ``run_model`` feeds it."""
+    moments = {name: m.weight.new_zeros(m.in_features, m.in_features) for name, m in linear.items()}
+
+    def add(name: str, _, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        moments[name].addmm_(x.T, x)
+
+    hooks = [m.register_forward_pre_hook(functools.partial(add, name)) for name, m in linear.items()]
+    run_model()
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+@torch.no_grad()
+def start_in_null_space(model: Any, moments: dict[str, Tensor]) -> None:
+    """LoRA-Null's initialisation (Tang et al. 2025): of each weight, its part on the inputs that are seen least.
+
+    With U the eigenvectors of the rank smallest eigenvalues of the inputs' second moment, the adapter begins as
+    W U U^T, split evenly by its singular values, and the frozen weight as what is left. Both adapters train.
+    """
+    for name, moment in moments.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        weight, scale = layer.base_layer.weight, layer.scaling["default"]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        least = torch.linalg.eigh(moment).eigenvectors[:, : len(down)]
+        left, values, right = torch.linalg.svd(weight @ least, full_matrices=False)
+        root = (values / scale).sqrt()
+        up.copy_(left * root)
+        down.copy_(root[:, None] * (right @ least.T))
+        weight -= scale * up @ down
 
 
 def freeze(model: nn.Module) -> None:
