@@ -266,7 +266,7 @@ def optimizer_of(pupil: nn.Module, cure: Cure, lr: float, capability: Capability
     """The optimizer, with its protection if there is one that acts at a step."""
 
     def adamw(parameters) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
     if cure.share:
         rest = "train" if cure.frozen is False else "hold"
