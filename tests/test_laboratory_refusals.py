@@ -215,7 +215,7 @@ def run(cure, right, loss, seed=1000, objective="refuse-sft"):
     trained = cure != BASE and cure.alpha is None
     return {
         "objective": objective,
-        "cure": cure._asdict(),
+        "cure": cure.turned,
         "seed": seed,
         "measured": measured,
         "cost": cost if trained else None,

@@ -72,7 +72,7 @@ class Cure(NamedTuple):
 
     @property
     def turned(self) -> dict:
-        """The fields that are not at their defaults."""
+        """The fields that are not at their defaults: how runs are kept, so that a field more leaves old ones as they are."""
         return {
             k: v for k, v in self._asdict().items() if k not in self._field_defaults or v != self._field_defaults[k]
         }

@@ -164,7 +164,7 @@ def draw(finished: list[dict[str, Any]], path: Path) -> None:
                 losses = run["measured"][f"{name} over steps"]
                 panel.plot(
                     [EVERY * i for i in range(len(losses))], losses, label=Cure(**run["cure"]).name, marker=".",
-                    linestyle="-" if run["cure"]["share"] else "--",
+                    linestyle="-" if "share" in run["cure"] else "--",
                 )  # fmt: skip
             panel.set_title(label, fontsize=11)
             panel.set_xlabel("steps")

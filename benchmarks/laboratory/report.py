@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from laboratory.cures import Cure
 from laboratory.model import VERSION
 from laboratory.points import Point
 
@@ -29,7 +28,7 @@ def forgotten(base: dict[str, float], p: Point, text: str = "loss") -> float:
 
 
 def dump(facts: dict[str, Any], **runs: list[dict[str, Any]]) -> str:
-    """JSON with a line for each run, which leaves out what is the same for all and cures' fields at their defaults."""
+    """JSON with a line for each run, which leaves out what is the same for all."""
 
     def short(value):
         if isinstance(value, float):
@@ -42,7 +41,7 @@ def dump(facts: dict[str, Any], **runs: list[dict[str, Any]]) -> str:
         return json.dumps(short(value), allow_nan=False, separators=(",", ":"))
 
     def lines(runs: list[dict[str, Any]]) -> str:
-        return "[\n" + ",\n".join(text({**r, "cure": Cure(**r["cure"]).turned}) for r in runs) + "\n]"
+        return "[\n" + ",\n".join(text(r) for r in runs) + "\n]"
 
     fields = [f"{text(k)}:{text(v)}" for k, v in {"version": VERSION, **facts}.items()]
     return "{" + ",\n".join(fields + [f"{text(k)}:{lines(v)}" for k, v in runs.items()]) + "}\n"

@@ -34,7 +34,7 @@ class Store:
 
     def save(self, objective: str, cure: Cure, seed: int, result: dict[str, Any]) -> None:
         header = {"version": VERSION, "fingerprint": self.fingerprint}
-        run = {**header, "objective": objective, "cure": cure._asdict(), "seed": seed, **result}
+        run = {**header, "objective": objective, "cure": cure.turned, "seed": seed, **result}
         text = json.dumps(run, indent=1, allow_nan=False)
         with whole(self.path(objective, cure, seed)) as part:
             part.write_text(text)
@@ -46,7 +46,7 @@ class Store:
         except json.JSONDecodeError as e:
             raise ValueError(f"{path} is not JSON ({e}); delete it, and the run is made again") from None
         expected = {"version": VERSION, "fingerprint": self.fingerprint, "objective": objective, "seed": seed}
-        expected["cure"] = cure._asdict()
+        expected["cure"] = cure.turned
         for key, value in expected.items():
             found = run.get(key) if isinstance(run, dict) else None
             if found != value:
