@@ -144,7 +144,7 @@ def pin_(weights, bases, targets, biases, biased) -> Tensor:
 
 def _pin_bytes(device_type: str) -> int:
     """Limit for temporaries: on a CPU they should stay in cache, elsewhere a launch should have enough to do."""
-    return 3 << 18 if device_type == "cpu" else 32 << 20
+    return 1 << 20 if device_type == "cpu" else 32 << 20
 
 
 def _pin_batch(layers: list[Layer]) -> Tensor:
@@ -224,6 +224,7 @@ def _pin_blocks(weight: Tensor, basis: Tensor, target: Tensor | None, bias: Tens
         return torch.dot(flat, flat).view(1)
     basis = basis.to(torch.promote_types(weight.dtype, torch.float32))
     squares = []
+    rows = -(-outputs // -(-outputs // rows))  # no small rest
     for start in range(0, outputs, rows):
         block, goal, shift = (None if t is None else t[start : start + rows] for t in (weight, target, bias))
         flat = pin_block(block, basis, goal, shift).view(-1)  # type: ignore[arg-type]
