@@ -75,7 +75,7 @@ REFUSALS := $(VENV)/.built $(VENV)/.real $(VENV)/.model $(VENV)/.prompts
 refusals: $(REFUSALS)  ## a real model taught to refuse, under all cures, with benchmarks' prompts; ARGS=--quick: half an hour
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory refusals $(ARGS)
 
-language: $(REFUSALS)  ## a real model goes on with German: how fast it learns, what it forgets; half an hour
+language: $(REFUSALS)  ## a real model goes on with German: how fast it learns, what it forgets; an hour
 	@PYTHONPATH=benchmarks $(RUN) -m laboratory language $(ARGS)
 
 continual: $(VENV)/.built $(VENV)/.demo  ## tasks learned one after the other (Fashion-MNIST): ACC and BWT of eight methods; ten minutes

@@ -148,7 +148,7 @@ def test_greedy_answers_do_not_depend_on_each_other(tiny):
 
 
 def test_batches_are_half_harmful_with_both_sides_of_each_request(tiny):
-    batch = refusals_model.taught(2, 4, torch.Generator().manual_seed(0))
+    batch = refusals_model.taught(2, 8, torch.Generator().manual_seed(0))
     assert batch.tokens.shape[:2] == batch.mask.shape[:2] == (2, 4)
     bad, good = refusals_model.rows(2)
     prompts = [[r[0][0] for r in of] for of in (bad, good)]

@@ -35,6 +35,9 @@ CAPTURED = {"share": 0.05, "damping": 0.3, "fill": 16}
 SETTINGS = [
     NONE,
     *at("none", 0.3),
+    *at("LoRA", 10, lora=True),
+    *at("PTX", 1, gamma=1.0),
+    *at("distilled, own text", 1, distil=3.0, text="own"),
     *at("NullSpace, own text", 1, 3, text="own", **CAPTURED),
 ]
 

@@ -36,9 +36,7 @@ FAMILIES = [
     at("LoRA, NullSpace, own dialogues", 3, 10, lora=True, **OWN_CAPTURED),
     at("NullSpace, own dialogues as examples too", 1, 3, gamma=1.0, **OWN_CAPTURED),
 ]
-BY_DPO = {
-    "none", "interpolation", "LoRA", "PTX", "NullSpace, own dialogues", "NullSpace, own dialogues as examples too"
-}  # fmt: skip
+BY_DPO = {"none", "interpolation", "LoRA", "NullSpace, own dialogues", "LoRA, NullSpace, own dialogues"}
 GRIDS = {
     "refuse-sft": [cure for family in FAMILIES for cure in family],
     "refuse-dpo": [cure for family in FAMILIES for cure in family if cure.family in BY_DPO],

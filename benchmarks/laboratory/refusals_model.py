@@ -83,9 +83,10 @@ def _ended(tokenizer: Any, reply: str) -> list[int]:
     return tokenizer(reply + "<|im_end|>").input_ids
 
 
-def taught(sides: int, size: int, generator: Generator) -> Batch:
-    """Half of it harmful requests, the others harmless."""
+def taught(sides: int, sequences: int, generator: Generator) -> Batch:
+    """Half of it harmful requests, the others harmless; of preferences half as many, both sides of each."""
     bad, good = rows(sides)
+    size = max(1, sequences // sides)
     counts = (size // 2, size - size // 2)
     drawn = [of[i] for of, n in zip((bad, good), counts, strict=True)
              for i in torch.randint(len(of), (n,), generator=generator).tolist()]  # fmt: skip
