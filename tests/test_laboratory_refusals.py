@@ -209,6 +209,19 @@ def test_lora_null_begins_as_the_model_on_inputs_that_are_seen_least():
         assert output.abs().max() < 1e-5 * inputs.abs().max()
 
 
+def test_the_last_third_of_the_layers_has_a_rate_of_its_own():
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=1, vocab_size=9
+    )
+    model = transformers.LlamaForCausalLM(config)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = [*train.late_apart(model, [{"params": [*model.parameters()], "lr": 2.0, "x": 1}], 0.5)]
+    assert [g["lr"] for g in groups] == [2.0, 1.0] and all(g["x"] == 1 for g in groups)
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    assert all("layers.2." in names[id(p)] for p in groups[1]["params"]) and len(groups[1]["params"]) == 9
+    assert not any("layers.2." in names[id(p)] for p in groups[0]["params"])
+
+
 def run(cure, right, loss, seed=1000, objective="refuse-sft"):
     measured = {**dict.fromkeys((*refusals_report.SHOWN, *refusals_report.LOSSES), 0.25), "right": right, "loss": loss}
     cost = {"step_ms": 3000.0, "capability_backwards": 16, "extra_bytes": 5e7, "capture_s": 200.0}

@@ -10,6 +10,7 @@ class Cure(NamedTuple):
         family: what it is known as, with other settings of it.
         strength: in words, what is turned within the family.
         lr, steps: factors on the objective's learning rate and on the model's number of steps.
+        late: another factor, on the rate of the last third of a transformer's layers.
         kl: weight of the divergence from the base model, on what is taught.
         text: that is captured, replayed or distilled, by its name in ``Model.texts``; None: the objective's capability.
         gamma: weight of the text's loss (PTX).
@@ -38,6 +39,7 @@ class Cure(NamedTuple):
     strength: str = ""
     lr: float = 1.0
     steps: float = 1.0
+    late: float = 1.0
     kl: float = 0.0
     text: str | None = None
     gamma: float = 0.0

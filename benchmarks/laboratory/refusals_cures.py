@@ -35,6 +35,16 @@ FAMILIES = [
     at("LoRA, NullSpace", 3, 10, lora=True, **CAPTURED),
     at("LoRA, NullSpace, own dialogues", 3, 10, lora=True, **OWN_CAPTURED),
     at("NullSpace, own dialogues as examples too", 1, 3, gamma=1.0, **OWN_CAPTURED),
+    [
+        Cure(
+            "NullSpace, own dialogues, a rate for the last layers",
+            f"lr x {lr}, there x {late}",
+            lr=lr,
+            late=late,
+            **OWN_CAPTURED,
+        )
+        for lr, late in ((1.0, 0.1), (0.3, 10.0))
+    ],
 ]
 BY_DPO = {"none", "interpolation", "LoRA", "NullSpace, own dialogues", "LoRA, NullSpace, own dialogues"}
 GRIDS = {

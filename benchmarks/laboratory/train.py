@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import functools
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -265,8 +266,8 @@ def freeze(model: nn.Module) -> None:
 def optimizer_of(pupil: nn.Module, cure: Cure, lr: float, capability: Capability) -> tuple[Any, Any]:
     """The optimizer, with its protection if there is one that acts at a step."""
 
-    def adamw(parameters) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([*late_apart(pupil, groups, cure.late)], lr=lr, weight_decay=0.0, fused=True)
 
     if cure.share:
         rest = "train" if cure.frozen is False else "hold"
@@ -276,11 +277,22 @@ def optimizer_of(pupil: nn.Module, cure: Cure, lr: float, capability: Capability
             capability.backward(cure.fill, cure.labels)
         inner = adamw(protection.param_groups(lr, cure.damping))
         return (gradproj.ProjectedOptimizer(inner, protection), protection) if cure.pinned else (inner, None)
-    inner = adamw(p for p in pupil.parameters() if p.requires_grad)
+    inner = adamw([{"params": [p for p in pupil.parameters() if p.requires_grad], "lr": lr}])
     if cure.method is None:
         return inner, None
     directions = gradproj.Directions(cure.directions, cure.method)
     return gradproj.ProjectedOptimizer(inner, directions), directions
+
+
+def late_apart(pupil: nn.Module, groups: list[dict[str, Any]], factor: float) -> Iterator[dict[str, Any]]:
+    """The groups, those of the last third of the layers at another rate."""
+    layer = {id(p): int(at[1]) for n, p in pupil.named_parameters() if (at := re.search(r"\blayers\.(\d+)\.", n))}
+    first = 2 * (1 + max(layer.values(), default=0)) / 3
+    for group in groups:
+        for is_late, rate in ((False, group["lr"]), (True, factor * group["lr"])):
+            mine = [p for p in group["params"] if (layer.get(id(p), 0) >= first) == is_late]
+            if mine:
+                yield {**group, "params": mine, "lr": rate}
 
 
 def same_share_in_each_layer() -> contextlib.AbstractContextManager:
