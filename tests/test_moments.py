@@ -97,6 +97,33 @@ def test_layers_that_part_keep_what_they_saw():
     torch.testing.assert_close(mean(gathered, "b"), moment(torch.cat([x[0], x[2]])))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_that_part_and_meet_within_a_pass(seed):
+    """Gradients come in the reverse order of calls: what a layer is called on alone is heard of before what it was
+    called on with others, which then missed those rows. zaya's calls are so."""
+    rng = torch.Generator().manual_seed(seed)
+    model = nn.ModuleDict({name: nn.Linear(4, 2, bias=False) for name in "abc"})
+    seen = {name: [] for name in "abc"}
+    passes = []
+    for _ in range(3):
+        calls = []
+        for _ in range(4):
+            x, users = torch.randn(5, 4, generator=rng), torch.rand(3, generator=rng) < 0.7
+            names = [name for name, user in zip("abc", users.tolist(), strict=True) if user]
+            calls.append((x, names))
+            for name in names:
+                seen[name].append(x)
+        passes.append(calls)
+
+    def run():
+        for calls in passes:
+            sum(model[name](x).sum() for x, names in calls for name in names).backward()
+
+    _, gathered = gather(model, run)
+    for name, rows in seen.items():
+        torch.testing.assert_close(mean(gathered, name), moment(torch.cat(rows)))
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

@@ -226,15 +226,17 @@ class Gather:
         self._calls.discard(call)
         if call.rows is None or call.mask is None:
             return
-        absent = {m for m, number in enumerate(self.moment_of) if number == call.moment} - call.matrices
-        if absent:  # they shared every input until now
-            for m in absent:
-                self.moment_of[m] = len(self.moments)
-            self.moments.append(self.moments[call.moment].copy())
-            self._begun.append(2)
         rows = call.rows if bool(call.mask.all()) else call.rows[call.mask]
-        if len(rows):
-            self.moments[call.moment].add(rows)
+        # One number, unless a call that was made later, and is heard of earlier, has parted its matrices.
+        for number in sorted({n for m in call.matrices if (n := self.moment_of[m]) is not None}):
+            absent = {m for m, of in enumerate(self.moment_of) if of == number} - call.matrices
+            if absent:  # they shared every input until now
+                for m in absent:
+                    self.moment_of[m] = len(self.moments)
+                self.moments.append(self.moments[number].copy())
+                self._begun.append(2)
+            if len(rows):
+                self.moments[number].add(rows)
         call.rows = call.mask = None
 
 
