@@ -37,6 +37,11 @@ DEEPSEEK = {
     "n_group": 1, "topk_group": 1,
     "norm_topk_prob": True,
 }  # fmt: skip
+INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "layer_types": ["indexed_attention"] * 2}
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 # name -> (configuration, its settings) of causal language models
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", SMALL),
@@ -53,6 +58,20 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3Config", {**SMALL, **DEEPSEEK, "num_key_value_heads": 4}),
     "phimoe": ("PhimoeConfig", {**SMALL, **MOE}),
     "llama4": ("Llama4TextConfig", {**SMALL, **MOE, "head_dim": 8, "intermediate_size_mlp": 48}),
+    "deepseek_v32": ("DeepseekV32Config", {**SMALL, **DEEPSEEK, **INDEXED, "num_key_value_heads": 4}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**SMALL, **SPARSE, **DELTA, "shared_expert_intermediate_size": 24, "head_dim": 8}),
+    "olmo_hybrid": ("OlmoHybridConfig", {**SMALL, **DELTA}),
+    "minimax_m2": ("MiniMaxM2Config", {**SMALL, **MOE, "head_dim": 8}),
+    "zaya": ("ZayaConfig", {**SMALL, **SPARSE, "num_experts_per_tok": 1, "head_dim": 8}),
+    "lfm3": ("Lfm3Config", {**SMALL, "num_hidden_layers": 3, "head_dim": 8,
+                            "layer_types": ["conv", "full_attention", "sliding_attention"]}),
+    "gemma3n": ("Gemma3nTextConfig", {**SMALL, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8,
+                                      "layer_types": ["sliding_attention", "full_attention"] * 2,
+                                      "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}),
+    "gemma4": ("Gemma4TextConfig", {**SMALL, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+                                    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}),
+    "falcon_h1": ("FalconH1Config", {**SMALL, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+                                     "mamba_d_ssm": 64, "mamba_n_groups": 1}),
     "mamba": ("MambaConfig", {"vocab_size": 64, "hidden_size": 96, "num_hidden_layers": 2, "state_size": 4}),
 }  # fmt: skip
 
