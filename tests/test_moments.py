@@ -97,18 +97,21 @@ def test_layers_that_part_keep_what_they_saw():
     torch.testing.assert_close(mean(gathered, "b"), moment(torch.cat([x[0], x[2]])))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "on the same tensors"])
 @pytest.mark.parametrize("seed", range(12))
-def test_layers_that_part_and_meet_within_a_pass(seed):
+def test_layers_that_part_and_meet_within_a_pass(seed, again):
     """Gradients come in the reverse order of calls: what a layer is called on alone is heard of before what it was
     called on with others, which then missed those rows. zaya's calls are so."""
     rng = torch.Generator().manual_seed(seed)
     model = nn.ModuleDict({name: nn.Linear(4, 2, bias=False) for name in "abc"})
+    few = torch.randn(3, 5, 4, generator=rng).unbind()
     seen = {name: [] for name in "abc"}
     passes = []
     for _ in range(3):
         calls = []
         for _ in range(4):
             x, users = torch.randn(5, 4, generator=rng), torch.rand(3, generator=rng) < 0.7
+            x = few[torch.randint(3, (), generator=rng)] if again else x
             names = [name for name, user in zip("abc", users.tolist(), strict=True) if user]
             calls.append((x, names))
             for name in names:
