@@ -34,6 +34,7 @@ FAMILIES = [
     at("NullSpace, own dialogues", 1, 3, **OWN_CAPTURED),
     at("LoRA, NullSpace", 3, 10, lora=True, **CAPTURED),
     at("LoRA, NullSpace, own dialogues", 3, 10, lora=True, **OWN_CAPTURED),
+    at("NullSpace, KL to the base", 1, 3, kl=0.3, **CAPTURED),
     at("NullSpace, own dialogues as examples too", 1, 3, gamma=1.0, **OWN_CAPTURED),
     [
         Cure(
