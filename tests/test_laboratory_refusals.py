@@ -186,6 +186,9 @@ def test_the_command(tiny, packages, monkeypatch):
     ]
     assert costs["OSF"]["extra_bytes"] > 0 == costs["CorDA"]["extra_bytes"] and costs["CorDA"]["capture_s"] > 0
     assert {r["seed"] for r in kept["chosen_from"]} == {0} and len(kept["chosen_from"]) == 2 + len(SMALL) + 3
+    choosing = (packages / "out" / "choosing" / "table.md").read_text()
+    assert "1 steps of 4 sequences; one seed" in choosing and choosing.count("PTX, lr x") == 2 + 1
+    assert "in distribution" in text and "in distribution" not in choosing  # measured where it is reported
     command.main(["refusals", *places, "--quick", "--seeds", "2"])
     quick = (packages / "out" / "table.md").read_text()
     assert "1 steps of 4 sequences; mean ± standard deviation of 2 seeds" in quick

@@ -42,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     work = Path("build/refusals")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
-    where = "table, figure, runs (default benchmarks/results/refusals, for --quick WORK/quick)"
+    where = "table, figure, runs, and in choosing/ those that the settings were chosen from (default benchmarks/results/refusals, for --quick WORK/quick)"
     parser.add_argument("--out", type=Path, help=where)
 
 
@@ -53,6 +53,7 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {options.seeds}")
     workers = options.workers or cores("cpu")
+    out = options.out or (options.work / "quick" if options.quick else OUT)
     short = Plan(Refusals(SHORT), options.work)
     objectives = options.objectives[:1] if options.quick else options.objectives
     for objective in objectives:  # the base model's answers, once, before there are several processes
@@ -61,14 +62,19 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     if not options.quick:
         plan = Plan(Refusals(), options.work)
         tried = made(short, {o: GRIDS[o] for o in objectives}, [CHOOSING], workers, progress)
+        write(out / "choosing", tried, [], SHORT, workers)
         settings = chosen(tried)
     seeds = [FIRST_REPORTED + i for i in range(options.seeds)]
     finished = made(plan, settings, seeds, workers, progress)
-    out = options.out or (options.work / "quick" if options.quick else OUT)
+    print(f"\n{write(out, finished, tried, plan.model.steps, workers)}\n\nin {out}")
+
+
+def write(out: Path, finished: list, tried: list, steps: int, workers: int) -> str:
+    """Table, figure and runs; returns the table."""
     out.mkdir(parents=True, exist_ok=True)
-    about = {**machine("cpu"), "workers": workers, "steps": plan.model.steps}
-    text = refusals_report.tables(finished, plan.model.steps)
+    about = {**machine("cpu"), "workers": workers, "steps": steps}
+    text = refusals_report.tables(finished, steps)
     (out / "runs.json").write_text(report.dump({"made": about}, runs=finished, chosen_from=tried))
     (out / "table.md").write_text(f"Made by {report.header(about)}.\n\n{text}\n")
     refusals_report.draw(finished, tried, out / "figure.png")
-    print(f"\n{text}\n\nin {out}")
+    return text

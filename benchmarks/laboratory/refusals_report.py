@@ -35,13 +35,14 @@ def _table(finished: list[dict[str, Any]], objective: str, steps: int) -> str:
     base, of = of_objective(finished, objective)
     best = pareto(of)
     count = len(of[0].values["right"])
-    before = [*(m.show(base[k]) for k, m in SHOWN.items()), *(f"{base[k]:.3f}" for k in LOSSES), *[""] * len(COSTS)]
+    texts = {k: label for k, label in LOSSES.items() if k in of[0].values}
+    before = [*(m.show(base[k]) for k, m in SHOWN.items()), *(f"{base[k]:.3f}" for k in texts), *[""] * len(COSTS)]
     rows = [["base model", *before]]
     for p in of:
         shares = [_with_spread(m.show(p.mean(k)), m.show(p.spread(k)), count) for k, m in SHOWN.items()]
-        losses = [_with_spread(f"{forgotten(base, p, k):+.3f}", f"{p.spread(k):.3f}", count) for k in LOSSES]
+        losses = [_with_spread(f"{forgotten(base, p, k):+.3f}", f"{p.spread(k):.3f}", count) for k in texts]
         rows.append([f"**{p.cure.name}**" if p in best else p.cure.name, *shares, *losses, *_cost(p, steps)])
-    heads = ["setting", *(f"{m.label}, %" for m in SHOWN.values()), *LOSSES.values(), *COSTS]
+    heads = ["setting", *(f"{m.label}, %" for m in SHOWN.values()), *texts.values(), *COSTS]
     return (
         f"SmolLM2-135M-Instruct taught {OBJECTIVES[objective].title}, {steps} steps of 4 sequences; "
         f"{f'mean ± standard deviation of {count} seeds' if count > 1 else 'one seed'}. Of texts: nats a token, of "
