@@ -102,5 +102,6 @@ def draw(finished: list[dict[str, Any]], tried: list[dict[str, Any]], path: Path
         shown = {
             label: line for panel in axes[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
-        made.legend(shown.values(), shown, loc="lower center", ncol=2 * len(objectives), frameon=False, fontsize=8)
-        made.tight_layout(rect=(0, 0.2 if len(objectives) == 1 else 0.14, 1, 1))
+        columns = 2 * len(objectives)
+        made.legend(shown.values(), shown, loc="lower center", ncol=columns, frameon=False, fontsize=8)
+        made.tight_layout(rect=(0, 0.03 + 0.025 * -(-len(shown) // columns), 1, 1))
