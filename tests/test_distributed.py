@@ -99,6 +99,10 @@ def test_experts_that_ranks_call_in_other_orders_or_not_at_all(pool, world):
     pool(world, nullspace_checks.experts, nullspace_checks.experts_alone(world))
 
 
+def test_layers_that_part_within_a_pass_of_one_rank(pool, world):
+    pool(world, nullspace_checks.parting, nullspace_checks.parting_alone(world))
+
+
 def test_ranks_that_multiply_with_a_bias_and_without(pool):
     pool(2, nullspace_checks.several_biases)
 

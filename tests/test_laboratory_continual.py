@@ -27,7 +27,7 @@ def write_idx(path, values):
 
 @pytest.fixture
 def of(tmp_path, monkeypatch):
-    """400 images of 16 pixels, 300 of which are learned, and 200 test images: the first pixel says which of the three."""
+    """400 images of 16 pixels, 300 of them learned, and 200 test images: the first pixel says which of the three."""
     random = np.random.default_rng(0)
     monkeypatch.setattr(continual_tasks, "LEARNED", 300)
     monkeypatch.setattr(continual_tasks, "PIXELS", 16)

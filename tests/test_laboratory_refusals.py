@@ -176,14 +176,8 @@ def test_the_command(tiny, packages, monkeypatch):
     assert text.count("| base model | ") == 2 and text.count("PTX, lr x") == 2  # one of the two rates, twice
     kept = json.loads((packages / "out" / "runs.json").read_text())
     costs = {r["cure"]["family"]: r["cost"] for r in kept["runs"] if r["objective"] == "refuse-sft"}
-    assert [costs[f]["capability_backwards"] for f in ("none", "PTX", "OSF", "CorDA", "LoRA-Null", "NullSpace")] == [
-        0,
-        2,
-        0,
-        4,
-        4,
-        2,
-    ]
+    passes = {"none": 0, "PTX": 2, "OSF": 0, "CorDA": 4, "LoRA-Null": 4, "NullSpace": 2}
+    assert {f: costs[f]["capability_backwards"] for f in passes} == passes
     assert costs["OSF"]["extra_bytes"] > 0 == costs["CorDA"]["extra_bytes"] and costs["CorDA"]["capture_s"] > 0
     assert {r["seed"] for r in kept["chosen_from"]} == {0} and len(kept["chosen_from"]) == 2 + len(SMALL) + 3
     choosing = (packages / "out" / "choosing" / "table.md").read_text()
@@ -322,7 +316,8 @@ def test_language_end_to_end(tiny, guide, packages, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("learned", "level", "expected"), [([3.0, 2.0, 1.0], 2.5, 0.05), ([3.0, 2.0, 1.0], 2.0, 0.1), ([3.0, 3.5, 2.5], 3.0, 0.0)]
+    ("learned", "level", "expected"),
+    [([3.0, 2.0, 1.0], 2.5, 0.05), ([3.0, 2.0, 1.0], 2.0, 0.1), ([3.0, 3.5, 2.5], 3.0, 0.0)],
 )  # fmt: skip
 def test_forgotten_at_a_level(learned, level, expected):
     measured = {"target over steps": learned, "human_eval over steps": [1.0, 1.1, 1.5]}

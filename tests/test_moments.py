@@ -227,7 +227,7 @@ def test_sketch_finds_the_leading_eigenpairs(ones):
 
 @pytest.mark.parametrize(("width", "count"), [(300, 29), (600, 29), (600, 200)], ids=["narrow", "leading", "all"])
 def test_few_tokens_are_spanned(width, count):
-    """Small ones too, of a 300th of the largest: what a basis leaves of them, adapters that are blind to it let through.
+    """Small ones too, of a 300th of the largest: what a basis leaves of them, adapters blind to it let through.
     Leading eigenpairs in float32 alone leave more."""
     torch.manual_seed(0)
     x = torch.randn(12, width) * torch.logspace(0, -2.5, 12)[:, None]

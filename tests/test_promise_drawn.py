@@ -1,4 +1,4 @@
-"""The promise as a property: whatever the model, what was captured stays, through a further capture and a run resumed."""
+"""The promise as a property: whatever the model, what was captured stays; also through a further capture and a resume."""
 
 import copy
 from collections.abc import Callable

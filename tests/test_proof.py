@@ -1,4 +1,4 @@
-"""A capture proves that it heard every use of a parameter: what was heard takes it detached, so it should have no gradient."""
+"""A capture proves that it heard every use of a parameter: what was heard takes it detached, and makes no gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`make demo`, `tax`, `real`, `refusals`, `language`, `continual`: what a model forgets while it is taught something else."""
+"""`make demo`, `tax`, `real`, `refusals`, `language`, `continual`: what a model forgets while it is taught."""
 
 import argparse
 import sys

@@ -107,7 +107,8 @@ def choices(tried: dict[str, list[Point]]) -> str:
     for setting in GRID:
         cells = []
         for of in tried.values():
-            shown = "".join(f"{100 * p.mean('acc'):.1f} ± {100 * p.spread('acc'):.1f}" for p in of if p.cure == setting)
+            mine = [p for p in of if p.cure == setting]
+            shown = "".join(f"{100 * p.mean('acc'):.1f} ± {100 * p.spread('acc'):.1f}" for p in mine)
             cells.append(f"**{shown}**" if setting in choose(of) else shown)
         rows.append([setting.family, setting.strength, *cells])
     return report.markdown(["method", "setting", *(f"ACC, {kind}, %" for kind in tried)], rows)

@@ -28,8 +28,8 @@ class Cure(NamedTuple):
             the step's update.
         frozen: whether embeddings, norms and positions are held. None: as the cure does; NullSpace and K-FAC hold them.
         lora: adapters of rank 8 on all linear layers train, instead of the weights.
-        init: how those adapters start, from the text: "corda" as PEFT's CorDA sets them to preserve its knowledge, "null"
-            as LoRA-Null does; no text otherwise.
+        init: how those adapters start, from the text: "corda" as PEFT's CorDA sets them to preserve its knowledge,
+            "null" as LoRA-Null does; None without the text.
         osf: PEFT's OSF trains instead, which holds this share of each matrix's singular directions; 0 is without.
         every: steps between capability batches.
         fill: capability batches before the first step: a direction each, or all of a capture.
@@ -74,7 +74,7 @@ class Cure(NamedTuple):
 
     @property
     def turned(self) -> dict:
-        """The fields that are not at their defaults: how runs are kept, so that a field more leaves old ones as they are."""
+        """The fields that are not at their defaults. Runs are kept by these: a field more leaves old runs valid."""
         return {
             k: v for k, v in self._asdict().items() if k not in self._field_defaults or v != self._field_defaults[k]
         }

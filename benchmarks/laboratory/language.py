@@ -1,4 +1,4 @@
-"""`make language`: a real model goes on with another language: how fast it learns, and what it forgets, step by step."""
+"""`make language`: a real model goes on with another language: what it learns, and what it forgets, step by step."""
 
 import argparse
 import dataclasses
@@ -103,7 +103,7 @@ class Language(Refusals):
         return Batch(tokens, torch.ones_like(tokens[:, :, 1:], dtype=torch.bool))
 
     def measure(self, model: nn.Module, objective: str, variety: bool) -> dict[str, Any]:
-        """In nats a token: ``target``, German held out; ``human_eval`` and ``other_english``, which are not captured."""
+        """In nats a token: ``target``, German held out; ``human_eval`` and ``other_english``, never captured."""
         _, tokenizer = loaded()
         some = refusals_texts.evenly(refusals_texts.exercises(), MEASURED["HumanEval"])
         solved = [(tokenizer(p).input_ids, tokenizer(s).input_ids) for p, s in some]

@@ -42,7 +42,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     work = Path("build/refusals")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
-    where = "table, figure, runs, and in choosing/ those that the settings were chosen from (default benchmarks/results/refusals, for --quick WORK/quick)"
+    where = "table, figure, runs, and in choosing/ those that settings are chosen from (default"
+    where = f"{where} benchmarks/results/refusals, for --quick WORK/quick)"
     parser.add_argument("--out", type=Path, help=where)
 
 

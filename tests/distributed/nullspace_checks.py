@@ -133,6 +133,35 @@ def experts(rank: int, world: int, expected: dict) -> None:
     assert protection.coverage.unused == (0 if world == 4 else 108)
 
 
+def _capture_parting(protection: NullSpace, model: nn.Module, ranks) -> dict:
+    """Two layers on one input; those of the first rank part within the same forward pass."""
+    one, other = model["one"], model["other"]
+    with protection.capture():
+        for rank in ranks:
+            x = _experts_batch(rank)
+            y = (one(x) * other(x)).sum()
+            (y if rank else y + one(_experts_batch(9)).square().sum()).backward()
+    return {name: (basis.curvature.values, basis.tokens) for name, basis in protection.bases.items()}
+
+
+def _two_layers() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({name: nn.Linear(6, 6, bias=False) for name in ("one", "other")})
+
+
+def parting_alone(world: int) -> dict:
+    model = _two_layers()
+    return _capture_parting(NullSpace(model, share=0.9), model, range(world))
+
+
+def parting(rank: int, world: int, expected: dict) -> None:
+    model = _two_layers()
+    found = _capture_parting(NullSpace(model, share=0.9, group=dist.group.WORLD), model, [rank])
+    for name, (values, tokens) in expected.items():
+        assert found[name][1] == tokens == 5 * (world + (name == "one"))
+        torch.testing.assert_close(found[name][0], values, rtol=1e-5, atol=1e-6)
+
+
 def several_biases(rank: int, world: int) -> None:
     """One rank multiplies with the bias, the others without: refused on all of them."""
     model = nn.Linear(6, 6)

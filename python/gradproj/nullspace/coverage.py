@@ -94,9 +94,10 @@ def warning(model: nn.Module, matrices: Sequence[Matrix]) -> str:
         return ""
     return (
         f"NullSpace: no product of an input with {size / trained:.0%} of the weights that train, embeddings and norms "
-        f"apart, was heard and had a gradient, so they stand still: {_counts(held[:3])}{', ..' if len(held) > 3 else ''}. Heard are "
-        "linear layers, matmul and its kin, einsum, convolutions and attention, on a parameter or a slice of one; not "
-        "so weights that are computed (weight_norm), recurrent layers, fused operations, and what modules= leaves out. "
+        "apart, was heard and had a gradient, so they stand still: "
+        f"{_counts(held[:3])}{', ..' if len(held) > 3 else ''}. Heard are linear layers, matmul and its kin, einsum, "
+        "convolutions and attention, on a parameter or a slice of one; not so weights that are computed "
+        "(weight_norm), recurrent layers, fused operations, and what modules= leaves out. "
         'rest="train" lets them go unprotected; see .coverage'
     )
 

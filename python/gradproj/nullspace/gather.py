@@ -185,7 +185,7 @@ class Gather:
             moment = self.moments[call.moment]
             if ref() is not x or of != reading or (moment.width, moment.ones) != (width, ones):
                 continue
-            if call not in self._calls or m in call.matrices:  # these rows once more
+            if call not in self._calls or m in call.matrices:  # they count once more
                 continue
             if mine == call.moment or (mine is None and self._begun[call.moment] == 1):
                 self.moment_of[m] = call.moment

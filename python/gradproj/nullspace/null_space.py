@@ -285,8 +285,8 @@ class NullSpace(Protection):
         """Parameter groups for any optimizer, in which layers that the capability needs learn slower.
 
         A layer's rate is ``lr`` times m = 1 / (1 + left / c): left is the curvature that the kept directions leave in
-        it, and c is such that 1 - m is ``damping`` in the mean over the covered weights that have any. Costs no memory and
-        no time.
+        it, and c is such that 1 - m is ``damping`` in the mean over the covered weights that have any. Costs no memory
+        and no time.
 
         Args:
             lr: learning rate of a layer without curvature.

@@ -214,8 +214,8 @@ def _between(t: Tensor, begin: int, end: int) -> Tensor:
 
 
 def look_up(find: Find, tokens, weight, *settings, **others) -> Heard | None:
-    """Of ``F.embedding``: a matrix of a single input, which is 1, for each token. Without operands that it is multiplied
-    by: what is looked up has a gradient by them alone."""
+    """Of ``F.embedding``: a matrix of a single input, which is 1, for each token. Without operands that it is
+    multiplied by: what is looked up has a gradient by them alone."""
     if not weight.requires_grad or tokens.is_meta or find(weight, [1], [0]) is None:
         return None
     parts = []

@@ -1,4 +1,4 @@
-"""That a capture has heard every use of a parameter: what was heard takes it detached, so a gradient comes from elsewhere.
+"""That a capture has heard every use of a parameter: what was heard takes it detached, so gradients come from others.
 
 A parameter may be used elsewise: by a penalty on weights, an adapter that rescales, an operation that is not read. What
 it does there would not be protected.
