@@ -23,8 +23,8 @@ def llama():
 def test_a_language_model(sketched, monkeypatch):
     """Bytes gathered are equal, multiply-adds and bytes held within 15 %."""
     if sketched:
-        monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 64)
-        monkeypatch.setattr("gradproj.nullspace.null_space.SKETCH", 24)
+        monkeypatch.setattr("gradproj.nullspace.moments.WIDE", 64)
+        monkeypatch.setattr("gradproj.nullspace.moments.SKETCH", 24)
     model = llama()
     protection = NullSpace(model, share=0.2)
     expected = protection.estimate()

@@ -6,6 +6,8 @@ import torch
 import gradproj
 from training import (
     assert_same,
+    closure,
+    descend,
     direction,
     loss,
     model_and_batches,
@@ -41,6 +43,100 @@ def test_schedulefree(wrapping):
     inner.eval()
     plain.eval()
     assert_same(parameters(model), parameters(twin))
+
+
+def distance(some, others):
+    return max((a - b).abs().max() for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:NullSpace. no product", "ignore:step.. before anything was captured")
+@pytest.mark.parametrize("origin, name", [("schedulefree", "AdamWScheduleFree"), ("schedulefree", "SGDScheduleFree"),
+                                          ("pytorch_optimizer", "SPlus")])  # fmt: skip
+def test_weights_that_are_evaluated_instead_of_those_that_are_trained(origin, name, wrapping):
+    """eval() put an average in place that nothing had pinned: outputs moved by 0.7 without a word. What is held must
+    not move either, though the optimizer has trained it before the capture."""
+    model, batches = model_and_batches()
+    x, optimizer = batches[0][:2], getattr(package(origin), name)(model.parameters(), lr=0.05)
+    protection = gradproj.NullSpace(model, share=0.6, modules=lambda name, _: name == "0")
+    opt, _ = wrapping(optimizer, protection=protection)
+    opt.train()
+    for batch in batches[:3]:
+        descend(model, opt, batch, target=1.0)
+    with protection.capture():
+        loss(model, x).backward()
+    before = model(x).detach()
+    evaluated = []
+    for batch in batches:
+        descend(model, opt, batch, target=2.0)
+        assert (model(x) - before).abs().max() < 1e-5
+        trained = parameters(model)
+        opt.eval()
+        assert (model(x) - before).abs().max() < 1e-5
+        evaluated.append(distance(parameters(model), trained))
+        opt.train()
+        assert (model(x) - before).abs().max() < 1e-5
+    assert max(evaluated) > 1e-3
+
+
+def test_modes_are_forwarded_where_there_are_any(wrapping):
+    model, _ = model_and_batches()
+    optimizer = package("schedulefree").SGDScheduleFree(model.parameters(), lr=0.1)
+    opt, protected = wrapping(optimizer, protection=gradproj.NullSpace(model))
+    assert callable(opt.eval) and callable(optimizer.eval)
+    protected.detach()
+    assert "eval" not in vars(optimizer)
+    assert not hasattr(wrapping(torch.optim.SGD(model.parameters(), lr=0.1))[0], "eval")
+
+
+UNHEARD = {
+    "SAM": (TypeError, r"SAM.second_step\(\) calls no step hooks but .* base_optimizer: pass that AdamW"),
+    "Lookahead": (TypeError, "Lookahead wraps an optimizer .*: pass the optimizer that it wraps"),
+    "LayerWiseDummyOptimizer": (NotImplementedError, "changes weights during the backward pass"),
+    "LOMO": (NotImplementedError, "changes weights during the backward pass"),
+}
+
+
+class Lomo(torch.optim.Optimizer):
+    """As in lomo-optim, of which the Trainer calls ``fused_backward``, never ``step``."""
+
+    def fused_backward(self, loss, lr): ...
+
+
+@pytest.mark.parametrize("name", UNHEARD)
+def test_optimizers_that_change_weights_where_no_hook_is_called(name, wrapping):
+    """Through the Trainer a null space leaked under LOMO, and under SAM by first_step() and second_step()."""
+    model, _ = model_and_batches()
+    p = list(model.parameters())
+    optimizer = {
+        "SAM": lambda: package("pytorch_optimizer").SAM(p, base_optimizer=torch.optim.AdamW, lr=0.1),
+        "Lookahead": lambda: package("pytorch_optimizer").Lookahead(torch.optim.AdamW(p)),
+        "LayerWiseDummyOptimizer": lambda: package("transformers").trainer_pt_utils.LayerWiseDummyOptimizer({}),
+        "LOMO": lambda: Lomo(p, {}),
+    }[name]()
+    error, message = UNHEARD[name]
+    with pytest.raises(error, match=message):
+        wrapping(optimizer, protection=gradproj.NullSpace(model))
+
+
+@pytest.mark.parametrize("steps", ["two", "closure"])
+def test_sam_by_its_base_optimizer(steps, wrapping):
+    model, batches = model_and_batches()
+    x, sam = batches[0][:2], package("pytorch_optimizer").SAM(model.parameters(), base_optimizer=torch.optim.AdamW, lr=0.1)
+    protection = gradproj.NullSpace(model, share=0.6)
+    _, protected = wrapping(sam.base_optimizer, protection=protection)
+    with protected.protect():
+        loss(model, x).backward()
+    before, weights = model(x).detach(), parameters(model)
+    for batch in batches:
+        run = closure(model, sam, batch, target=2.0)
+        run()
+        if steps == "two":
+            sam.first_step(zero_grad=True)
+            run()
+            sam.second_step()
+        else:
+            sam.step(run)
+    assert (model(x) - before).abs().max() < 1e-5 and distance(parameters(model), weights) > 0.01
 
 
 def llama(**settings):

@@ -62,6 +62,25 @@ def test_null_space_keeps_what_the_model_says(tmp_path):
     assert len(logged) == 3 and min(logged) > 0
 
 
+def test_what_is_evaluated_is_pinned_as_what_is_trained(tmp_path):
+    """The Trainer evaluates and saves the averaged weights of a schedule-free optimizer, which nothing had pinned."""
+    pytest.importorskip("schedulefree")
+    model, (anchor,) = language_model(), batches(1, seed=2)
+    before, moved = model(**anchor).logits.detach(), []
+
+    class Look(transformers.TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            moved.append((model(**anchor).logits - before)[:, :-1].abs().max())
+
+    callback = gradproj.hf.Protect(gradproj.NullSpace(model, share=0.95), [anchor])
+    settings = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "eval_strategy": "steps"}
+    made = trainer(model, tmp_path, callback, eval_steps=2, **settings)
+    made.add_callback(Look())
+    made.train()
+    assert len(moved) == 3 and max(moved) < 1e-4
+    assert (weights(model) - weights(language_model())).abs().max() > 1e-3
+
+
 def test_the_trainer_makes_the_optimizer_from_a_class_and_a_file(tmp_path):
     (anchor,) = batches(1, seed=2)
     protection = gradproj.NullSpace(language_model(), share=0.95)

@@ -110,7 +110,7 @@ def test_every_eighth_step_and_pin_now(few):
 
 def test_wide_layers_are_sketched(few, monkeypatch):
     """Twice the rank that they may keep, and as exact where the inputs have no more dimensions than that."""
-    monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 16)
+    monkeypatch.setattr("gradproj.nullspace.moments.WIDE", 16)
     model, opt, protection, before = protecting(few, max_rank=6)
     assert [protection._sketch(layer) for layer in protection.matrices] == [None, 12, 12]
     assert [basis.rank for basis in protection.bases.values()] == [4, 4, 4]

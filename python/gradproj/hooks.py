@@ -15,6 +15,8 @@ from gradproj.capture import DEEPSPEED
 from gradproj.protection import Protection
 from gradproj.rows.sharding import Sharding
 
+SWITCHES = ("train", "eval")  # methods by which some optimizers evaluate other weights than they train
+
 
 class Hooks:
     """The hooks of one protection on its optimizers. They refer to them weakly: an optimizer owns its hooks, so that it
@@ -47,12 +49,25 @@ class Hooks:
             raise
         for optimizer in optimizers:
             optimizer._gradproj = self  # type: ignore[attr-defined]
+            self._hear_switches(optimizer)
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
                 optimizer.register_state_dict_post_hook(self._save),
                 optimizer.register_load_state_dict_pre_hook(self._load),
             ]
+
+    def _hear_switches(self, optimizer: Optimizer) -> None:
+        """Schedule-free optimizers put other weights in place by ``eval()`` and ``train()``; torch has no hooks for
+        these."""
+
+        def switch(name, ref, *args):
+            with self.protection.switching():
+                return getattr(type(ref()), name)(ref(), *args)
+
+        for name in SWITCHES:
+            if callable(getattr(type(optimizer), name, None)):
+                vars(optimizer)[name] = functools.partial(switch, name, weakref.ref(optimizer))
 
     def _adopt(self, optimizer: Optimizer) -> None:
         """Take over what the optimizer keeps as its own, because it loaded a checkpoint without these hooks."""
@@ -140,7 +155,8 @@ class Hooks:
         for ref in self._optimizers:
             if (optimizer := ref()) is not None:
                 del optimizer._gradproj  # type: ignore[attr-defined]
-                vars(optimizer).pop("__getstate__", None)
+                for name in ("__getstate__", *SWITCHES):
+                    vars(optimizer).pop(name, None)
         self._handles, self._optimizers = [], []
         self.protection.release()
 
@@ -164,6 +180,7 @@ def inner_optimizer(caller: str, optimizer: Any) -> Optimizer:
             f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}; for example "
             f"torch.optim.AdamW(model.parameters())"
         )
+    _refuse_unheard(caller, optimizer)
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return optimizer
     wrapped = getattr(optimizer, "optimizer", None)
@@ -173,3 +190,23 @@ def inner_optimizer(caller: str, optimizer: Any) -> Optimizer:
             f"it wraps"
         )
     return inner_optimizer(caller, wrapped)
+
+
+def _refuse_unheard(caller: str, optimizer: Optimizer) -> None:
+    """Refuse optimizers that change weights where no hook is called."""
+    name, base = type(optimizer).__name__, getattr(optimizer, "base_optimizer", None)
+    if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):  # LOMO; transformers' layerwise
+        raise NotImplementedError(
+            f"{caller}: {name} changes weights during the backward pass: take an optimizer that steps when the "
+            "gradients of all parameters are there"
+        )
+    if hasattr(optimizer, "second_step") and isinstance(base, Optimizer):
+        raise TypeError(
+            f"{caller}: {name}.second_step() calls no step hooks but those of its base_optimizer: pass that "
+            f"{type(base).__name__}"
+        )
+    if hasattr(optimizer, "_optimizer_step_pre_hooks") and not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+        raise TypeError(  # pytorch_optimizer's Lookahead and others
+            f"{caller}: {name} wraps an optimizer and has not all hooks of one: pass the optimizer that it wraps, and "
+            "capture before the first step, so that weights which it averages are pinned from the beginning"
+        )

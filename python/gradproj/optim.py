@@ -58,9 +58,9 @@ class ProjectedOptimizer(Handle, Optimizer):
         protection: a :class:`gradproj.NullSpace` or :class:`gradproj.Directions`.
         sharding: what the other ranks hold, where parameters are sharded or replicated without being DTensors.
     Raises:
-        TypeError: not an optimizer, not a protection, not a sharding.
+        TypeError: not an optimizer, not a protection, not a sharding; an optimizer that wraps another (SAM).
         RuntimeError: the optimizer is protected already, or the protection belongs to another one.
-        NotImplementedError: DeepSpeed's engine.
+        NotImplementedError: DeepSpeed's engine; an optimizer that changes weights during the backward pass (LOMO).
 
     Examples: see :class:`gradproj.NullSpace` and :class:`gradproj.Directions`.
     """
@@ -159,6 +159,8 @@ for _name, _doc in {
     "grad_scale": "For GradScaler with fused optimizers.",
     "found_inf": "For GradScaler with fused optimizers.",
     "_step_supports_amp_scaling": "Whether GradScaler may leave unscaling to the step.",
+    "train": "For optimizers that evaluate other weights than they train.",
+    "eval": "For optimizers that evaluate other weights than they train.",
     **{name: doc.__doc__ for name, doc in vars(Optimizer).items() if name.startswith("register_")},
 }.items():
     setattr(ProjectedOptimizer, _name, _forwarded(_name, _doc))

@@ -58,6 +58,11 @@ class Protection(abc.ABC):
     def after_step(self) -> None:
         """To call when the inner optimizers have stepped."""
 
+    @contextlib.contextmanager
+    def switching(self) -> Iterator[None]:
+        """Around what puts other weights in place, which an optimizer evaluates instead of those that it trains."""
+        yield
+
     @abc.abstractmethod
     def state(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         """An optimizer's ``state_dict``, with what is protected of its ``parameters`` in it."""

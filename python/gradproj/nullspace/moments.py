@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 WIDE = 2048  # inputs beyond which the moment is sketched instead of held as a matrix of width x width
+SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
+
 BLOCK = 256  # columns of an exact moment that are added to at once
 SMALL = 512  # inputs up to which all eigenpairs are computed: the leading ones would save little
 LEADING = 6  # of more inputs, the leading ones if they are at most this part of all: more take as long as all
 STEPS = 8  # products of the block Lanczos method
+
+
+def sketch_columns(width: int, one_of_many: bool, share: float, max_rank: int | None) -> int | None:
+    """Columns of the sketch of a matrix's inputs; None for an exact moment. Twice the rank that it may have, which for
+    experts is twice their share: a layer of 128 would hold 128 exact moments."""
+    if one_of_many and width > WIDE // 4:
+        return 2 * (max_rank or math.ceil(2 * share * width))
+    return 2 * (max_rank or SKETCH) if width > WIDE else None
 
 
 class Moment:

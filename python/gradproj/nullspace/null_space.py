@@ -1,7 +1,6 @@
 """NullSpace: every layer keeps computing what it computed on the inputs that a capability uses."""
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing, experts
 from gradproj.nullspace.lists import PinLists, refuse_optimizers
 from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overlaps, unreached
-from gradproj.nullspace.moments import WIDE
+from gradproj.nullspace.moments import sketch_columns
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
 from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.progress import progress
@@ -28,8 +27,6 @@ from gradproj.nullspace.uncovered import Uncovered
 from gradproj.protection import Closure, Protection
 from gradproj.rows import sharding
 from gradproj.rows.results import Pin
-
-SKETCH = 512  # eigenvectors that a wide layer keeps at most, unless max_rank says otherwise
 
 
 class NullSpace(Protection):
@@ -59,8 +56,6 @@ class NullSpace(Protection):
             DistributedDataParallel module that the capture goes through, or of the wrapper's ``sharding``.
     Raises:
         ValueError, NotImplementedError: a setting out of range, no layer to cover, an adapter other than plain LoRA.
-    Warns:
-        RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
 
     Example::
 
@@ -102,9 +97,8 @@ class NullSpace(Protection):
         self._last: Pin | None = None
         self._told_of_nothing = False
         self._uncovered = Uncovered(model)
-        adapted = adapters.trained_layers(model, modules)
         self._slots = find_slots(model, modules)
-        self._adapters = adapters.find(adapted, self._slots)
+        self._adapters = adapters.find(adapters.trained_layers(model, modules), self._slots)
         self._protect([], {})
 
     def _protect(self, matrices: list[Matrix], bases: dict[str, Basis]) -> None:
@@ -213,12 +207,7 @@ class NullSpace(Protection):
         return self.max_rank or ((self._sketch(matrix) or 0) // 2 or None)
 
     def _sketch(self, matrix: Matrix) -> int | None:
-        """Columns of the sketch of a matrix's inputs; None for an exact moment. Twice the rank that it may have, which
-        for experts is twice their share: a layer of 128 would hold 128 exact moments."""
-        width = matrix.shape[1]
-        if matrix.is_one_of_many and width > WIDE // 4:
-            return 2 * (self.max_rank or math.ceil(2 * self.share * width))
-        return 2 * (self.max_rank or SKETCH) if width > WIDE else None
+        return sketch_columns(matrix.shape[1], matrix.is_one_of_many, self.share, self.max_rank)
 
     def estimate(self, run: Callable[[nn.Module], Any] | None = None) -> Estimate:
         """What a capture and the pins would take, from shapes alone, for one device that holds the whole model; also of
@@ -257,6 +246,17 @@ class NullSpace(Protection):
             if self._since_pin >= self.every:
                 self.pin()
         self._uncovered.after_step(self._optimizers)
+
+    @contextlib.contextmanager
+    def switching(self) -> Iterator[None]:
+        if self.bases:
+            self._uncovered.begin_step()
+            self._uncovered.before_step(self.parameters(), self._current_lists().covered, self.rest)
+        try:
+            yield
+        finally:
+            self._uncovered.after_step(self._optimizers)
+        self.pin()
 
     @torch.no_grad()
     def pin(self) -> Pin | None:
