@@ -121,10 +121,8 @@ def test_optimizers_that_change_weights_where_no_hook_is_called(name, wrapping):
 @pytest.mark.parametrize("steps", ["two", "closure"])
 def test_sam_by_its_base_optimizer(steps, wrapping):
     model, batches = model_and_batches()
-    x, sam = (
-        batches[0][:2],
-        package("pytorch_optimizer").SAM(model.parameters(), base_optimizer=torch.optim.AdamW, lr=0.1),
-    )
+    x = batches[0][:2]
+    sam = package("pytorch_optimizer").SAM(model.parameters(), base_optimizer=torch.optim.AdamW, lr=0.1)
     protection = gradproj.NullSpace(model, share=0.6)
     _, protected = wrapping(sam.base_optimizer, protection=protection)
     with protected.protect():

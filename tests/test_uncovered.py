@@ -116,3 +116,75 @@ def test_held_gradients_do_not_pile_up_under_lbfgs():
     opt.step(closure)
     assert len(calls) > 2 and max(most) <= 3 and not len(protection._uncovered._grads)
     assert (model(tokens) - before).abs().max() < 1e-4 and all(p.grad is not None for p in model.parameters())
+
+
+class Rectified(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def inputs(tokens=4):
+    return torch.randn(tokens, 12, generator=torch.Generator().manual_seed(1))
+
+
+def walk(opt, value, steps=3):
+    for _ in range(steps):
+        opt.zero_grad()
+        value().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("rest", ["hold", "train"])
+def test_what_an_optimizer_steps_of_another_module_learns(wrapping, rest):
+    """A critic beside the model stood still without a word."""
+    model, critic = Rectified(), nn.Linear(12, 1)
+    protection = captured(model, inputs(), share=0.9, rest=rest)
+    before, weight = model(inputs()).detach(), critic.weight.detach().clone()
+    optimizer = torch.optim.AdamW([*model.parameters(), *critic.parameters()], lr=0.05)
+    opt, _ = wrapping(optimizer, protection=protection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        walk(opt, lambda: (critic(model(torch.randn(5, 12))) - 1.0).square().mean())
+    assert (critic.weight - weight).abs().max() > 0.01
+    assert (model(inputs()) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rest", ["hold", "train"])
+def test_what_trains_only_since_the_capture_is_told_of(wrapping, rest):
+    """A layer that was unfrozen after the capture stood still without a word."""
+    model = Rectified()
+    model.first.requires_grad_(False)
+    protection = captured(model, inputs(), share=0.9, rest=rest)
+    opt, protected = wrapping(torch.optim.AdamW(model.second.parameters(), lr=0.05), protection=protection)
+
+    def value():
+        return (model(torch.randn(5, 12)) - 1.0).square().mean()
+
+    walk(opt, value)
+    model.first.requires_grad_(True)
+    opt.add_param_group({"params": list(model.first.parameters())})
+    then = {"hold": "they stand still", "train": "nothing of them is protected"}[rest]
+    with pytest.warns(RuntimeWarning, match=f"first.weight, first.bias did not train yet .*{then}: capture again"):
+        walk(opt, value, steps=1)
+    with protected.protect():
+        model(inputs()).sum().backward()
+    before, weight = model(inputs()).detach(), model.first.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        walk(opt, value)
+    assert (model.first.weight - weight).abs().max() > 0.01
+    assert (model(inputs()) - before).abs().max() < 1e-4
+
+
+def test_a_file_without_a_layer_that_trains(tmp_path):
+    """As a capture says of what it holds, so does a file that is loaded."""
+    model = Rectified()
+    model.first.requires_grad_(False)
+    captured(model, inputs(), share=0.9).save(tmp_path / "capability.safetensors")
+    with pytest.warns(RuntimeWarning, match=r"48% of the weights .* stand still: first.weight \(144\)"):
+        NullSpace.load(tmp_path / "capability.safetensors", Rectified())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.nullspace.hearing import Listener
-from gradproj.nullspace.matrices import At, Slot, Wanted, is_looked_up, without_wrappers
+from gradproj.nullspace.matrices import At, Slot, Wanted, find_slots, is_looked_up, without_wrappers
 from gradproj.nullspace.products import Part, read
 from gradproj.nullspace.regions import whole
 
@@ -54,7 +54,17 @@ def _is_adapted(module: nn.Module) -> bool:
     return all(isinstance(part, nn.Module) for part in parts)
 
 
-def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
+def candidates(
+    model: nn.Module, wanted: Wanted | None, slots: Sequence[Slot] = (), adapters: Sequence[Adapter] = ()
+) -> tuple[list[Slot], list[Adapter]]:
+    """The parameters that may be covered, and the adapters among them: those that train now, and those that did
+    earlier."""
+    layers = _trained_layers(model, wanted)
+    slots = [*{slot.name: slot for slot in [*slots, *find_slots(model, wanted)]}.values()]
+    return slots, [*{a.down.name: a for a in [*adapters, *_find(layers, slots)]}.values()]
+
+
+def _trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
     """The layers whose adapters train. Refuses adapters that do more than add B A x, as DoRA does, and other kinds."""
     found = []
     for full_name, module in model.named_modules():
@@ -86,7 +96,7 @@ def trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
     return found
 
 
-def find(layers: Sequence[Any], slots: Sequence[Slot]) -> list[Adapter]:
+def _find(layers: Sequence[Any], slots: Sequence[Slot]) -> list[Adapter]:
     """The LoRA adapters of these layers that train."""
     by_parameter = {id(slot.get()): slot for slot in slots}
     return [

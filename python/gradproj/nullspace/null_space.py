@@ -17,7 +17,7 @@ from gradproj.nullspace.estimate import Estimate, estimate
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing, experts
 from gradproj.nullspace.lists import PinLists, refuse_optimizers
-from gradproj.nullspace.matrices import Matrix, Wanted, find_slots, refuse_overlaps, unreached
+from gradproj.nullspace.matrices import Matrix, Wanted, refuse_overlaps, unreached
 from gradproj.nullspace.moments import sketch_columns
 from gradproj.nullspace.over_ranks import group_of, sum_over_ranks
 from gradproj.nullspace.precision import without_autocast
@@ -37,8 +37,9 @@ class NullSpace(Protection):
     no capability data are needed afterwards. What the capture did not see is not protected.
 
     Covered is what the model multiplies inputs by, a parameter or a slice of one, whatever module holds it, with its
-    bias; PEFT's LoRA adapters become blind to the protected inputs. What else trains is held (embeddings, a head tied
-    to one, norms, weights that are computed); :attr:`coverage` counts it.
+    bias; PEFT's LoRA adapters become blind to the protected inputs. What else of the model trains is held (embeddings,
+    a head tied to one, norms, weights that are computed); :attr:`coverage` counts it. Parameters of an optimizer that
+    are not ``model``'s, such as a critic's, learn freely.
 
     Args:
         model: whose matrices are protected.
@@ -91,18 +92,20 @@ class NullSpace(Protection):
         for name, word, known in (("space", space, ("weights", "gradient")), ("rest", rest, ("hold", "train"))):
             if word not in known:
                 raise ValueError(f'NullSpace: {name} must be "{known[0]}" or "{known[1]}", got {word!r}')
-        self.model, self.share, self.max_rank = model, share, max_rank
+        self.model, self.modules, self.share, self.max_rank = model, modules, share, max_rank
         allocation.check(self.share)
         self.space, self.rest, self.every, self.group = space, rest, every, group
         self._last: Pin | None = None
         self._told_of_nothing = False
         self._uncovered = Uncovered(model)
-        self._slots = find_slots(model, modules)
-        self._adapters = adapters.find(adapters.trained_layers(model, modules), self._slots)
+        self._slots, self._adapters = adapters.candidates(model, modules)
         self._protect([], {})
 
     def _protect(self, matrices: list[Matrix], bases: dict[str, Basis]) -> None:
         self.matrices, self.bases = matrices, bases  # by the matrices' names
+        self._uncovered.captured()
+        if bases and self.rest == "hold" and (warning := coverage.warning(self.model, matrices)):
+            warnings.warn(warning, RuntimeWarning, stacklevel=5)
         self._lists: PinLists | None = None
         self._since_pin = 0
 
@@ -136,9 +139,9 @@ class NullSpace(Protection):
         """Context manager: the inputs of the matrices in the backward passes inside are protected.
 
         Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
-        Needs no optimizer. A further block pins the weights and adds to what was gathered, each token counting the
-        same. The rank is then allocated anew: with the same ``share``, directions of least curvature of either capture
-        are given up; raise ``protection.share`` first to keep all.
+        Needs no optimizer. A further block pins the weights, hears what trains since then too, and adds to what was
+        gathered, each token counting the same. The rank is then allocated anew: with the same ``share``, directions of
+        least curvature of either capture are given up; raise ``protection.share`` first to keep all.
 
         Every product of an input with a parameter that trains, or with a slice of one, is heard; that all were is
         proved: inside, products take their weights detached, so that a weight gets a gradient from another use alone,
@@ -159,9 +162,14 @@ class NullSpace(Protection):
         if moving := self._uncovered.moving_statistics():
             raise RuntimeError(moving)
         self.pin()
+        self._slots, self._adapters = adapters.candidates(self.model, self.modules, self._slots, self._adapters)
         blind = [adapter for adapter in self._adapters if adapter.starts_at_zero]
         proof = Proof()
-        with self._while_capturing(), gradients_aside(self._trained) as aside, progress("capture", "passes") as tick:
+        with (
+            self._while_capturing(),
+            gradients_aside(self._uncovered.trained) as aside,
+            progress("capture", "passes") as tick,
+        ):
             gather = Gather(self._sketch, adapters.names(blind), tick)
             for matrix in self.matrices:  # of earlier captures; an adapter that has learned is a matrix like others
                 if self.bases[matrix.name].tokens:
@@ -175,7 +183,7 @@ class NullSpace(Protection):
             ):
                 yield
             reached = proof.heard | {slot.name for slot in self._slots if slot.get().grad is not None}
-            empty = gather.last_pass is None and all(p.grad is None for p in self._trained())
+            empty = gather.last_pass is None and all(p.grad is None for p in self._uncovered.trained())
         gather.end()
         sum_over_ranks(gather, self._slots, reached, group_of(self.model, self.group, self.sharding, gather.ddp))
         if not any(gather.tokens):
@@ -196,11 +204,6 @@ class NullSpace(Protection):
         self._protect(gather.matrices, make_bases(gather, self.share, self._most))
         # Adapters become blind at once; elsewhere W U = B holds already.
         PinLists([matrix for matrix in self.matrices if matrix.to_zero], self.bases).pin()
-        if self.rest == "hold" and (warning := coverage.warning(self.model, self.matrices)):
-            warnings.warn(warning, RuntimeWarning, stacklevel=5)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _most(self, matrix: Matrix) -> int | None:
         """The largest rank that a matrix may have; None for any."""

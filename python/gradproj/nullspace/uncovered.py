@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradproj.nullspace.matrices import running_statistics
+from gradproj.nullspace.matrices import running_statistics, without_wrappers
 
 SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 
@@ -28,6 +28,16 @@ class Uncovered:
         self._versions: dict[Tensor, int] = {}
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}  # with the version that they are of
         self._told = False
+        self._asked: set[int] = set()  # the optimizers' parameters in no matrix, by identity
+        self._inside: set[int] = set()  # those of the model
+        self.captured()
+
+    def trained(self) -> list[Tensor]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
+    def captured(self) -> None:
+        """What trains now could be heard."""
+        self._could_be_heard = set(self._names(self.trained()))
 
     def moving_statistics(self) -> str:
         """What to say if the model moves without a step; empty if it does not."""
@@ -48,7 +58,7 @@ class Uncovered:
 
         ``parameters`` are the optimizers', ``covered`` the identities of those in a matrix.
         """
-        others = [p for p in parameters if p.requires_grad and id(p) not in covered]
+        others = self._of_model([p for p in parameters if p.requires_grad and id(p) not in covered], rest)
         if rest == "hold":
             for p in others:
                 if p.grad is not None:
@@ -63,6 +73,22 @@ class Uncovered:
                 f'NullSpace(rest="train"): {len(others)} trained parameters are not covered, and change what protected '
                 f"layers see: {_first(self._names(others), 8)}"
             )
+
+    def _of_model(self, parameters: list[Tensor], rest: str) -> list[Tensor]:
+        """Those that are the model's: what else an optimizer steps, a critic's say, learns freely."""
+        asked = {id(p) for p in parameters}
+        if asked != self._asked:
+            self._asked, self._inside = asked, asked & {id(p) for p in self._model.parameters()}
+            names = self._names([p for p in parameters if id(p) in self._inside])
+            if late := [name for name in names if name not in self._could_be_heard]:
+                then = "they stand still" if rest == "hold" else "nothing of them is protected"
+                warnings.warn(
+                    f"NullSpace: {_first(late, 3)} did not train yet when the capture listened, so {then}: capture "
+                    "again",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+        return [p for p in parameters if id(p) in self._inside]
 
     @torch.no_grad()
     def after_step(self, optimizers: Sequence[weakref.ref[Optimizer]]) -> None:
@@ -92,8 +118,8 @@ class Uncovered:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def _names(self, parameters: Sequence[Tensor]) -> list[str]:
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        return [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in parameters]
+        names = {id(p): without_wrappers(name) for name, p in self._model.named_parameters()}
+        return [names[id(p)] for p in parameters]
 
     def __getstate__(self):
         return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}}
