@@ -139,6 +139,58 @@ def walk(opt, value, steps=3):
         opt.step()
 
 
+class Routed(Rectified):
+    """The router's bias is a buffer, which the load of the experts moves: as in models without an auxiliary loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(12))
+
+    def forward(self, x):
+        return self.second(self.first(x).relu() * (self.first(x) + self.bias > 0))
+
+
+def test_a_buffer_that_moves_is_told_of(wrapping):
+    """What a model makes of captured inputs moved by it without a word."""
+    model = Routed()
+    protection = captured(model, inputs(), share=0.9)
+    opt, _ = wrapping(torch.optim.AdamW(model.parameters(), lr=0.05), protection=protection)
+
+    def value():
+        return (model(torch.randn(5, 12)) - 1.0).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        walk(opt, value)
+        model.load_state_dict(model.state_dict())  # the same values
+        walk(opt, value)
+    model.bias += 1.0
+    with pytest.warns(RuntimeWarning, match="bias changed since the capture began"):
+        walk(opt, value, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        walk(opt, value)
+
+
+@pytest.mark.filterwarnings("ignore:NullSpace. no product")
+def test_a_buffer_that_moves_in_every_forward_pass_is_told_of(wrapping):
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(12, 12)), nn.Linear(12, 12))
+
+    def steps():
+        opt, protected = wrapping(
+            torch.optim.AdamW(model.parameters()), protection=captured(model, inputs(), share=0.9)
+        )
+        walk(opt, lambda: model(torch.randn(5, 12)).square().mean(), steps=2)
+        protected.detach()
+
+    with pytest.warns(RuntimeWarning, match=r"0.weight_u, 0.weight_v changed since the capture began.*eval\(\)"):
+        steps()
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*changed")
+        steps()
+
+
 @pytest.mark.parametrize("rest", ["hold", "train"])
 def test_what_an_optimizer_steps_of_another_module_learns(wrapping, rest):
     """A critic beside the model stood still without a word."""

@@ -159,8 +159,7 @@ class NullSpace(Protection):
     @contextlib.contextmanager
     def _capture(self) -> Iterator[None]:
         allocation.check(self.share)
-        if moving := self._uncovered.moving_statistics():
-            raise RuntimeError(moving)
+        self._uncovered.begin_capture()
         self.pin()
         self._slots, self._adapters = adapters.candidates(self.model, self.modules, self._slots, self._adapters)
         blind = [adapter for adapter in self._adapters if adapter.starts_at_zero]

@@ -13,8 +13,23 @@ from gradproj.nullspace.matrices import running_statistics, without_wrappers
 SMALL = 1 << 20  # bytes of a parameter of which a copy is kept
 
 
+class _Buffer:
+    """A buffer, and what it was: values if they are few, else its version."""
+
+    def __init__(self, name: str, buffer: Tensor):
+        self.name, self._buffer = name, buffer
+        self._version = None if buffer.is_inference() else buffer._version
+        self._values = buffer.detach().clone() if buffer.nbytes <= SMALL else None
+
+    def moved(self) -> bool:
+        if self._version is None or self._buffer._version == self._version:
+            return False
+        self._version = self._buffer._version
+        return self._values is None or not torch.equal(self._buffer, self._values)
+
+
 class Uncovered:
-    """The parameters that train and are in no matrix, and the running statistics.
+    """The parameters that train and are in no matrix, and the buffers.
 
     An optimizer leaves a parameter without a gradient alone, its weight decay included, so gradients are set aside
     during a step. Some optimizers write all the same (Muon's reference gives such a parameter a gradient of zeros), so
@@ -30,6 +45,7 @@ class Uncovered:
         self._told = False
         self._asked: set[int] = set()  # the optimizers' parameters in no matrix, by identity
         self._inside: set[int] = set()  # those of the model
+        self._buffers: list[_Buffer] | None = None  # since the last capture began, or the first step
         self.captured()
 
     def trained(self) -> list[Tensor]:
@@ -39,8 +55,32 @@ class Uncovered:
         """What trains now could be heard."""
         self._could_be_heard = set(self._names(self.trained()))
 
-    def moving_statistics(self) -> str:
-        """What to say if the model moves without a step; empty if it does not."""
+    def begin_capture(self) -> None:
+        """A RuntimeError if the model moves without a step."""
+        if moving := self._moving_statistics():
+            raise RuntimeError(moving)
+        self._watch_buffers()
+
+    def _watch_buffers(self) -> None:
+        """They say what is computed, as parameters do, and are to stay what they are: a router's bias, say."""
+        known = {id(b) for _, module in self._statistics for b in module.buffers()}
+        found = self._model.named_buffers()
+        self._buffers = [_Buffer(without_wrappers(name), b) for name, b in found if id(b) not in known]
+
+    def _tell_of_buffers(self) -> None:
+        if self._buffers is None:
+            self._watch_buffers()
+        elif moved := [b.name for b in self._buffers if b.moved()]:
+            self._buffers = []
+            warnings.warn(
+                f"NullSpace: {_first(moved, 3)} changed since the capture began, and with them what the model makes of "
+                "captured inputs, unless that does not depend on them: see that these buffers stay what they are "
+                "(spectral_norm: eval(); a router's bias: without its update), and capture again",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def _moving_statistics(self) -> str:
         moving = [name for name, module in self._statistics if module.training]
         if not moving:
             return ""
@@ -58,6 +98,7 @@ class Uncovered:
 
         ``parameters`` are the optimizers', ``covered`` the identities of those in a matrix.
         """
+        self._tell_of_buffers()
         others = self._of_model([p for p in parameters if p.requires_grad and id(p) not in covered], rest)
         if rest == "hold":
             for p in others:
@@ -67,7 +108,7 @@ class Uncovered:
                     self._versions[p] = p._version
                     if p.numel() * p.element_size() <= SMALL and self._copies.get(p, (None,))[0] != p._version:
                         self._copies[p] = p._version, p.detach().clone()
-            self._tell_once(self.moving_statistics())
+            self._tell_once(self._moving_statistics())
         elif others and not self._told:
             self._tell_once(
                 f'NullSpace(rest="train"): {len(others)} trained parameters are not covered, and change what protected '
@@ -122,7 +163,7 @@ class Uncovered:
         return [names[id(p)] for p in parameters]
 
     def __getstate__(self):
-        return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}}
+        return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None}
 
 
 def _first(names: Sequence[str], most: int) -> str:
