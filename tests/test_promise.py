@@ -247,6 +247,55 @@ def test_a_model_that_is_mostly_held_says_so(few):
         captured(nn.Sequential(nn.Embedding(50, 12), nn.LayerNorm(12), nn.Linear(12, 3)), torch.arange(4))
 
 
+# Noise that a model has in training mode, in which most people capture, and not when it is used.
+
+
+class DropPath(nn.Module):
+    """As in timm."""
+
+    def forward(self, x):
+        return x * x.new_empty(len(x), 1).bernoulli_(0.5) / 0.5 if self.training else x
+
+
+class Noisy(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.first, self.second = nn.Linear(12, 24), nn.Linear(24, 12)
+        self.noise = {"dropout": nn.Dropout(0.5), "alpha": nn.AlphaDropout(0.5), "path": DropPath()}.get(kind)
+
+    def forward(self, x):
+        if self.kind == "checkpoint":
+            return checkpoint(self.inner, x, use_reentrant=False)
+        return self.inner(x)
+
+    def inner(self, x):
+        x = self.first(x).tanh()
+        if self.noise is not None:
+            x = self.noise(x)
+        elif self.kind == "attention":
+            x = F.scaled_dot_product_attention(*[x[None]] * 3, dropout_p=0.5 * self.training)[0]
+        elif self.kind == "attention by position":
+            x = F.scaled_dot_product_attention(*[x[None]] * 3, None, 0.5 * self.training)[0]
+        else:
+            x = F.dropout(x, 0.5, self.training)
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dropout", "alpha", "path", "functional", "attention", "attention by position", "checkpoint"]
+)
+def test_what_is_captured_in_training_mode_stays_in_use(kind, few):
+    """Of GPT-2 captured in training mode, with its dropout of a tenth, nothing stayed."""
+    model = Noisy(kind).train()
+    before = model.eval()(few).detach()
+    protection = captured(model.train(), few, share=0.9)
+    assert all(module.training for module in model.modules())
+    step_away(model, ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), protection))
+    assert (model.eval()(few) - before).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_transformer_encoder(trains):
     """in_proj_weight and out_proj are multiplied by inside of a function, which is opened."""

@@ -1,6 +1,7 @@
 """Hears every product of an input with a parameter that trains, in the forward passes of a capture."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -14,6 +15,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradproj.nullspace.matrices import At, Slot
 from gradproj.nullspace.products import CASTS, HEARD, OPENED, Heard, Part, look_up, read
 from gradproj.nullspace.regions import Region, locate
+
+DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
+_DROPS_PATHS = re.compile(r"DropPath|StochasticDepth|DropBlock")  # classes of timm, transformers, torchvision
 
 
 class Listener(Protocol):
@@ -36,6 +43,8 @@ class Hearing(TorchFunctionMode):
     adapters of parameters add B A to them, for all experts at once: a product with that sum is one with A. Those of
     embeddings look columns of A up.
 
+    Nothing is dropped out meanwhile: what is to stay is what the model does when it is used.
+
     Args:
         adapters: names of lora_A -> slots of lora_B, of such adapters; None if A is a matrix as others are.
     """
@@ -55,6 +64,10 @@ class Hearing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = _without_dropout(*args, **kwargs)
         if func not in HEARD:  # most calls, attributes of tensors among them
             return func(*args, **kwargs)
         if func in OPENED:  # a backward pass may be made where gradients are off
@@ -153,6 +166,11 @@ def _within(outer: Region, inner: Region) -> Region:
     return Region(tuple(ranges), outputs, inputs)
 
 
+def _without_dropout(query, key, value, attn_mask=None, dropout_p=0.0, *others, **named) -> tuple[tuple, dict]:
+    """The arguments of an attention."""
+    return (query, key, value, attn_mask, 0.0, *others), named
+
+
 def _put(values: Iterable[Any], instead: Mapping[int, Tensor]) -> tuple:
     return tuple(_put(v, instead) if isinstance(v, list | tuple) else instead.get(id(v), v) for v in values)
 
@@ -171,3 +189,16 @@ def experts(model: nn.Module, way: str) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._experts_implementation = before[key]
+
+
+@contextlib.contextmanager
+def whole_paths(model: nn.Module) -> Iterator[None]:
+    """No module drops a path of the model meanwhile."""
+    dropping = [m for m in model.modules() if m.training and _DROPS_PATHS.search(type(m).__name__)]
+    for module in dropping:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropping:
+            module.training = True
