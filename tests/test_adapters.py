@@ -6,6 +6,7 @@ from torch import nn
 
 import gradproj
 from gradproj import NullSpace, ProjectedOptimizer
+from language import language_model
 from test_promise import package, protecting, step_away
 
 
@@ -95,16 +96,27 @@ def test_an_adapter_that_does_not_start_at_zero_keeps_what_it_adds(start, few):
     )
 
 
-@pytest.mark.parametrize("kind", ["IA3", "OFT", "VeRA", "LoHa"])
+OTHERS = {"IA3": {"feedforward_modules": []}, "OFT": {"oft_block_size": 4}, "Vera": {"r": 4}, "LoHa": {"r": 4},
+          "AdaLora": {"total_step": 9}}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_adapters_of_other_kinds_are_refused_by_name(kind):
     peft = package("peft")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 24))
-    settings = {"IA3": {"feedforward_modules": []}, "OFT": {"oft_block_size": 4}}.get(kind, {"r": 4})
-    name = {"IA3": "IA3Config", "OFT": "OFTConfig", "VeRA": "VeraConfig", "LoHa": "LoHaConfig"}[kind]
-    model = peft.get_peft_model(model, getattr(peft, name)(target_modules=["2"], **settings))
+    model = peft.get_peft_model(model, getattr(peft, f"{kind}Config")(target_modules=["2"], **OTHERS[kind]))
     with pytest.raises(NotImplementedError, match=rf"2: {kind.lower()}'s .* does not add B A x.*plain LoRA"):
         NullSpace(model)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_that_are_learnt_are_refused(kind):
+    """A prompt encoder is multiplied by captured inputs alone: it stood still without a word."""
+    peft = package("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(NotImplementedError, match="the adapter 'default' is a prompt that is learnt"):
+        NullSpace(peft.get_peft_model(language_model(), config))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -49,9 +49,9 @@ class Adapter(NamedTuple):
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """A layer under PEFT's LoRA: a frozen base layer and pairs of adapters."""
-    parts = (getattr(module, name, None) for name in ("base_layer", "lora_A", "lora_B"))
-    return all(isinstance(part, nn.Module) for part in parts)
+    """A layer under PEFT's LoRA: a frozen base layer and pairs of adapters. Those of AdaLoRA are plain parameters."""
+    pairs = (getattr(module, name, None) for name in ("lora_A", "lora_B"))
+    return hasattr(module, "base_layer") and all(isinstance(part, nn.ModuleDict) for part in pairs)
 
 
 def candidates(
@@ -59,6 +59,7 @@ def candidates(
 ) -> tuple[list[Slot], list[Adapter]]:
     """The parameters that may be covered, and the adapters among them: those that train now, and those that did
     earlier."""
+    _refuse_prompts(model)
     layers = _trained_layers(model, wanted)
     slots = [*{slot.name: slot for slot in [*slots, *find_slots(model, wanted)]}.values()]
     return slots, [*{a.down.name: a for a in [*adapters, *_find(layers, slots)]}.values()]
@@ -94,6 +95,15 @@ def _trained_layers(model: nn.Module, wanted: Wanted | None) -> list[Any]:
             )
         found.append(module)
     return found
+
+
+def _refuse_prompts(model: nn.Module) -> None:
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"NullSpace: the adapter {name!r} is a prompt that is learnt, an input of all that the model says: to "
+                "keep that it could learn nothing; train a plain LoRA"
+            )
 
 
 def _find(layers: Sequence[Any], slots: Sequence[Slot]) -> list[Adapter]:
