@@ -24,7 +24,9 @@ def batches(count, seed, size=1):
     return [{"input_ids": t, "labels": t} for t in tokens]
 
 
-def trainer(model, folder, callback, steps=6, optimizer_cls_and_kwargs=None, tokenizer=None, **settings):
+def trainer(
+    model, folder, callback, steps=6, optimizer_cls_and_kwargs=None, tokenizer=None, model_init=None, **settings
+):
     examples = [{k: t[0] for k, t in batch.items()} for batch in batches(48, seed=1)]
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.01, logging_steps=2, save_steps=3,
@@ -38,6 +40,7 @@ def trainer(model, folder, callback, steps=6, optimizer_cls_and_kwargs=None, tok
         processing_class=tokenizer,
         callbacks=[callback] if callback else [],
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        model_init=model_init,
     )
 
 
@@ -189,6 +192,21 @@ def test_a_trainer_that_makes_the_model(tmp_path):
     trainer(model, tmp_path, callback, tokenizer=tokenizer).train()
     assert callback.protection.model is model
     assert_kept(model, captured_text(tokenizer, 1), wide_model())
+
+
+def test_a_trainer_that_makes_a_model_for_every_trial(tmp_path):
+    """The second trial failed: the null space was of the first one's model."""
+    (anchor,) = batches(1, seed=2)
+    callback = gradproj.hf.Protect(lambda model: gradproj.NullSpace(model, share=0.95), [anchor])
+    made = trainer(None, tmp_path, callback, model_init=lambda: language_model())
+    before = language_model()(**anchor).logits.detach()
+    models = []
+    for _ in range(2):
+        made.train()
+        models.append(made.model)
+        assert callback.protection.model is made.model
+        assert (made.model(**anchor).logits - before)[:, :-1].abs().max() < 1e-4
+    assert models[0] is not models[1]
 
 
 @pytest.mark.parametrize("kind", ["directions", "null space"])

@@ -48,7 +48,8 @@ class ProtectCallback(TrainerCallback):
 
     Args:
         protection: a NullSpace of the model that is trained (after adapters were added), or Directions. Where the
-            trainer makes the model, what makes a NullSpace of it: ``gradproj.NullSpace`` itself, or a function.
+            trainer makes the model, what makes a NullSpace of it: ``gradproj.NullSpace`` itself, or a function. It is
+            called again for every model that the trainer makes (``model_init``).
         data: batches as the model takes them, with labels: a list, or a ``DataLoader``, which is gone through again and
             again. None: the model's own text, for which the trainer needs a tokenizer as its ``processing_class``.
         loss: ``(model, batch) -> scalar``, of ``data``; None is ``model(**batch).loss``.
@@ -102,6 +103,8 @@ class ProtectCallback(TrainerCallback):
         if loss is not None and data is None:
             raise ValueError("ProtectCallback: loss= is of data; the loss of own text is the model's own")
         self.protection: Any = protection
+        self._make = None if isinstance(protection, Protection) else protection
+        self._made_of = lambda: None  # the model, weakly
         self.data, self.loss, self.every = data, loss or _model_loss, every or 1
         if own is None:
             own = 0 if data is not None else 128 if once else 8
@@ -113,8 +116,8 @@ class ProtectCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, processing_class=None, **_):
         inner = inner_optimizer("ProtectCallback", optimizer)
-        if not isinstance(self.protection, Protection):
-            self.protection = self.protection(model)
+        if self._make is not None and self._made_of() is not model:  # one for each trial of a search
+            self.protection, self._made_of, self._retention = self._make(model), weakref.ref(model), None
         if self._attached is None or getattr(inner, "_gradproj", None) is not self._attached._hooks:
             if self._attached is not None:
                 self._attached.detach()
