@@ -65,6 +65,17 @@ def test_null_space_keeps_what_the_model_says(tmp_path):
     assert len(logged) == 3 and min(logged) > 0
 
 
+def test_a_capture_in_float16_loses_no_token(tmp_path):
+    """As under fp16=True, with a loss that is a mean over so many tokens that their gradients became zero."""
+    model, (anchor,) = language_model(), batches(1, seed=2)
+    protection = gradproj.NullSpace(model, share=0.95)
+    callback = gradproj.hf.Protect(protection, [anchor], lambda model, batch: 1e-4 * model(**batch).loss)
+    with torch.autocast("cpu", torch.float16), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*smallest that float16")
+        trainer(model, tmp_path, callback, steps=1).train()
+    assert {basis.tokens for basis in protection.bases.values()} == {6}
+
+
 def test_what_is_evaluated_is_pinned_as_what_is_trained(tmp_path):
     """The Trainer evaluates and saves the averaged weights of a schedule-free optimizer, which nothing had pinned."""
     pytest.importorskip("schedulefree")

@@ -1,5 +1,6 @@
 """Second moments of inputs, gathered by hooks: what is counted, what is shared, and how good a sketch is."""
 
+import warnings
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gradproj import NullSpace
 from gradproj.nullspace.basis import make_bases
 from gradproj.nullspace.gather import Gather
 from gradproj.nullspace.hearing import Hearing
@@ -292,3 +294,25 @@ def test_what_is_not_covered_is_refused():
         find_slots(nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.LayerNorm(4)))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     assert [slot.name for slot in find_slots(model, lambda name, _: name == "1")] == ["1.weight", "1.bias"]
+
+
+def test_gradients_that_float16_hardly_holds_are_told_of():
+    """Tokens were lost without a word where the loss is a mean over many, as it is with fp16=True in a Trainer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).half()
+    x = torch.randn(64, 12).half() * torch.logspace(-4, 0, 64)[:, None].half()
+
+    def protection(scale):
+        made = NullSpace(model, share=0.9)
+        with made.capture():
+            y = model(x)
+            (scale * y.float().square().mean() * 1e-5).backward()
+        return made
+
+    with pytest.warns(RuntimeWarning, match=r"smallest that float16 has.*multiply the loss"):
+        lost = protection(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = protection(2.0**14)
+    assert {basis.tokens for basis in kept.bases.values()} == {64}
+    assert min(basis.tokens for basis in lost.bases.values()) < 64

@@ -26,6 +26,7 @@ from gradproj.rows.sharding import of_replicas
 
 FILE = "gradproj.pt"  # in a checkpoint's folder: what the Trainer would not keep
 HELD_OUT = 16  # sequences of own text
+SCALE = 2.0**12  # of the losses of a null space: no rounding, and float16 holds the gradients of a mean over many tokens
 
 
 class ProtectCallback(TrainerCallback):
@@ -150,9 +151,9 @@ class ProtectCallback(TrainerCallback):
         if captures:
             with self.protection.capture():
                 for batch in text:
-                    _model_loss(model, batch).backward()
+                    (SCALE * _model_loss(model, batch)).backward()
                 for batch in data:
-                    self._backward(model, batch)
+                    self._backward(model, batch, SCALE)
             warn_of_few_tokens(self.protection)
         if measures:
             self._retention = Retention(held_out, _model_loss if self.own else self.loss)
@@ -197,9 +198,9 @@ class ProtectCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(found)
 
-    def _backward(self, model: nn.Module, batch: Any) -> None:
+    def _backward(self, model: nn.Module, batch: Any, scale: float = 1.0) -> None:
         device = next(model.parameters()).device
-        self.loss(model, send_to_device(batch, device)).backward()
+        (scale * self.loss(model, send_to_device(batch, device))).backward()
 
     def _endless(self, args, model: nn.Module, tokenizer: Any, begun: int) -> Iterator[Any]:
         """Batches of directions, from number ``begun`` on."""

@@ -4,6 +4,7 @@ A token counts where the gradient of an output is not exactly zero: padding and 
 are always multiplied with the same rows of the same tensor share one moment.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from gradproj.nullspace.moments import Moment, row_norms
 from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.products import Part
 from gradproj.rows.sharding import local_tensors
+
+
+UNDERFLOW = 2.0**-24  # the smallest number that float16 has
 
 
 class _Call:
@@ -91,6 +95,7 @@ class Gather:
         self._recent: list[tuple[weakref.ref[Tensor], tuple, _Call]] = []  # inputs still alive, the newest last
         self._tests: dict[tuple, Tensor] = {}
         self._begun: list[int] = []  # per moment, how many calls it has had
+        self._faint = False
 
     def number(self, matrix: Matrix) -> int:
         """Of a matrix, which is added if it is new."""
@@ -162,6 +167,13 @@ class Gather:
         for call in list(self._calls):
             self._flush(call)
         self._recent = []
+        if self._faint:
+            warnings.warn(
+                "NullSpace: some tokens' gradients are about the smallest that float16 has; those of others may have "
+                "become zero, so that they were not captured: multiply the loss inside capture(), by 2**12 say",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def call(self, part: Part, x: Tensor) -> tuple[_Call, int]:
         """Which call a part of one on ``x`` belongs to, and the number of its matrix."""
@@ -218,6 +230,8 @@ class Gather:
                 square = norms.square().sum() / gradients.shape[1]
                 self.squares[m] = self.squares[m].to(square.device) + square
                 self.tokens[m] += int(mask.sum())
+                if gradients.dtype == torch.float16:
+                    self._faint |= bool((mask & (norms < UNDERFLOW * gradients.shape[1] ** 0.5)).any())
                 call.mask = mask if call.mask is None else call.mask | mask
                 call.rows = rows
                 call.waiting -= 1
