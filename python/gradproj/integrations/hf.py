@@ -26,7 +26,9 @@ from gradproj.rows.sharding import of_replicas
 
 FILE = "gradproj.pt"  # in a checkpoint's folder: what the Trainer would not keep
 HELD_OUT = 16  # sequences of own text
-SCALE = 2.0**12  # of the losses of a null space: no rounding, and float16 holds the gradients of a mean over many tokens
+SCALE = (
+    2.0**12
+)  # of the losses of a null space: no rounding, and float16 holds the gradients of a mean over many tokens
 
 
 class ProtectCallback(TrainerCallback):

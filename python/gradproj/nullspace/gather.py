@@ -19,7 +19,6 @@ from gradproj.nullspace.precision import without_autocast
 from gradproj.nullspace.products import Part
 from gradproj.rows.sharding import local_tensors
 
-
 UNDERFLOW = 2.0**-24  # the smallest number that float16 has
 
 
