@@ -304,15 +304,32 @@ def test_gradients_that_float16_hardly_holds_are_told_of():
 
     def protection(scale):
         made = NullSpace(model, share=0.9)
-        with made.capture():
+        with made.capture(scale):
             y = model(x)
             (scale * y.float().square().mean() * 1e-5).backward()
         return made
 
-    with pytest.warns(RuntimeWarning, match=r"smallest that float16 has.*multiply the loss"):
+    with pytest.warns(RuntimeWarning, match=r"smallest that float16 has.*capture\(scale=4096\)"):
         lost = protection(1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = protection(2.0**14)
     assert {basis.tokens for basis in kept.bases.values()} == {64}
     assert min(basis.tokens for basis in lost.bases.values()) < 64
+
+
+def test_the_scale_of_losses_is_divided_out():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(30, 8)
+
+    def protection(scale):
+        made = NullSpace(model, share=0.3)
+        with made.capture(scale):
+            (scale * model(x).square().mean()).backward()
+        return made
+
+    plain, scaled = protection(1.0), protection(4096.0)
+    assert plain.report() == scaled.report()
+    assert all(torch.equal(basis.vectors, scaled.bases[name].vectors) for name, basis in plain.bases.items())
+    rates = [[group["lr"] for group in made.param_groups(1.0)] for made in (plain, scaled)]
+    assert rates[0] == rates[1]

@@ -16,7 +16,7 @@ from gradproj.rows.dtensors import summed as summed_partial
 
 Direction = dict[Tensor, Tensor]  # parameter -> its gradient; a parameter that is missing counts as zeros
 
-
+SCALE = 2.0**12  # of losses that callbacks capture: no rounding, and float16 holds gradients of a mean over many tokens
 DEEPSPEED = (
     "DeepSpeed's engine reduces, partitions and frees the gradients itself, so that p.grad is not the gradient; "
     "protect with gradproj.integrations.deepspeed.protect(), or shard with fully_shard (FSDP2) and pass a torch "

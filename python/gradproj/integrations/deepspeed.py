@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradproj.capture import SCALE
 from gradproj.nullspace import NullSpace
 from gradproj.nullspace.matrices import Matrix
 from gradproj.rows import functional
@@ -88,7 +89,7 @@ def _capture_own_text(protection: NullSpace, tokenizer: Any) -> None:
             "deepspeed.protect(): each process writes and captures its own text, which must be summed: call "
             "deepspeed.init_distributed() first, and make NullSpace(group=torch.distributed.group.WORLD)"
         )
-    with protection.capture():
+    with protection.capture(SCALE):
         backward_own_text(protection.model, tokenizer, sequences=128)
     warn_of_few_tokens(protection)
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from gradproj.capture import SCALE
 from gradproj.hooks import inner_optimizer
 from gradproj.integrations.own_text import own_batches, own_text, warn_of_few_tokens
 from gradproj.integrations.retention import Retention
@@ -26,9 +27,6 @@ from gradproj.rows.sharding import of_replicas
 
 FILE = "gradproj.pt"  # in a checkpoint's folder: what the Trainer would not keep
 HELD_OUT = 16  # sequences of own text
-SCALE = (
-    2.0**12
-)  # of the losses of a null space: no rounding, and float16 holds the gradients of a mean over many tokens
 
 
 class ProtectCallback(TrainerCallback):
@@ -151,7 +149,7 @@ class ProtectCallback(TrainerCallback):
             first, data = _hold_out(data)
             held_out = [first]
         if captures:
-            with self.protection.capture():
+            with self.protection.capture(SCALE):
                 for batch in text:
                     (SCALE * _model_loss(model, batch)).backward()
                 for batch in data:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from gradproj.capture import SCALE
 from gradproj.optim import Attached, attach
 from gradproj.protection import Protection
 from gradproj.rows.sharding import of_replicas
@@ -67,14 +68,14 @@ class ProtectCallback(lightning.Callback):
         if len(self.protection):
             return
         protection: Any = self.protection
-        with protection.capture():
+        with protection.capture(SCALE):
             if self.own:
                 from gradproj.integrations.own_text import backward_own_text
 
                 backward_own_text(protection.model, self.tokenizer, self.own)
             for batch in () if self.data is None else self.data:
                 batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-                self.loss(pl_module, batch).backward()  # type: ignore[misc]
+                (SCALE * self.loss(pl_module, batch)).backward()  # type: ignore[misc]
         if self.own:
             from gradproj.integrations.own_text import warn_of_few_tokens
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import tqdm
 
-from gradproj.capture import evaluating
+from gradproj.capture import SCALE, evaluating
 
 AT_ONCE = 4096  # tokens written together, so that their keys and values take less than a batch's activations
 CHATS = (None, False, True, "turn", "dialogue")
@@ -248,7 +248,7 @@ def backward_own_text(model: nn.Module, tokenizer: Any, sequences: int) -> None:
     """Backward passes over own text, for a capture outside of a Trainer; what it is follows from torch.manual_seed."""
     seed = torch.initial_seed() % 2**62  # which may be any 64 bits, and takes the rank in addition
     for batch in own_batches(own_text(model, tokenizer, sequences, seed=seed)):
-        model(**batch).loss.backward()
+        (SCALE * model(**batch).loss).backward()
 
 
 def warn_of_few_tokens(protection: Any) -> None:

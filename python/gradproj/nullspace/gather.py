@@ -67,6 +67,7 @@ class Gather:
         sketch: matrix -> columns of the sketch of its inputs, None for an exact moment.
         without: names of parameters that are not gathered.
         tick: called after every backward pass.
+        scale: of the losses.
     Attributes:
         matrices: those that were multiplied by, in the order in which they were.
         moments: of the inputs; matrix m has number ``moment_of[m]``.
@@ -80,8 +81,9 @@ class Gather:
         sketch: Callable[[Matrix], int | None],
         without: Collection[str] = (),
         tick: Callable[[], Any] = lambda: None,
+        scale: float = 1.0,
     ):
-        self._sketch, self._without, self._tick = sketch, without, tick
+        self._sketch, self._without, self._tick, self._scale = sketch, without, tick, scale
         self.last_pass: int | None = None  # the number of the backward pass of which something was heard
         self.matrices: list[Matrix] = []
         self.moments: list[Moment] = []
@@ -169,7 +171,7 @@ class Gather:
         if self._faint:
             warnings.warn(
                 "NullSpace: some tokens' gradients are about the smallest that float16 has; those of others may have "
-                "become zero, so that they were not captured: multiply the loss inside capture(), by 2**12 say",
+                "become zero, so that they were not captured: in `with capture(scale=4096):` multiply the loss by that",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -226,7 +228,7 @@ class Gather:
                 rows, gradients = part.rows(x), part.outputs(y)
                 norms = row_norms(gradients)
                 mask = norms != 0
-                square = norms.square().sum() / gradients.shape[1]
+                square = (norms / self._scale).square().sum() / gradients.shape[1]
                 self.squares[m] = self.squares[m].to(square.device) + square
                 self.tokens[m] += int(mask.sum())
                 if gradients.dtype == torch.float16:

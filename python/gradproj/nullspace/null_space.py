@@ -135,7 +135,7 @@ class NullSpace(Protection):
         refuse_optimizers(self._slots, optimizers, sharding)
         super().bind(optimizers, sharding)
 
-    def capture(self) -> CaptureBlock:
+    def capture(self, scale: float = 1.0) -> CaptureBlock:
         """Context manager: the inputs of the matrices in the backward passes inside are protected.
 
         Every backward pass is one batch; its gradients are dropped, and ``p.grad`` is afterwards what it was before.
@@ -148,17 +148,21 @@ class NullSpace(Protection):
         which is an error. So the passes cost less than others. A parameter that is multiplied by nowhere is held.
         Dropout and stochastic depth are off inside; a model with other noise in training mode is to be in eval mode.
 
+        Args:
+            scale: what you multiply the losses inside by, and is divided out: 2**12, say, where gradients are float16,
+                which has no room for those of a mean over many tokens.
         Raises:
             RuntimeError: no backward pass inside; a use of a weight that was not heard; inputs that are not finite;
                 running statistics in training mode; ranks that hold different layers, or may.
             NotImplementedError: a weight that is sharded over its inputs, or has no matrix in memory.
         Warns:
-            RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held.
+            RuntimeWarning: more than a tenth of what trains, embeddings and norms apart, is held; gradients of some
+                tokens are about to become zero in float16.
         """
-        return CaptureBlock(self._capture())
+        return CaptureBlock(self._capture(scale))
 
     @contextlib.contextmanager
-    def _capture(self) -> Iterator[None]:
+    def _capture(self, scale: float) -> Iterator[None]:
         allocation.check(self.share)
         self._uncovered.begin_capture()
         self.pin()
@@ -170,7 +174,7 @@ class NullSpace(Protection):
             gradients_aside(self._uncovered.trained) as aside,
             progress("capture", "passes") as tick,
         ):
-            gather = Gather(self._sketch, adapters.names(blind), tick)
+            gather = Gather(self._sketch, adapters.names(blind), tick, scale)
             for matrix in self.matrices:  # of earlier captures; an adapter that has learned is a matrix like others
                 if self.bases[matrix.name].tokens:
                     gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
