@@ -245,7 +245,8 @@ def own_batches(rows: Tensor) -> list[dict[str, Tensor]]:
 
 
 def backward_own_text(model: nn.Module, tokenizer: Any, sequences: int) -> None:
-    """Backward passes over own text, for a capture outside of a Trainer; what it is follows from torch.manual_seed."""
+    """Backward passes over own text, for a capture outside of a Trainer; what it is follows from torch.manual_seed.
+    Losses are multiplied by ``SCALE``."""
     seed = torch.initial_seed() % 2**62  # which may be any 64 bits, and takes the rank in addition
     for batch in own_batches(own_text(model, tokenizer, sequences, seed=seed)):
         (SCALE * model(**batch).loss).backward()
