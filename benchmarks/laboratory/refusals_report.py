@@ -18,6 +18,7 @@ LOSSES = {
     "human_eval": "HumanEval", "other_english": "other English", "code": "code, in distribution",
     "English": "English, in distribution",
 }  # fmt: skip
+PINNED, OTHERS = "#0072b2", "#d55e00"  # colours of cures with a null space and without, after Okabe & Ito
 COSTS = ["MB held", "s a step", "s before", "capability passes", "data needed"]
 
 
@@ -73,35 +74,36 @@ def draw(finished: list[dict[str, Any]], tried: list[dict[str, Any]], path: Path
     """A panel for each objective: right behaviour against forgetting, every setting a dot, the frontier a line.
 
     Args:
-        tried: runs on the choosing seeds, which are shown pale; none of them is on the frontier.
+        tried: runs on the choosing seeds, which are shown pale and without a number; none of them is on the frontier.
     """
     objectives = [*dict.fromkeys(run["objective"] for run in finished)]
-    families = [*dict.fromkeys(p.cure.family for p in points(finished))]
-    with picture(path, 1, len(objectives), figsize=(7 * len(objectives), 7), dpi=110) as (made, axes):
-        import matplotlib
-
-        colours = dict(zip(families, matplotlib.colormaps["tab20"].colors, strict=False))
+    with picture(
+        path, 1, len(objectives), figsize=(9 * len(objectives), 6.5), dpi=110, bbox="tight", gridspec_kw={"wspace": 0.8}
+    ) as (_, axes):
         for panel, objective in zip(axes[0], objectives, strict=True):
             base, of = of_objective(finished, objective)
-            pale = [p for p in points(tried) if p.objective == objective]
-            for alpha, some in ((0.25, pale), (1.0, of)):
-                for p in some:
-                    panel.plot(
-                        100 * p.target, forgotten(base, p), "o", color=colours.get(p.cure.family, "#888888"),
-                        alpha=alpha, markersize=9, label=p.cure.family if some is of else None,
-                    )  # fmt: skip
-            front = pareto(of)
-            panel.plot([100 * p.target for p in front], [forgotten(base, p) for p in front], color="#bbbbbb", zorder=0)
+
+            def dot(p: Point, panel=panel, base=base, **style) -> tuple[float, float]:
+                at = 100 * p.target, forgotten(base, p)
+                panel.plot(*at, "o", color=PINNED if p.cure.share else OTHERS, markeredgecolor="white", **style)
+                return at
+
+            for p in points(tried):
+                if p.objective == objective:
+                    dot(p, alpha=0.2, markersize=8)
+            places = [dot(p, markersize=13) for p in of]
+            for number, at in enumerate(places, 1):
+                panel.annotate(str(number), at, color="white", fontsize=7, ha="center", va="center")
+            front = sorted(places[of.index(p)] for p in pareto(of))
+            panel.plot(*zip(*front, strict=True), color="#bbbbbb", zorder=0)
             panel.plot(100 * base["right"], 0, "*", color="black", markersize=14)
-            panel.annotate("base model", (100 * base["right"], 0), (8, 8), textcoords="offset points")
-            panel.set_yscale("symlog", linthresh=0.01)
+            panel.annotate("base model", (100 * base["right"], 0), (10, 6), textcoords="offset points")
+            panel.set_yscale("symlog", linthresh=0.01, linscale=0.4)
             panel.yaxis.set_major_formatter("{x:g}")
             panel.set_xlabel("right behaviour, held out, % (better to the right)")
             panel.set_ylabel("forgotten of HumanEval and other English, nats a token (better below)")
             panel.set_title(f"Taught {OBJECTIVES[objective].title}", fontsize=11)
-        shown = {
-            label: line for panel in axes[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-        }
-        columns = 2 * len(objectives)
-        made.legend(shown.values(), shown, loc="lower center", ncol=columns, frameon=False, fontsize=8)
-        made.tight_layout(rect=(0, 0.03 + 0.025 * -(-len(shown) // columns), 1, 1))
+            names = [f"{number}  {p.cure.name}" for number, p in enumerate(of, 1)]
+            pale = ["", "pale: settings that were tried, with", "fewer steps, on another seed"] if tried else []
+            notes = "\n".join([*names, "", "blue: with a null space", *pale])
+            panel.text(1.02, 1.0, notes, fontsize=9, va="top", linespacing=1.5, transform=panel.transAxes)
