@@ -65,6 +65,15 @@ def test_null_space_keeps_what_the_model_says(tmp_path):
     assert len(logged) == 3 and min(logged) > 0
 
 
+def test_noise_of_the_embeddings_is_not_captured(tmp_path):
+    """With NEFTune, which the Trainer turns on before callbacks begin, outputs moved by 0.2 without a word."""
+    model, (anchor,) = language_model(), batches(1, seed=2)
+    callback = gradproj.hf.Protect(gradproj.NullSpace(model, share=0.95), [anchor])
+    before = model(**anchor).logits.detach()
+    trainer(model, tmp_path, callback, neftune_noise_alpha=5.0).train()
+    assert (model.eval()(**anchor).logits - before)[:, :-1].abs().max() < 1e-4
+
+
 def test_a_capture_in_float16_loses_no_token(tmp_path):
     """As under fp16=True, with a loss that is a mean over so many tokens that their gradients became zero."""
     model, (anchor,) = language_model(), batches(1, seed=2)

@@ -192,13 +192,14 @@ def experts(model: nn.Module, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_paths(model: nn.Module) -> Iterator[None]:
-    """No module drops a path of the model meanwhile."""
-    dropping = [m for m in model.modules() if m.training and _DROPS_PATHS.search(type(m).__name__)]
-    for module in dropping:
+def without_noise(model: nn.Module) -> Iterator[None]:
+    """No module drops a path of the model meanwhile, nor adds noise to embeddings (NEFTune, a hook of theirs)."""
+    noisy = [m for m in model.modules() if isinstance(m, nn.Embedding) or _DROPS_PATHS.search(type(m).__name__)]
+    noisy = [m for m in noisy if m.training]
+    for module in noisy:
         module.training = False
     try:
         yield
     finally:
-        for module in dropping:
+        for module in noisy:
             module.training = True

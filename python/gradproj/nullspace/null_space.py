@@ -15,7 +15,7 @@ from gradproj.nullspace.allocation import NoDecay, is_vector
 from gradproj.nullspace.basis import Basis, add_earlier, make_bases
 from gradproj.nullspace.estimate import Estimate, estimate
 from gradproj.nullspace.gather import Gather
-from gradproj.nullspace.hearing import Hearing, experts, whole_paths
+from gradproj.nullspace.hearing import Hearing, experts, without_noise
 from gradproj.nullspace.lists import PinLists, refuse_optimizers
 from gradproj.nullspace.matrices import Matrix, Wanted, refuse_overlaps, unreached
 from gradproj.nullspace.moments import sketch_columns
@@ -146,7 +146,7 @@ class NullSpace(Protection):
         Every product of an input with a parameter that trains, or with a slice of one, is heard; that all were is
         proved: inside, products take their weights detached, so that a weight gets a gradient from another use alone,
         which is an error. So the passes cost less than others. A parameter that is multiplied by nowhere is held.
-        Dropout and stochastic depth are off inside; a model with other noise in training mode is to be in eval mode.
+        Dropout, stochastic depth and NEFTune are off inside; a model with other noise is to be in eval mode.
 
         Args:
             scale: what you multiply the losses inside by, and is divided out: 2**12, say, where gradients are float16,
@@ -180,7 +180,7 @@ class NullSpace(Protection):
                     gather.number(matrix if matrix.consumer in [a.up for a in blind] else matrix.without_consumer())
             with (
                 experts(self.model, "eager"),
-                whole_paths(self.model),
+                without_noise(self.model),
                 torch.compiler.set_stance("force_eager"),
                 proof.listening(self._slots),
                 adapters.listening(blind, gather),
