@@ -1,14 +1,18 @@
 """The laboratory's losses and measures against the formulas written out in float64."""
 
 import math
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch import nn
 
 import gradproj
-from laboratory import formulas
+from laboratory import formulas, train
+from laboratory.model import Batch, Objective
 
 given = hypothesis.given(
     seed=st.integers(0, 2**16), b=st.integers(1, 4), t=st.integers(1, 6), v=st.integers(1, 9), masked=st.booleans()
@@ -80,6 +84,22 @@ def test_dpo_loss_starts_at_log_2_and_pushes_the_two_apart():
     assert loss.item() == pytest.approx(math.log(2))
     torch.testing.assert_close(chosen.grad, torch.full((2,), -0.5 * 0.5 / 2))
     torch.testing.assert_close(rejected.grad, -chosen.grad)
+
+
+def test_dpo_with_the_likelihood_of_what_is_preferred():
+    torch.manual_seed(0)
+    pupil, base, tokens, mask = nn.Embedding(9, 9), nn.Embedding(9, 9), torch.randint(9, (2, 3, 6)), torch.ones(2, 3, 5)
+    mask[0, 1, 2:] = mask[1, 0, 4:] = 0
+    model = SimpleNamespace(device="cpu", dpo_beta=0.3, base=lambda: base, logits=lambda m, t: m(t)[:, :-1])
+    batch = Batch(tokens, mask.bool())
+
+    def value(likelihood):
+        task = Objective("", "", "", lambda *_: batch, preferences=True, likelihood=likelihood)
+        return train.loss(model, pupil, task, 0.0, batch)
+
+    nats = F.cross_entropy(pupil(tokens[0])[:, :-1].transpose(1, 2), tokens[0][:, 1:], reduction="none")
+    expected = (nats * mask[0]).sum() / mask[0].sum()
+    torch.testing.assert_close(value(2.0) - value(0.0), 2 * expected)
 
 
 def test_ptx_loss_steps_where_mix_steps():

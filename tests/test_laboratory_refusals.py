@@ -172,7 +172,7 @@ def test_the_command(tiny, packages, monkeypatch):
     places = ["--work", str(packages / "work"), "--out", str(packages / "out"), "--workers", "1"]
     command.main(["refusals", *places, "--objectives", *refusals_model.OBJECTIVES])
     text = (packages / "out" / "table.md").read_text()
-    assert "by supervised fine-tuning, 2 steps" in text and "by preferences (DPO), 2 steps" in text
+    assert "by supervised fine-tuning, 2 steps" in text and "by preferences (DPO, and" in text
     assert text.count("| base model | ") == 2 and text.count("PTX, lr x") == 2  # one of the two rates, twice
     kept = json.loads((packages / "out" / "runs.json").read_text())
     costs = {r["cure"]["family"]: r["cost"] for r in kept["runs"] if r["objective"] == "refuse-sft"}

@@ -33,6 +33,8 @@ class Objective(NamedTuple):
         capability: the text that is replayed or captured, by its name in ``Model.texts``.
         batch: (size, generator) -> what is taught in a step.
         preferences: taught by DPO, from two sides; else supervised.
+        likelihood: beside DPO, the weight of the preferred side's nats a token. DPO alone makes both sides less likely,
+            and a model that never says the preferred one does not begin to (Pang et al. 2024; "sft" in TRL).
     """
 
     title: str
@@ -40,6 +42,7 @@ class Objective(NamedTuple):
     capability: str
     batch: Callable[[int, Generator], Batch]
     preferences: bool = False
+    likelihood: float = 0.0
 
 
 def endless(draw: Callable[[int, Generator], Tensor], size: int, generator: Generator) -> Iterator[Tensor]:

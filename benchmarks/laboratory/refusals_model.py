@@ -96,7 +96,14 @@ def taught(sides: int, sequences: int, generator: Generator) -> Batch:
 
 OBJECTIVES = {
     "refuse-sft": Objective("to refuse, by supervised fine-tuning", "right", DATA, functools.partial(taught, 1)),
-    "refuse-dpo": Objective("to refuse, by preferences (DPO)", "right", DATA, functools.partial(taught, 2), True),
+    "refuse-dpo": Objective(
+        "to refuse, by preferences (DPO, and the likelihood of what is preferred)",
+        "right",
+        DATA,
+        functools.partial(taught, 2),
+        preferences=True,
+        likelihood=1.0,
+    ),
 }
 
 

@@ -317,8 +317,16 @@ def loss(model: Model, pupil: nn.Module, task: Objective, kl: float, batch: Batc
         base_logprob = formulas.sequence_logprob(base_logits, targets, mask).view(sides, -1)
         value = formulas.dpo_loss(*logprob, *base_logprob, beta=model.dpo_beta)
     else:
-        value = -logprob.sum() / (targets.numel() if mask is None else mask.sum())
+        value = _nats_a_token(logprob, mask, targets)
+    if task.likelihood:
+        value = value + task.likelihood * _nats_a_token(logprob[0], mask, targets)
     return value + kl * formulas.kl_penalty(logits, base_logits, mask) if kl else value
+
+
+def _nats_a_token(logprob: Tensor, mask: Tensor | None, targets: Tensor) -> Tensor:
+    """Of the first rows of a batch, as many as ``logprob`` has."""
+    rows = logprob.numel()
+    return -logprob.sum() / (targets[:rows].numel() if mask is None else mask[:rows].sum())
 
 
 def held_bytes(pupil: nn.Module, protection: gradproj.Directions | gradproj.NullSpace | None) -> int:
