@@ -61,8 +61,8 @@ def test_a_null_space_is_the_naive_one(dtype, sketched, monkeypatch):
     naive = reference.null_space(model, loss, batches, share=0.3)
     model.zero_grad()
     if sketched:  # more than 16 inputs; ten of their directions are more than are kept
-        monkeypatch.setattr("gradproj.nullspace.null_space.WIDE", 16)
-        monkeypatch.setattr("gradproj.nullspace.null_space.SKETCH", 10)
+        monkeypatch.setattr("gradproj.nullspace.moments.WIDE", 16)
+        monkeypatch.setattr("gradproj.nullspace.moments.SKETCH", 10)
     protection = NullSpace(model, share=0.3)
     with protection.capture():
         for x in batches:
