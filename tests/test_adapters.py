@@ -110,6 +110,29 @@ def test_adapters_of_other_kinds_are_refused_by_name(kind):
         NullSpace(model)
 
 
+def test_an_adapter_that_is_added_after_the_capture(few):
+    """It stands still, which is told, until another capture has heard it; then it learns, and is blind."""
+    peft, model = package("peft"), adapted()
+    _, opt, before = protecting(model, few)
+    step_away(model, opt)
+    model.add_adapter("second", peft.LoraConfig(r=4, target_modules=["0", "2"]))
+    model.base_model.set_adapter(["default", "second"])
+    second = {name: p.requires_grad_(True) for name, p in model.named_parameters() if ".second." in name}
+    opt.add_param_group({"params": list(second.values())})
+    start = {name: p.detach().clone() for name, p in second.items()}
+
+    def moved():
+        return max((p - start[name]).abs().max() for name, p in second.items())
+
+    with pytest.warns(RuntimeWarning, match=r"lora_A.second.weight.* did not train yet .*they stand still"):
+        step_away(model, opt)
+    assert moved() == 0 and (model(few) - before).abs().max() < 1e-4
+    with opt.protect():
+        model(few).square().sum().backward()
+    step_away(model, opt)
+    assert moved() > 1e-3 and (model(few) - before).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_prompts_that_are_learnt_are_refused(kind):
     """A prompt encoder is multiplied by captured inputs alone: it stood still without a word."""

@@ -296,6 +296,19 @@ def test_what_is_captured_in_training_mode_stays_in_use(kind, few):
     assert (model.eval()(few) - before).abs().max() < 1e-4
 
 
+def test_what_rounding_to_16_bits_leaves_does_not_add_up(few):
+    model = network().bfloat16()
+    _, opt, before = protecting(model, few.bfloat16())
+    moved = []
+    for _ in range(8):
+        for _ in range(10):
+            opt.zero_grad()
+            (model(torch.randn(16, 12).bfloat16()) - 1.0).square().mean().backward()
+            opt.step()
+        moved.append((model(few.bfloat16()) - before).abs().max().item())
+    assert max(moved) < 0.05 and max(moved[4:]) < 2 * max(moved[:4])
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_transformer_encoder(trains):
     """in_proj_weight and out_proj are multiplied by inside of a function, which is opened."""

@@ -67,15 +67,16 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
         settings = chosen(tried)
     seeds = [FIRST_REPORTED + i for i in range(options.seeds)]
     finished = made(plan, settings, seeds, workers, progress)
-    print(f"\n{write(out, finished, tried, plan.model.steps, workers)}\n\nin {out}")
+    text = write(out, finished, tried, plan.model.steps, workers)
+    refusals_report.draw(finished, tried, out / "figure.png")
+    print(f"\n{text}\n\nin {out}")
 
 
 def write(out: Path, finished: list, tried: list, steps: int, workers: int) -> str:
-    """Table, figure and runs; returns the table."""
+    """Table and runs; returns the table."""
     out.mkdir(parents=True, exist_ok=True)
     about = {**machine("cpu"), "workers": workers, "steps": steps}
     text = refusals_report.tables(finished, steps)
     (out / "runs.json").write_text(report.dump({"made": about}, runs=finished, chosen_from=tried))
     (out / "table.md").write_text(f"Made by {report.header(about)}.\n\n{text}\n")
-    refusals_report.draw(finished, tried, out / "figure.png")
     return text

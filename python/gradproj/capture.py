@@ -198,11 +198,12 @@ class CaptureBlock:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with all that is in them; every module's own mode comes back."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
-        model.eval()
+        for module in modules:
+            module.eval()
         yield
     finally:
         for module, training in modes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradproj.capture import evaluating
 from gradproj.nullspace.matrices import At, Slot
 from gradproj.nullspace.products import CASTS, HEARD, OPENED, Heard, Part, look_up, read
 from gradproj.nullspace.regions import Region, locate
@@ -191,15 +192,7 @@ def experts(model: nn.Module, way: str) -> Iterator[None]:
             config._experts_implementation = before[key]
 
 
-@contextlib.contextmanager
-def without_noise(model: nn.Module) -> Iterator[None]:
+def without_noise(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """No module drops a path of the model meanwhile, nor adds noise to embeddings (NEFTune, a hook of theirs)."""
-    noisy = [m for m in model.modules() if isinstance(m, nn.Embedding) or _DROPS_PATHS.search(type(m).__name__)]
-    noisy = [m for m in noisy if m.training]
-    for module in noisy:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in noisy:
-            module.training = True
+    noisy = (nn.Embedding, *{type(m) for m in model.modules() if _DROPS_PATHS.search(type(m).__name__)})
+    return evaluating(*(m for m in model.modules() if isinstance(m, noisy)))
