@@ -102,8 +102,8 @@ def draw(finished: list[dict[str, Any]], tried: list[dict[str, Any]], path: Path
             panel.yaxis.set_major_formatter("{x:g}")
             panel.set_xlabel("right behaviour, held out, % (better to the right)")
             panel.set_ylabel("forgotten of HumanEval and other English, nats a token (better below)")
-            panel.set_title(f"Taught {OBJECTIVES[objective].title}", fontsize=11)
+            panel.set_title(f"SmolLM2 taught {OBJECTIVES[objective].title}", fontsize=11)
             names = [f"{number}  {p.cure.name}" for number, p in enumerate(of, 1)]
-            pale = ["", "pale: settings that were tried, with", "fewer steps, on another seed"] if tried else []
-            notes = "\n".join([*names, "", "blue: with a null space", *pale])
+            pale = ["pale: settings that were tried, with", "fewer steps, on another seed"] if tried else []
+            notes = "\n".join([*names, "", "blue: with a null space", "grey line: none is better in both", *pale])
             panel.text(1.02, 1.0, notes, fontsize=9, va="top", linespacing=1.5, transform=panel.transAxes)

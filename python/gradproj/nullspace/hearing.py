@@ -194,5 +194,6 @@ def experts(model: nn.Module, way: str) -> Iterator[None]:
 
 def without_noise(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """No module drops a path of the model meanwhile, nor adds noise to embeddings (NEFTune, a hook of theirs)."""
-    noisy = (nn.Embedding, *{type(m) for m in model.modules() if _DROPS_PATHS.search(type(m).__name__)})
-    return evaluating(*(m for m in model.modules() if isinstance(m, noisy)))
+    return evaluating(
+        *(m for m in model.modules() if isinstance(m, nn.Embedding) or _DROPS_PATHS.search(type(m).__name__))
+    )
