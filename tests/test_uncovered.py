@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradproj import NullSpace, ProjectedOptimizer
+from gradproj import NullSpace, ProjectedOptimizer, attach
 from test_nullspace import captured
 from test_promise import protecting, step_away
 
@@ -189,6 +189,49 @@ def test_a_buffer_that_moves_in_every_forward_pass_is_told_of(wrapping):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*changed")
         steps()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the protected one steps first", "the other steps first"])
+@pytest.mark.parametrize("rest", ["hold", "train"])
+def test_a_second_optimizer_that_is_not_protected_is_told_of(wrapping, rest, first):
+    """Muon steps the matrices and AdamW the rest: protected by the one, biases moved by the other without a word."""
+    model = Rectified()
+    protection = captured(model, inputs(), share=0.9, rest=rest)
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    opt, protected = wrapping(torch.optim.SGD([p for p in model.parameters() if p.ndim == 2]), protection=protection)
+    other = torch.optim.AdamW(biases)
+
+    def walk_both(steps):
+        for _ in range(steps):
+            (model(torch.randn(5, 12)) - 1.0).square().mean().backward()
+            for optimizer in (opt, other) if first else (other, opt):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.warns(RuntimeWarning, match=r"first.bias, second.bias changed since the last step.*attach\(\["):
+        walk_both(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        walk_both(2)
+    protected.detach()
+    before = model(inputs()).detach()
+    attach([opt.optimizer if hasattr(opt, "optimizer") else opt, other], captured(model, inputs(), share=0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        walk_both(3)
+    assert (model(inputs()) - before).abs().max() < 1e-4
+
+
+def test_what_no_optimizer_steps_is_told_of_only_if_it_moves(wrapping):
+    """Pinning writes to what is covered, also by hand, and also to what no optimizer has."""
+    model = Rectified()
+    protection = captured(model, inputs(), share=0.9)
+    opt, _ = wrapping(torch.optim.AdamW(model.second.parameters(), lr=0.05), protection=protection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            walk(opt, lambda: (model(torch.randn(5, 12)) - 1.0).square().mean(), steps=1)
+            protection.pin()
 
 
 @pytest.mark.parametrize("rest", ["hold", "train"])

@@ -272,6 +272,7 @@ class NullSpace(Protection):
         if not self.bases or self.space != "weights":
             return None
         self._last, self._since_pin = self._current_lists().pin(), 0
+        self._uncovered.settled()
         return self._last
 
     def _current_lists(self) -> PinLists:

@@ -43,8 +43,9 @@ class Uncovered:
         self._versions: dict[Tensor, int] = {}
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}  # with the version that they are of
         self._told = False
-        self._asked: set[int] = set()  # the optimizers' parameters in no matrix, by identity
+        self._stepped: set[int] = set()  # the optimizers' parameters, by identity
         self._inside: set[int] = set()  # those of the model
+        self._elsewhere: dict[Tensor, int] = {}  # the model's that no optimizer here has, with their versions
         self._buffers: list[_Buffer] | None = None  # since the last capture began, or the first step
         self.captured()
 
@@ -99,7 +100,10 @@ class Uncovered:
         ``parameters`` are the optimizers', ``covered`` the identities of those in a matrix.
         """
         self._tell_of_buffers()
-        others = self._of_model([p for p in parameters if p.requires_grad and id(p) not in covered], rest)
+        stepped = [p for p in parameters if p.requires_grad]
+        self._look_at(stepped, covered, rest)
+        # What else an optimizer steps, a critic's say, learns freely.
+        others = [p for p in stepped if id(p) in self._inside and id(p) not in covered]
         if rest == "hold":
             for p in others:
                 if p.grad is not None:
@@ -115,12 +119,13 @@ class Uncovered:
                 f"layers see: {_first(self._names(others), 8)}"
             )
 
-    def _of_model(self, parameters: list[Tensor], rest: str) -> list[Tensor]:
-        """Those that are the model's: what else an optimizer steps, a critic's say, learns freely."""
-        asked = {id(p) for p in parameters}
-        if asked != self._asked:
-            self._asked, self._inside = asked, asked & {id(p) for p in self._model.parameters()}
-            names = self._names([p for p in parameters if id(p) in self._inside])
+    def _look_at(self, stepped: list[Tensor], covered: Collection[int], rest: str) -> None:
+        """Tells of what was not heard, and of what another optimizer steps."""
+        asked = {id(p) for p in stepped}
+        if asked != self._stepped:
+            self._stepped, trained = asked, self.trained()
+            self._inside = asked & {id(p) for p in trained}
+            names = self._names([p for p in stepped if id(p) in self._inside])
             if late := [name for name in names if name not in self._could_be_heard]:
                 then = "they stand still" if rest == "hold" else "nothing of them is protected"
                 warnings.warn(
@@ -129,7 +134,21 @@ class Uncovered:
                     RuntimeWarning,
                     stacklevel=5,
                 )
-        return [p for p in parameters if id(p) in self._inside]
+            elsewhere = [p for p in trained if id(p) not in asked and (rest == "hold" or id(p) in covered)]
+            self._elsewhere = {p: p._version for p in elsewhere}
+        if moved := [p for p, version in self._elsewhere.items() if p._version != version]:
+            self._elsewhere = {}
+            warnings.warn(
+                f"NullSpace: {_first(self._names(moved), 3)} changed since the last step, and with them what the model "
+                "makes of captured inputs, though no protected optimizer has them: if another one steps them, protect "
+                "both together, attach([first, second], protection)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def settled(self) -> None:
+        """What was written until now was written here."""
+        self._elsewhere = {p: p._version for p in self._elsewhere}
 
     @torch.no_grad()
     def after_step(self, optimizers: Sequence[weakref.ref[Optimizer]]) -> None:
@@ -144,6 +163,7 @@ class Uncovered:
                 values = self._copies[p][1]
                 p.copy_(values)
                 self._copies[p] = p._version, values
+        self.settled()
         if large:
             names = " and ".join(type(o).__name__ for ref in optimizers if (o := ref()))
             raise RuntimeError(
@@ -163,7 +183,7 @@ class Uncovered:
         return [names[id(p)] for p in parameters]
 
     def __getstate__(self):
-        return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None}
+        return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None, "_elsewhere": {}}
 
 
 def _first(names: Sequence[str], most: int) -> str:
