@@ -121,6 +121,13 @@ def test_convolutions(dims, settings, batched):
     assert check.heard == (["weight[0:8]", "weight[8:16]"] if settings.get("groups") else [""])
 
 
+def test_transforms_are_refused():
+    """torch would name neither the parameter nor what to do."""
+    model = parameters(**W)
+    with Hearing(find_slots(model), [Check()]), pytest.raises(NotImplementedError, match="parameter w is .*vmap"):
+        torch.vmap(lambda row: row @ model["w"].T)(torch.randn(4, 5))
+
+
 def test_small_filters_are_no_matrices():
     model, check = nn.Conv2d(8, 8, 3, groups=8), Check()
     with Hearing(find_slots(model), [check]):

@@ -94,6 +94,11 @@ class Hearing(TorchFunctionMode):
     def _listen(self, func, args, kwargs, heard: Heard) -> Any:
         calls = []
         x, weights, parts = heard
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise NotImplementedError(
+                f"NullSpace: parameter {parts[0].at.slot.name} is multiplied by inside vmap, or another transform of "
+                "torch.func, where its inputs are not seen: run the model on a batch without it during the capture"
+            )
         for listener in self._listeners:
             x, call = listener.before(x, weights, parts)
             calls.append(call)
