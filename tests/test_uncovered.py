@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from gradproj import NullSpace, ProjectedOptimizer, attach
 from test_nullspace import captured
@@ -232,6 +233,18 @@ def test_what_no_optimizer_steps_is_told_of_only_if_it_moves(wrapping):
         for _ in range(3):
             walk(opt, lambda: (model(torch.randn(5, 12)) - 1.0).square().mean(), steps=1)
             protection.pin()
+
+
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, prune.identity])
+def test_a_weight_that_is_computed_since_the_capture_is_refused(wrapping, computed):
+    model = Rectified()
+    opt, _ = wrapping(torch.optim.AdamW(model.parameters(), lr=0.05), protection=captured(model, inputs(), share=0.9))
+    computed(model.first, "weight")
+    model(torch.randn(5, 12)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="first.weight is no parameter of the model any more"):
+        opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("rest", ["hold", "train"])

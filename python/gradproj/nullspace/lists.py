@@ -34,7 +34,7 @@ class PinLists:
     def current(self) -> bool:
         """Whether no parameter was replaced, moved, frozen or freed since."""
         for parameters, name, p, local, address, trained in self._seen:
-            if parameters[name] is not p or p.requires_grad != trained or local.data_ptr() != address:
+            if parameters.get(name) is not p or p.requires_grad != trained or local.data_ptr() != address:
                 return False
         return True
 

@@ -23,7 +23,13 @@ class Slot(NamedTuple):
     key: str
 
     def get(self) -> nn.Parameter:
-        return self.module._parameters[self.key]  # type: ignore[return-value]
+        p = self.module._parameters.get(self.key)
+        if p is None:
+            raise RuntimeError(
+                f"NullSpace: {self.name} is no parameter of the model any more (pruned? weight_norm, or another "
+                "parametrization?): undo that, or do it before NullSpace is made"
+            )
+        return p
 
 
 class At(NamedTuple):
