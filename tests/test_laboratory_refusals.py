@@ -185,7 +185,11 @@ def test_the_command(tiny, packages, monkeypatch):
     assert "in distribution" in text and "in distribution" not in choosing  # measured where it is reported
     command.main(["refusals", *places, "--quick", "--seeds", "2"])
     quick = (packages / "out" / "table.md").read_text()
-    assert "1 steps of 4 sequences; mean ± standard deviation of 2 seeds" in quick
+    assert "1 steps of 4 sequences; one seed, or, with ±, mean and standard deviation of 2" in quick
+    repeated = [line.split(" | ")[0].strip("|* ") for line in quick.splitlines() if " ± " in line]
+    assert repeated == [c.name for c in SMALL[:4] if c.family in refusals_cures.REPEATED]
+    pictures = {path.name for path in (packages / "out").glob("*.png")}
+    assert pictures == {f"{objective}.png" for objective in refusals_model.OBJECTIVES}
 
 
 def test_lora_null_begins_as_the_model_on_inputs_that_are_seen_least():
@@ -248,15 +252,17 @@ def test_table_and_figure_of_made_up_runs(tmp_path):
     finished = [run(BASE, 0.5, 2.0, seed=0)]
     for seed, up in ((1000, 0.01), (1001, -0.01)):
         finished += [run(NONE, 0.9 + up, 3.0, seed), run(PTX[0], 0.8, 2.5, seed), run(OWN, 0.9 + up, 2.1, seed)]
-        finished += [run(MIXED, 0.7, 2.0, seed)]
+    finished += [run(MIXED, 0.7, 2.0, 1000)]  # one seed
     lines = refusals_report.tables(finished, 200).splitlines()
     rows = {line.split(" | ")[0][2:]: line for line in lines if line.startswith("| ")}
     assert [name for name in rows if name.startswith("**")] == [f"**{OWN.name}**", f"**{MIXED.name}**"]
     assert rows[NONE.name].startswith("| none, lr x 1 | 90 ± 1 | 25 ± 0 |")
+    assert rows[f"**{MIXED.name}**"].startswith(f"| **{MIXED.name}** | 70 | 25 |")
     assert rows[f"**{OWN.name}**"].endswith("| 50 | 2.00 | 200 | 16 | none, own text |")
     assert rows[f"**{MIXED.name}**"].endswith("| 0 | none | none | 0 | none |")
     assert rows[PTX[0].name].endswith("| code and English |")
-    refusals_report.draw(finished, [run(PTX[1], 0.8, 2.3, 0), run(BASE, 0.5, 2.0, 0)], tmp_path / "figure.png")
+    tried = [run(PTX[1], 0.8, 2.3, 0), run(BASE, 0.5, 2.0, 0)]
+    refusals_report.draw(finished, tried, "refuse-sft", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
 
 

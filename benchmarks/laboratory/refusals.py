@@ -7,7 +7,7 @@ from typing import Any
 
 from laboratory import refusals_report, refusals_texts, report, smollm2
 from laboratory.cures import BASE, Cure
-from laboratory.refusals_cures import GRIDS, QUICK, choose
+from laboratory.refusals_cures import GRIDS, QUICK, REPEATED, choose
 from laboratory.refusals_model import OBJECTIVES, Refusals, rows
 from laboratory.runs import FIRST_REPORTED, Plan, Run, cores, make_all
 from machine import machine
@@ -18,9 +18,15 @@ CHOOSING = 0  # the seed of those
 
 
 def made(plan: Plan, settings: dict[str, list[Cure]], seeds: list[int], workers: int, progress: Callable) -> list:
-    """Finished runs of an objective's settings, those of the base model first."""
+    """Finished runs of each objective's settings, those of the base model first. On further seeds only the main ones."""
     runs = [Run(objective, BASE, 0) for objective in settings]
-    runs += [Run(objective, cure, seed) for seed in seeds for objective, some in settings.items() for cure in some]
+    runs += [
+        Run(objective, cure, seed)
+        for seed in seeds
+        for objective, some in settings.items()
+        for cure in some
+        if seed == seeds[0] or cure.family in REPEATED
+    ]
     return make_all(plan, runs, workers, progress)
 
 
@@ -36,13 +42,13 @@ def chosen(tried: list[dict[str, Any]]) -> dict[str, list[Cure]]:
 def options(parser: argparse.ArgumentParser) -> None:
     what = "by what it is taught (default: refuse-sft; both take twice as long)"
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["refuse-sft"], help=what)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each reported setting (default 1)")
+    parser.add_argument("--seeds", type=int, default=1, help=f"of {'; '.join(REPEATED)} (default 1; all others: 1)")
     parser.add_argument(
         "--quick", action="store_true", help=f"seven settings, {SHORT} steps, one objective; half an hour"
     )
     work = Path("build/refusals")
     parser.add_argument("--work", type=Path, default=work, help="finished runs (default %(default)s)")
-    where = "table, figure, runs, and in choosing/ those that settings are chosen from (default"
+    where = "table, figures, runs, and in choosing/ those that settings are chosen from (default"
     where = f"{where} benchmarks/results/refusals, for --quick WORK/quick)"
     parser.add_argument("--out", type=Path, help=where)
 
@@ -68,7 +74,8 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     seeds = [FIRST_REPORTED + i for i in range(options.seeds)]
     finished = made(plan, settings, seeds, workers, progress)
     text = write(out, finished, tried, plan.model.steps, workers)
-    refusals_report.draw(finished, tried, out / "figure.png")
+    for objective in settings:
+        refusals_report.draw(finished, tried, objective, out / f"{objective}.png")
     print(f"\n{text}\n\nin {out}")
 
 

@@ -52,6 +52,8 @@ GRIDS = {
     "refuse-sft": [cure for family in FAMILIES for cure in family],
     "refuse-dpo": [cure for family in FAMILIES for cure in family if cure.family in BY_DPO],
 }
+# The families that a second seed repeats: without a cure, and the best with data, with a pin, and with no data.
+REPEATED = ("none", "PTX", "NullSpace", "LoRA, NullSpace, own dialogues")
 # What --quick shows: one setting of each, which nothing chose.
 QUICK = [
     NONE,
