@@ -60,6 +60,7 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {options.seeds}")
     workers = options.workers or cores("cpu")
+    about = {**machine("cpu"), "workers": workers}  # now: the results are part of the checkout
     out = options.out or (options.work / "quick" if options.quick else OUT)
     short = Plan(Refusals(SHORT), options.work)
     objectives = options.objectives[:1] if options.quick else options.objectives
@@ -69,20 +70,20 @@ def main(options: argparse.Namespace, progress: Callable) -> None:
     if not options.quick:
         plan = Plan(Refusals(), options.work)
         tried = made(short, {o: GRIDS[o] for o in objectives}, [CHOOSING], workers, progress)
-        write(out / "choosing", tried, [], SHORT, workers)
+        write(out / "choosing", about, tried, [], SHORT)
         settings = chosen(tried)
     seeds = [FIRST_REPORTED + i for i in range(options.seeds)]
     finished = made(plan, settings, seeds, workers, progress)
-    text = write(out, finished, tried, plan.model.steps, workers)
+    text = write(out, about, finished, tried, plan.model.steps)
     for objective in settings:
         refusals_report.draw(finished, tried, objective, out / f"{objective}.png")
     print(f"\n{text}\n\nin {out}")
 
 
-def write(out: Path, finished: list, tried: list, steps: int, workers: int) -> str:
+def write(out: Path, about: dict[str, Any], finished: list, tried: list, steps: int) -> str:
     """Table and runs; returns the table."""
     out.mkdir(parents=True, exist_ok=True)
-    about = {**machine("cpu"), "workers": workers, "steps": steps}
+    about = {**about, "steps": steps}
     text = refusals_report.tables(finished, steps)
     (out / "runs.json").write_text(report.dump({"made": about}, runs=finished, chosen_from=tried))
     (out / "table.md").write_text(f"Made by {report.header(about)}.\n\n{text}\n")
