@@ -233,6 +233,11 @@ def test_what_no_optimizer_steps_is_told_of_only_if_it_moves(wrapping):
         for _ in range(3):
             walk(opt, lambda: (model(torch.randn(5, 12)) - 1.0).square().mean(), steps=1)
             protection.pin()
+        model.load_state_dict({name: 2.0 * value for name, value in model.state_dict().items()})
+        protection.clear()
+        with protection.capture():  # of the weights as they are now
+            model(inputs()).square().sum().backward()
+        walk(opt, lambda: (model(torch.randn(5, 12)) - 1.0).square().mean())
 
 
 @pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, prune.identity])

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,7 @@ class Uncovered:
         self._versions: dict[Tensor, int] = {}
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}  # with the version that they are of
         self._told = False
-        self._stepped: set[int] = set()  # the optimizers' parameters, by identity
-        self._inside: set[int] = set()  # those of the model
-        self._elsewhere: dict[Tensor, int] = {}  # the model's that no optimizer here has, with their versions
+        self._inside: set[int] = set()  # the optimizers' parameters that are the model's, by identity
         self._buffers: list[_Buffer] | None = None  # since the last capture began, or the first step
         self.captured()
 
@@ -53,8 +52,10 @@ class Uncovered:
         return [p for p in self._model.parameters() if p.requires_grad]
 
     def captured(self) -> None:
-        """What trains now could be heard."""
+        """What trains now could be heard, and is where it is to be."""
         self._could_be_heard = set(self._names(self.trained()))
+        self._stepped: set[int] = set()  # the optimizers' parameters, by identity
+        self._elsewhere: dict[Tensor, int] = {}  # the model's that no optimizer here has, with their versions
 
     def begin_capture(self) -> None:
         """A RuntimeError if the model moves without a step."""
@@ -120,7 +121,7 @@ class Uncovered:
             )
 
     def _look_at(self, stepped: list[Tensor], covered: Collection[int], rest: str) -> None:
-        """Tells of what was not heard, and of what another optimizer steps."""
+        """Tell of what was not heard, and of what another optimizer steps."""
         asked = {id(p) for p in stepped}
         if asked != self._stepped:
             self._stepped, trained = asked, self.trained()
@@ -183,7 +184,8 @@ class Uncovered:
         return [names[id(p)] for p in parameters]
 
     def __getstate__(self):
-        return {**self.__dict__, "_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None, "_elsewhere": {}}
+        mine: dict[str, Any] = {"_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None, "_stepped": set(), "_elsewhere": {}}
+        return {**self.__dict__, **mine}
 
 
 def _first(names: Sequence[str], most: int) -> str:
