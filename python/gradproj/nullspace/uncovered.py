@@ -184,7 +184,14 @@ class Uncovered:
         return [names[id(p)] for p in parameters]
 
     def __getstate__(self):
-        mine: dict[str, Any] = {"_grads": {}, "_versions": {}, "_copies": {}, "_buffers": None, "_stepped": set(), "_elsewhere": {}}
+        mine: dict[str, Any] = {
+            "_grads": {},
+            "_versions": {},
+            "_copies": {},
+            "_buffers": None,
+            "_stepped": set(),
+            "_elsewhere": {},
+        }
         return {**self.__dict__, **mine}
 
 
