@@ -182,6 +182,7 @@ LIBC = ctypes.CDLL(None)
 def lead_a_group() -> None:
     """In the new process. A group of its own can be killed as a whole; a session of its own would escape whoever cleans
     up after the gate. And it dies with the gate: a GPU must not stay busy for nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what was started in the background ignores it
     os.setpgid(0, 0)
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -129,11 +129,12 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 DRIVER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
 sys.path.insert(0, sys.argv[1])
 import gpu_gate, gpu_stages
-gpu_stages.GRACE, gpu_gate.WORK = 2.0, Path(sys.argv[2])
+gpu_stages.GRACE, gpu_gate.WORK = 1.0, Path(sys.argv[2])
 first, *others = [gpu_stages.Stage(*stage) for stage in json.loads(sys.argv[3])]
 gpu_gate.first_stage, gpu_gate.stages = lambda device: first, lambda options, machine: others
 sys.exit(gpu_gate.main(sys.argv[4:]))
@@ -264,7 +265,7 @@ def test_the_deadline_ends_a_stage_with_its_children(tmp_path):
     # A signal between two commands is noticed at the next; just before `wait` it would not be.
     goes_on = "while :; do sleep 0.1; done"
     hangs = f"trap 'echo last words' INT; sleep 60 & echo child $!; echo process $$; {goes_on}"
-    run = Run(tmp_path, [FIRST, sh("hangs", row("one") + hangs, 60), sh("next", "true")], "--deadline", "8")
+    run = Run(tmp_path, [FIRST, sh("hangs", row("one") + hangs, 60), sh("next", "true")], "--deadline", "5")
     processes = run.wait_for("child "), run.wait_for("process ")
     code, results, rows = run.end()
     assert time.monotonic() - run.start < 30 and code == 1 and rows == ["one"]
